@@ -137,7 +137,7 @@ def empty_branch(name, l, keep):
             return a in keep.axes and not keep[a]
     return False
 
-# %% ../nbs/05_inheritance.ipynb #6b105b87
+# %% ../nbs/05_inheritance.ipynb #44000cbd
 def inherit(
     teacher:nn.Module, # An open_clip CLIP, or a student of one
     keep, # A `Keep`; or a student's configuration: a registered name, or a dict
@@ -174,9 +174,10 @@ def check_sizes(student, keep):
                                 'other sizes. Use tinyclip.keep.manual, which scales the widths of such a tower together.')
 
 def carry_over(teacher, student):
-    "What a state dict does not hold: preprocessing, and which towers compute gradients in checkpoints"
+    "What a state dict does not hold: preprocessing, tokenizer, form of the output"
     for n in ('preprocess_cfg', 'image_mean', 'image_std'):
         if hasattr(teacher.visual, n): setattr(student.visual, n, copy.deepcopy(getattr(teacher.visual, n)))
+    if hasattr(teacher, 'tokenizer_cfg'): student.tokenizer_cfg = dict(teacher.tokenizer_cfg)
     student.output_dict = teacher.output_dict
 
 # %% ../nbs/05_inheritance.ipynb #ce74f8dc

@@ -34,16 +34,16 @@ TEMPLATES = ('a {size} {colour} {shape} {place}', 'a photo of a {size} {colour} 
              '{size} {colour} {shape} {place}', 'a {colour} {shape}, {size}, {place}')
 PROMPTS = '{}', 'a photo of {}', 'a picture of {}', 'there is {}'    # for zero-shot classification over `classnames`
 
-# %% ../nbs/07_shapes.ipynb #c9ccb639
+# %% ../nbs/07_shapes.ipynb #4d568f56
 def caption(
     label:int, # Which of `combinations`
-    template:int=0, # Which of `TEMPLATES`
+    template:int=0, # Which of `TEMPLATES`; counted round, too
     words:tuple=(0,0,0,0), # Which synonym for colour, shape, size, place; counted round where there are fewer
 )->str: # For example `'a small red star at the top left'`
     "Say what is to be seen"
     if not 0 <= label < len(combinations): raise TinyclipError(f'There is no label {label}: labels run from 0 to {len(combinations)-1}.')
     said = [w[k % len(w)] for a,k in zip(combinations[label], words) for w in [WORDS.get(a, (a,))]]
-    text = TEMPLATES[template].format(**dict(zip(('colour','shape','size','place'), said)))
+    text = TEMPLATES[template % len(TEMPLATES)].format(**dict(zip(('colour','shape','size','place'), said)))
     return text.replace('a orange', 'an orange')
 
 classnames = [caption(o) for o in range(len(combinations))]
@@ -235,7 +235,7 @@ def render(
     parts = [_blend(labels[i:i+chunk], key[i:i+chunk], size) for i in range(0, len(labels), chunk)]
     return torch.from_numpy(np.concatenate(parts) if parts else np.empty((0, 3, size, size), np.uint8))
 
-# %% ../nbs/07_shapes.ipynb #602ba77a
+# %% ../nbs/07_shapes.ipynb #83cbeb3d
 SPLITS = dict(train=trained, val=trained, heldout=heldout)
 
 class Shapes:
@@ -264,7 +264,7 @@ class Shapes:
     def captions(self, indices, labels=None):
         labels = self.labels(indices) if labels is None else labels
         draws = (self.keys(2, np.asarray(indices)[:,None], np.arange(5)) >> np.uint64(33)).astype(int)
-        return [caption(l, d[0] % len(TEMPLATES), d[1:]) for l,d in zip(labels.tolist(), draws.tolist())]
+        return [caption(l, d[0], d[1:]) for l,d in zip(labels.tolist(), draws.tolist())]
     def batch(self, indices):
         labels = self.labels(indices)
         return render(labels, self.keys(3, np.asarray(indices)), self.size), self.captions(indices, labels), torch.from_numpy(labels)

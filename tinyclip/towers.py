@@ -321,12 +321,12 @@ def transformer_cfg(
     else: cfg['heads'] = width//head_dim if plain else 1
     return cfg, None if plain else dict(head_dim=head_dim, heads=heads, ffn=ffn)
 
-# %% ../nbs/02_towers.ipynb #f2044caa
+# %% ../nbs/02_towers.ipynb #637fe71e
 def block_cfg(blocks)->dict: # Fields shared by image and text configuration, plus `head_dim` and `quick_gelu`
     "What the residual blocks of a transformer are made of"
     cfg = dict(head_dim=next((b.attn.head_dim for b in blocks if has_attention(b)), getattr(blocks[0], 'head_dim', 64)))
-    act = next((b.mlp.gelu for b in blocks if has_mlp(b)), nn.GELU())
-    cfg['quick_gelu'] = isinstance(act, QuickGELU)
+    act = next((b.mlp.gelu for b in blocks if has_mlp(b)), None)
+    cfg['quick_gelu'] = None if act is None else isinstance(act, QuickGELU) # unknown when no MLP is left
     if isinstance(act, nn.GELU) and act.approximate!='none': cfg['act_kwargs'] = dict(approximate=act.approximate)
     scales = [getattr(b, n) for b in blocks for n in ('ls_1', 'ls_2') if hasattr(getattr(b, n, None), 'gamma')]
     if scales: cfg['ls_init_value'] = 1e-5
@@ -398,17 +398,16 @@ def with_sizes(
             if own: slim[tower] = own
     return cfg | (dict(tinyclip_cfg=slim) if slim else {})
 
-# %% ../nbs/02_towers.ipynb #b821fec2
+# %% ../nbs/02_towers.ipynb #605b13f6
 def static_cfg(model)->dict:
     "Everything about a CLIP's configuration that cutting leaves alone"
     v = model.visual
     vision = vit_cfg(v) if isinstance(v, VisionTransformer) else resnet_cfg(v) if isinstance(v, ModifiedResNet) else timm_cfg(v)
     text = text_cfg(model.text if hasattr(model, 'text') else model)
-    quick = [c.pop('quick_gelu', False) for c in (vision, text)]
-    if isinstance(v, VisionTransformer) and quick[0]!=quick[1]:
-        raise TinyclipError('One tower uses QuickGELU and the other does not; open_clip has one switch for both.')
+    quick = {q for q in (c.pop('quick_gelu', None) for c in (vision, text)) if q is not None}
+    if len(quick)>1: raise TinyclipError('One tower uses QuickGELU and the other does not; open_clip has one switch for both.')
     cfg = dict(embed_dim=0, vision_cfg=vision, text_cfg=text)
-    if quick[1]: cfg['quick_gelu'] = True
+    if True in quick: cfg['quick_gelu'] = True
     if hasattr(model, 'text'): cfg['custom_text'] = True
     if model.logit_bias is not None: cfg['init_logit_bias'] = -10.
     if model.logit_scale.ndim: cfg['nonscalar_logit_scale'] = True
