@@ -8,14 +8,14 @@ __all__ = ['PATIENCE', 'features', 'evaluating', 'in_batch_r1', 'step', 'paramet
            'at_chance', 'scores', 'Run', 'aside', 'assess', 'write_run', 'read_run', 'Distiller', 'newest',
            'open_events', 'advance', 'loop', 'train']
 
-# %% ../nbs/10_distill.ipynb #d8f9ff74
+# %% ../nbs/10_distill.ipynb #2cb1b055
 import contextlib, math, signal, threading, time, warnings
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import gather_object
@@ -61,7 +61,7 @@ def in_batch_r1(
     best = (f.image[:rows] @ f.text[:rows].T).argmax(1, keepdim=True)
     return dict(r1=same.gather(1, best).float().mean(), chance=same.float().mean())
 
-# %% ../nbs/10_distill.ipynb #55ffeed7
+# %% ../nbs/10_distill.ipynb #5639f2e3
 def step(
     student:nn.Module, # Trained; maybe wrapped for data-parallel training
     teacher:nn.Module|None, # Looked at without gradient and in eval mode; None where the objective needs none
@@ -75,6 +75,7 @@ def step(
     if teacher is not None:
         with torch.no_grad(), evaluating(teacher): t = whole(features(teacher, batch.image, batch.text))
     with torch.autocast(s.image.device.type, enabled=False): losses = objective(whole(s), t)
+    losses['loss'] = losses['loss'] + 0*s.scale # data-parallel training waits for a gradient of all that `forward` returned
     return losses | in_batch_r1(s, batch.text) if watch else losses
 
 # %% ../nbs/10_distill.ipynb #26629e34
@@ -124,7 +125,7 @@ class Tally:
         self.sums,self.good,self.longest = self.sums*0, self.good*0, self.row
         return dict(losses={k:v/good if good else None for k,v in zip(self.names, sums)}, skipped=int(skipped), longest=int(longest))
 
-# %% ../nbs/10_distill.ipynb #dd51ccf4
+# %% ../nbs/10_distill.ipynb #4b592881
 class Engine:
     "A student with its teacher, optimiser and precision; `update` moves it by one batch"
     def __init__(self,
@@ -136,9 +137,9 @@ class Engine:
     ):
         self.accelerator,self.objective,self.clip_norm,device = accelerator,objective,clip_norm,accelerator.device
         self.plain,self.teacher = student.to(device).train(), teacher and teacher.to(device).eval()
-        self.before = set(vars(student)),[(p, p.requires_grad) for p in student.parameters()]
-        self.scale = getattr(student, 'logit_scale', None)
-        if self.scale is not None and scale=='fixed': self.scale.requires_grad_(False)
+        self.trainable,self.forward = [(p, p.requires_grad) for p in student.parameters()], vars(student).get('forward')
+        self.scale,bias = [getattr(student, n, None) for n in ('logit_scale', 'logit_bias')]
+        for p in [self.scale]*(scale=='fixed')+[bias]: p is None or p.requires_grad_(False) # a softmax does not feel the bias
         self.fused = device.type in ('cpu', 'cuda')
         adamw = torch.optim.AdamW(parameter_groups(student, weight_decay), lr=0., betas=betas, eps=1e-6, fused=self.fused)
         self.student,self.optimizer = accelerator.prepare(student, adamw)
@@ -164,13 +165,14 @@ class Engine:
 
     def release(self):
         "Give the student back as it came, trained: unwrapped, in eval mode"
-        names,flags = self.before
         self.accelerator.unwrap_model(self.student, keep_fp32_wrapper=False)
-        for name in set(vars(self.plain))-names: delattr(self.plain, name)
-        for p,flag in flags: p.requires_grad_(flag)
+        own = vars(self.plain) # accelerate writes to the instance
+        for name in ('forward', '_is_accelerate_prepared'): own.pop(name, None)
+        if self.forward: own['forward'] = self.forward
+        for p,flag in self.trainable: p.requires_grad_(flag)
         self.plain.eval()
 
-# %% ../nbs/10_distill.ipynb #b853b637
+# %% ../nbs/10_distill.ipynb #ceecf272
 def make_accelerator(
     precision:str='auto', # As in `core.resolve_precision`
     device:str|None=None, # `'cpu'`, `'cuda'`, `'mps'`; None for the best there is
@@ -190,8 +192,7 @@ def make_accelerator(
     if device is not None and torch.device(device).type!=found.type: raise TinyclipError(f"Device '{device}' was asked for, but accelerate works on '{found}' here.")
     precision = resolve_precision(precision, found)
     if precision=='fp16' and found.type=='cpu': raise TinyclipError("precision='fp16' needs a GPU; on a CPU use 'auto', 'bf16' or 'fp32'.")
-    return Accelerator(cpu=cpu, mixed_precision='no' if precision=='fp32' else precision, log_with=list(trackers) or None, project_dir=folder,
-        kwargs_handlers=[DistributedDataParallelKwargs(static_graph=True)]) # static: parameters that no loss uses are no error
+    return Accelerator(cpu=cpu, mixed_precision='no' if precision=='fp32' else precision, log_with=list(trackers) or None, project_dir=folder)
 
 # %% ../nbs/10_distill.ipynb #9a6a418f
 def batches(
@@ -300,7 +301,7 @@ def scores(
     try: return {str(k):float(v) for k,v in said.items()}
     except (AttributeError, TypeError, ValueError): raise TinyclipError(f'evaluate= must return a dict of numbers, and returned {said!r}.') from None
 
-# %% ../nbs/10_distill.ipynb #bd365e34
+# %% ../nbs/10_distill.ipynb #92de89c8
 class Run:
     "A run on its way: where it stands, what it says, and what it writes to stand there again"
     def __init__(self,
@@ -325,8 +326,8 @@ class Run:
         r.losses,r.skipped,r.pairs_per_s = tally['losses'], tally['skipped'], self.seen/r.seconds
         r1,chance = out['r1'].item(), out['chance'].item()
         scale = {} if self.engine.scale is None else dict(scale=self.engine.scale.exp().item())
-        losses = {k if k=='loss' else f'loss/{k}':v for k,v in r.losses.items()}
-        self.emit('log', **losses, lr=lr, **scale, r1=r1, chance=chance, pairs_per_s=rate, skipped=r.skipped, skipped_pairs=self.skipped_pairs())
+        parts = {f'loss/{k}':v for k,v in r.losses.items() if k!='loss'}
+        self.emit('log', loss=r.losses['loss'], **parts, lr=lr, **scale, r1=r1, chance=chance, pairs_per_s=rate, skipped=r.skipped, skipped_pairs=self.skipped_pairs())
         if tally['longest'] > self.max_skipped: raise TinyclipError(self.hopeless(tally['longest'], lr))
         self.recent.append((r1, chance))
         if self.warned or r.steps < max(PATIENCE, self.config['warmup']*self.config['steps']) or not at_chance(self.recent): return

@@ -1,0 +1,43 @@
+# Everything runs in .venv, which any target makes when it is missing. Needs make and Python 3.10 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+READY := $(VENV)/.ready
+export PATH := $(BIN):$(PATH)
+export TOKENIZERS_PARALLELISM := false
+.PHONY: help demo test lab check docs refresh gpu
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(READY): settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'tinyclip needs Python 3.10 or newer; name one with: make PYTHON=python3.12 ...'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $(READY)
+
+demo: $(READY) ## compress a small CLIP, offline, in minutes: demo/report.html
+	tinyclip demo --folder demo
+
+test: $(READY) ## every notebook cell that is not flagged, then pytest: CPU, no network
+	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
+	OMP_NUM_THREADS=2 python -m pytest -q tests
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	jupyter lab nbs
+
+refresh: $(READY) ## re-run a notebook and keep its outputs: make refresh NB=nbs/01_losses.ipynb FLAGS='slow'
+	python tools/refresh.py $(NB) --flags '$(FLAGS)' && nbdev_export --path $(NB) && nbdev_clean --fname $(NB)
+
+check: $(READY) ## what must hold before a commit: export, tests, nothing out of step
+	nbdev_export && nbdev_clean
+	$(MAKE) test
+	git diff --exit-code -- tinyclip nbs
+
+gpu: $(READY) ## the cells and tests that need a GPU or minutes
+	nbdev_test --n_workers 1 --flags 'cuda slow' && python -m pytest -q tests -m cuda
+
+docs: $(READY) ## the website, into _docs; needs quarto on PATH (nbdev would try to sudo-install it)
+	@command -v quarto >/dev/null || { echo 'quarto is not on PATH: install it from quarto.org, then run make docs again'; exit 1; }
+	ln -sfn ../_quarto.yml nbs/_quarto.yml && rm -rf _proc && nbdev_docs
