@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'TinyclipError', 'unknown', 'seed_everything', 'pick_device', 'native_bf16', 'resolve_precision',
-           'autocast', 'human', 'Table', 'atomic_path', 'write_json', 'environment', 'record_run']
+           'autocast', 'evaluating', 'human', 'Table', 'atomic_path', 'write_json', 'environment', 'record_run']
 
 # %% ../nbs/00_core.ipynb #fe52290a
 import contextlib, difflib, json, math, os, platform, random, subprocess, tempfile
@@ -82,6 +82,18 @@ def autocast(
     "Mixed precision for inference: nothing at fp32, `torch.autocast` otherwise"
     dtype = PRECISIONS[resolve_precision(precision, device)]
     return contextlib.nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype)
+
+# %% ../nbs/00_core.ipynb #d312e8b2
+@contextlib.contextmanager
+def evaluating(
+    model:torch.nn.Module, # Any module
+): # Yields it
+    "Eval mode and no gradients meanwhile; afterwards every submodule has its own mode back"
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        with torch.no_grad(): yield model.eval()
+    finally:
+        for m,mode in modes: m.training = mode
 
 # %% ../nbs/00_core.ipynb #ebb001fd
 def human(

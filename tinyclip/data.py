@@ -32,13 +32,20 @@ def transforms(
     cfg = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
     return image_transform_v2(cfg, is_train=True), image_transform_v2(cfg, is_train=False)
 
-# %% ../nbs/07_data.ipynb #b989a7b0
+# %% ../nbs/07_data.ipynb #a7f4b9a3
 @contextlib.contextmanager
 def own_rng():
     "Whatever is drawn inside leaves Python's, NumPy's and torch's (CPU) generators as they were"
     kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try: yield
     finally: random.setstate(kept[0]); np.random.set_state(kept[1]); torch.set_rng_state(kept[2])
+
+@contextlib.contextmanager
+def _one_thread(): # one picture is too small a piece of work for several: they wait for each other, on a busy machine most of the time
+    kept = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(kept)
 
 def _reseed(n): random.seed(n); np.random.seed(n % 2**32); torch.default_generator.manual_seed(n)
 
@@ -124,7 +131,7 @@ def with_label(samples, order):
     "Class numbers"
     return (torch.tensor([s.label for s in samples]),), 0, 0
 
-# %% ../nbs/07_data.ipynb #fe3793bf
+# %% ../nbs/07_data.ipynb #e393c24c
 def cook(
     entries:list, # `Sample`s and `Skip`s
     order, # An `Order`
@@ -133,10 +140,11 @@ def cook(
     labels:bool=False, # Is a sample of use only with a label?
 )->Chunk: # Ready for the model
     "A chunk of samples as tensors"
-    good,images,skips = pictures(entries, order, preprocess, labels)
-    if not good: return Chunk((), skips)
-    fields,captions,cut = beside(good, order)
-    return Chunk((torch.stack(images), *fields), skips, captions, cut)
+    with _one_thread():
+        good,images,skips = pictures(entries, order, preprocess, labels)
+        if not good: return Chunk((), skips)
+        fields,captions,cut = beside(good, order)
+        return Chunk((torch.stack(images), *fields), skips, captions, cut)
 
 # %% ../nbs/07_data.ipynb #d6d1849b
 REMEDIES = {'no caption':'Name the column or json key of the captions with caption_column=.', 'missing image':'Image paths count from the table; choose the column with image_column=.',

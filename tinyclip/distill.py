@@ -125,7 +125,7 @@ class Tally:
         self.sums,self.good,self.longest = self.sums*0, self.good*0, self.row
         return dict(losses={k:v/good if good else None for k,v in zip(self.names, sums)}, skipped=int(skipped), longest=int(longest))
 
-# %% ../nbs/10_distill.ipynb #4b592881
+# %% ../nbs/10_distill.ipynb #72557aa1
 class Engine:
     "A student with its teacher, optimiser and precision; `update` moves it by one batch"
     def __init__(self,
@@ -139,7 +139,8 @@ class Engine:
         self.plain,self.teacher = student.to(device).train(), teacher and teacher.to(device).eval()
         self.trainable,self.forward = [(p, p.requires_grad) for p in student.parameters()], vars(student).get('forward')
         self.scale,bias = [getattr(student, n, None) for n in ('logit_scale', 'logit_bias')]
-        for p in [self.scale]*(scale=='fixed')+[bias]: p is None or p.requires_grad_(False) # a softmax does not feel the bias
+        for p,fixed in ((self.scale, scale=='fixed'), (bias, True)): # no softmax feels a bias
+            if p is not None and fixed: p.requires_grad_(False)
         self.fused = device.type in ('cpu', 'cuda')
         adamw = torch.optim.AdamW(parameter_groups(student, weight_decay), lr=0., betas=betas, eps=1e-6, fused=self.fused)
         self.student,self.optimizer = accelerator.prepare(student, adamw)
