@@ -7,7 +7,8 @@ import open_clip, pytest, torch
 from safetensors.torch import load_file
 from tinyclip.checkpoint import checkpoints
 from tinyclip.core import TinyclipError
-from tinyclip.distill import Distiller, step
+from tinyclip.distill import Distiller
+from tinyclip.engine import step
 from tinyclip.events import read_events
 from tinyclip.losses import Objective
 

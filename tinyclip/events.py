@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['plain', 'Events', 'read_events', 'rewind', 'Progress']
 
-# %% ../nbs/10_events.ipynb #01f2ff48
-import json, math
+# %% ../nbs/10_events.ipynb #11fa755f
+import json, math, sys
 from pathlib import Path
 from tqdm.auto import tqdm
 from .core import Table, TinyclipError, atomic_path, human
@@ -70,7 +70,7 @@ def rewind(
     with atomic_path(Path(folder)/'events.jsonl') as tmp:
         tmp.write_text(''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows), encoding='utf-8')
 
-# %% ../nbs/10_events.ipynb #5f47f432
+# %% ../nbs/10_events.ipynb #4ffb67a2
 class Progress:
     "A progress bar with the loss and its parts, pairs/s and the time left: a listener"
     def __init__(self,
@@ -84,8 +84,10 @@ class Progress:
         if kind=='log':
             self.bar.set_postfix_str(self.text(event), refresh=False)
             self.bar.update(step-self.bar.n)
-        if kind=='evaluation': self.bar.write(f'step {step}: ' + ', '.join(f'{k[5:]} {human(v)}' for k,v in event.items() if k.startswith('eval/')))
-        if kind=='warning': self.bar.write(f"step {step}: {event['message']}")
+        if kind=='evaluation': self.say(f'step {step}: ' + ', '.join(f'{k[5:]} {human(v)}' for k,v in event.items() if k.startswith('eval/')))
+        if kind=='warning': self.say(f"step {step}: {event['message']}")
+
+    def say(self, text): self.bar.write(text, file=sys.stderr) # standard output belongs to the caller
 
     @staticmethod
     def text(e:dict)->str:
@@ -93,6 +95,7 @@ class Progress:
         show = lambda v: 'not finite' if v is None else f'{v:.3g}'
         parts = ', '.join(f'{k[5:]} {show(v)}' for k,v in e.items() if k.startswith('loss/'))
         skipped = f", {e['skipped']} skipped" if e['skipped'] else ''
-        return f"loss {show(e['loss'])} ({parts}), {human(float(e['pairs_per_s']))} pairs/s{skipped}"
+        parts = f' ({parts})' if ',' in parts else '' # a single part is the loss
+        return f"loss {show(e['loss'])}{parts}, {human(float(e['pairs_per_s']))} pairs/s{skipped}"
 
     def close(self): self.bar = self.bar and self.bar.close()

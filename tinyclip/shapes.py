@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'SIZES', 'PLACES', 'combinations', 'WORDS', 'TEMPLATES', 'PROMPTS', 'classnames', 'heldout',
-           'trained', 'DRAWS', 'SPLITS', 'caption', 'hashed', 'uniform', 'distance', 'grid', 'variation', 'render',
+           'trained', 'DRAWS', 'SPLITS', 'caption', 'hashed', 'uniform', 'grid', 'distance', 'variation', 'render',
            'Shapes', 'normalise']
 
 # %% ../nbs/07_shapes.ipynb #faed33e0
@@ -15,12 +15,12 @@ from PIL import Image
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from .core import TinyclipError, unknown
 
-# %% ../nbs/07_shapes.ipynb #6b322009
+# %% ../nbs/07_shapes.ipynb #8ba984dc
 COLOURS = dict(red=(0,.88,.86), orange=(27,.94,.97), yellow=(53,.86,.98), green=(130,.72,.66), # hue in degrees, saturation, value
                cyan=(182,.78,.86), blue=(220,.82,.86), purple=(274,.64,.70), pink=(332,.44,.99))
 SHAPES = 'circle', 'square', 'triangle', 'star', 'heart', 'cross', 'ring', 'moon'
-SIZES = dict(small=(4.8,6.2), large=(9.4,11.4))                                                # radius, in 48ths of the picture
-PLACES = {'top left':(14,14), 'top right':(34,14), 'centre':(24,24), 'bottom left':(14,34), 'bottom right':(34,34)} # x, y in 48ths
+SIZES = dict(small=(6.4,7.8), large=(11.2,13.))                                               # radius, in 48ths of the picture
+PLACES = {'top left':(14.5,14.5), 'top right':(33.5,14.5), 'centre':(24,24), 'bottom left':(14.5,33.5), 'bottom right':(33.5,33.5)} # x, y in 48ths
 combinations = [(c,s,z,p) for c in COLOURS for s in SHAPES for z in SIZES for p in PLACES]     # a label is an index into this list
 
 # %% ../nbs/07_shapes.ipynb #4108a209
@@ -73,6 +73,22 @@ _draw = hashed(2023, np.arange(len(combinations))).reshape(-1, len(SIZES)*len(PL
 _held = _draw.argsort(1).argsort(1).reshape(-1) < 2
 heldout,trained = np.flatnonzero(_held), np.flatnonzero(~_held)    # labels never trained on, labels trained on
 
+# %% ../nbs/07_shapes.ipynb #edc1fe3f
+def grid(
+    images:torch.Tensor, # (n,3,h,w) uint8
+    columns:int=8, # Pictures per row
+    zoom:int=2, # Every pixel becomes zoom x zoom
+    gap:int=2, # White pixels between them
+)->Image.Image:
+    "Many pictures as one"
+    n,_,h,w = images.shape
+    rows = math.ceil(n/columns)
+    sheet = torch.full((rows*(h+gap)-gap, columns*(w+gap)-gap, 3), 255, dtype=torch.uint8)
+    for i,image in enumerate(images):
+        y,x = (i//columns)*(h+gap), (i%columns)*(w+gap)
+        sheet[y:y+h, x:x+w] = image.permute(1,2,0)
+    return Image.fromarray(sheet.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy())
+
 # %% ../nbs/07_shapes.ipynb #f7667432
 def _length(x, y): return np.sqrt(x*x + y*y)
 def _box(x, y, a, b): return np.maximum(abs(x)-a, abs(y)-b)
@@ -109,22 +125,6 @@ def distance(
     "Distance to the edge of a shape of radius about one (exact along straight edges, close enough at corners)"
     if shape not in _DISTANCES: raise unknown('shape', shape, SHAPES)
     return _DISTANCES[shape](x, y)
-
-# %% ../nbs/07_shapes.ipynb #edc1fe3f
-def grid(
-    images:torch.Tensor, # (n,3,h,w) uint8
-    columns:int=8, # Pictures per row
-    zoom:int=2, # Every pixel becomes zoom x zoom
-    gap:int=2, # White pixels between them
-)->Image.Image:
-    "Many pictures as one"
-    n,_,h,w = images.shape
-    rows = math.ceil(n/columns)
-    sheet = torch.full((rows*(h+gap)-gap, columns*(w+gap)-gap, 3), 255, dtype=torch.uint8)
-    for i,image in enumerate(images):
-        y,x = (i//columns)*(h+gap), (i%columns)*(w+gap)
-        sheet[y:y+h, x:x+w] = image.permute(1,2,0)
-    return Image.fromarray(sheet.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy())
 
 # %% ../nbs/07_shapes.ipynb #690177c7
 DRAWS = ('x y radius tilt hue saturation value light shine focus shadow exposure grain paper strength angle frequency phase '
@@ -180,14 +180,14 @@ def _paper(key, v, x, y):
     spot = _smooth((.05 + .13*col['spot_r'] - far)*12 + .5)*(col['spot']<.35)*.6
     return np.clip(field*(.3 + .7*col['strength']) + spot, 0, 1)
 
-# %% ../nbs/07_shapes.ipynb #d9396a95
+# %% ../nbs/07_shapes.ipynb #d924c2a1
 def _edges(labels, v, xs, ys):
     "(n,s,s) signed distance to the edge, and coordinates relative to the centre and radius, y upwards"
     where = [combinations[l] for l in labels]
     place = np.array([PLACES[o[3]] for o in where], np.float32)
     low,high = np.array([SIZES[o[2]] for o in where], np.float32).T
     r = (low + (high-low)*v['radius'])[:,None,None]
-    centre = lambda o,u: (o + 5*u - 2.5)[:,None,None]
+    centre = lambda o,u: (o + 4*u - 2)[:,None,None]
     px,py = (xs[None,None,:] - centre(place[:,0], v['x']))/r, (centre(place[:,1], v['y']) - ys[None,:,None])/r
     c,s = (o[:,None,None] for o in _turn(v['tilt'], .13))
     x,y,d = c*px + s*py, c*py - s*px, np.empty((len(where), len(ys), len(xs)), np.float32)

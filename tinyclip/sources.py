@@ -100,16 +100,17 @@ class Listing(Source):
         mine = self.at(order.indices(len(self)), order.epoch)
         for i in range(worker*order.size, len(mine), workers*order.size): yield self.read(mine[i:i+order.size])
 
-# %% ../nbs/07_sources.ipynb #4db6389b
+# %% ../nbs/07_sources.ipynb #674ab454
 def read_classnames(
     names, # A list of names, a text file with one name per line, or None
 )->list|None: # The names; a label is a position in them
     "Class names from wherever they are"
     if names is None or not isinstance(names, (str, Path)): return None if names is None else [str(n) for n in names]
-    if not Path(names).is_file(): raise TinyclipError(f'There is no file of class names {str(names)!r}. Give a list, or a text file with one name per line.')
+    if not Path(names).is_file():
+        raise TinyclipError(f'There is no file of class names {str(names)!r}. Give a list, or a text file with one name per line.')
     return [n.strip() for n in Path(names).read_text(encoding='utf-8').splitlines() if n.strip()]
 
-# %% ../nbs/07_sources.ipynb #01bd0ee4
+# %% ../nbs/07_sources.ipynb #85808e4d
 TEMPLATES = ('a photo of a {}.',) # Used where no templates are given
 
 def fill(
@@ -119,10 +120,11 @@ def fill(
     "The captions of a class"
     if isinstance(templates, str): templates = [templates]
     bad = [t for t in templates if not callable(t) and '{}' not in t]
-    if bad or not templates: raise TinyclipError(f"Templates need a place for the class name, like 'a photo of a {{}}.'; got {bad[0] if bad else templates!r}.")
+    if bad or not templates:
+        raise TinyclipError(f"Templates need a place for the class name, like 'a photo of a {{}}.'; got {bad[0] if bad else templates!r}.")
     return [t(name) if callable(t) else t.replace('{}', name) for t in templates]
 
-# %% ../nbs/07_sources.ipynb #8f1d0495
+# %% ../nbs/07_sources.ipynb #d343f307
 def _remote(url): return str(url).startswith('pipe:') or '://' in str(url) # opened by a library, not by us
 
 def expand(
@@ -130,12 +132,15 @@ def expand(
 )->list: # Of existing files, or of URLs
     "The shards that a pattern names; a name that matches nothing is refused"
     try: urls = expand_urls(str(pattern))
-    except Exception as e: raise TinyclipError(f'The shard pattern {str(pattern)!r} cannot be expanded ({e}). Write train-{{0000..0011}}.tar or train-*.tar.') from None
+    except Exception as e:
+        raise TinyclipError(f'The shard pattern {str(pattern)!r} cannot be expanded ({e}). '
+            'Write train-{0000..0011}.tar or train-*.tar.') from None
     found = [u for url in urls for u in ([url] if _remote(url) else sorted(glob.glob(url)) or [url])]
     missing = [u for u in found if not _remote(u) and not Path(u).is_file()]
     if not missing: return found
     beside = sorted(p.name for p in Path(missing[0]).parent.glob('*.tar*'))
-    there = f'the shards beside it: {", ".join(beside[:6])}{", ..." if len(beside)>6 else ""}' if beside else 'there are no shards in that folder'
+    listed = ', '.join(beside[:6]) + (', ...' if len(beside)>6 else '')
+    there = f'the shards beside it: {listed}' if beside else 'there are no shards in that folder'
     what = 'matches no file' if len(missing)==len(found) else f'names {len(missing)} missing files, the first is {Path(missing[0]).name}'
     raise TinyclipError(f'The shard pattern {str(pattern)!r} {what}; {there}.')
 
@@ -150,7 +155,7 @@ def _ends_well(url): # Does a plain local tar end with zeros? (True for all else
         f.seek(-512, 2)
         return not any(f.read())
 
-# %% ../nbs/07_sources.ipynb #8a069ce0
+# %% ../nbs/07_sources.ipynb #8b0b5300
 def read_shard(
     url:str, # A file or anything else webdataset opens
 ): # Yields dicts of bytes by extension with `__key__`; then at most one Skip
@@ -163,7 +168,9 @@ def read_shard(
         n += 1
         yield sample
     if not n and (not problems or 'empty file' in str(problems[0])): yield Skip('empty shard', '', name)
-    elif problems: yield Skip(_shard_trouble(problems[0], n), '', name, f'after {n} samples: {str(next(iter(problems[0].args), problems[0])).split(" @ <")[0]}'[:160])
+    elif problems:
+        said = str(next(iter(problems[0].args), problems[0])).split(' @ <')[0]
+        yield Skip(_shard_trouble(problems[0], n), '', name, f'after {n} samples: {said}'[:160])
     elif not _ends_well(url): yield Skip('truncated shard', '', name, f'after {n} samples: the end mark is missing')
 
 # %% ../nbs/07_sources.ipynb #4238bc29
@@ -181,7 +188,7 @@ def captions_in(
     found = [found] if isinstance(found, str) else found if isinstance(found, list) else []
     return [c.strip() for c in found if isinstance(c, str) and c.strip()]
 
-# %% ../nbs/07_sources.ipynb #64c513f2
+# %% ../nbs/07_sources.ipynb #a7254ed0
 IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'bmp', 'gif', 'tif', 'tiff')
 
 def as_sample(
@@ -200,7 +207,8 @@ def as_sample(
     except ValueError as e: return skip('unreadable caption', str(e)[:100])
     try: label = int(fields['cls']) if 'cls' in fields else None
     except ValueError: return skip('unreadable label', repr(fields['cls'][:20]))
-    if label is not None and classnames and not 0 <= label < len(classnames): return skip('label outside the class names', f'{label} of {len(classnames)} names')
+    if label is not None and classnames and not 0 <= label < len(classnames):
+        return skip('label outside the class names', f'{label}; there are {len(classnames)} names')
     if not captions and label is not None:
         if not classnames: return skip('label without class names', f'label {label}')
         captions = fill(templates, classnames[label])
@@ -215,7 +223,7 @@ def _lane(samples, order, n, number): # chunks of one lane of n, shuffled within
     if order.shuffle: samples = webdataset.shuffle(held, initial=held, rng=order.rng('lane', order.rank, number))(samples)
     while chunk := list(islice(samples, order.size)): yield chunk
 
-# %% ../nbs/07_sources.ipynb #49e3820c
+# %% ../nbs/07_sources.ipynb #d13a613c
 class Shards(Source):
     "Webdataset shards with `txt`, `json` or `cls` beside each image"
     def __init__(self,
@@ -245,13 +253,16 @@ class Shards(Source):
 
     def usable_workers(self, workers, order): # at most one per lane
         if len(self.urls) < order.world:
-            raise TinyclipError(f'{len(self.urls)} shards cannot be dealt to {order.world} processes. Use at least one shard per process: write more, smaller shards.')
+            raise TinyclipError(f'{len(self.urls)} shards cannot be dealt to {order.world} processes. '
+                'Use at least one shard per process: write more, smaller shards.')
         return min(workers, LANES, len(self.urls[order.rank::order.world]))
-    def __repr__(self): return f'{len(self.urls)} shards: {Path(self.urls[0]).name}' + (f' ... {Path(self.urls[-1]).name}' if self.urls[1:] else '')
+    def __repr__(self):
+        return f'{len(self.urls)} shards: {Path(self.urls[0]).name}' + (f' ... {Path(self.urls[-1]).name}' if self.urls[1:] else '')
 
-# %% ../nbs/07_sources.ipynb #42721dc6
-COLUMNS = dict(image_column=('image', 'filepath', 'file_path', 'path', 'file', 'filename', 'file_name', 'image_path', 'image_file', 'image_name'),
-    caption_column=('caption', 'captions', 'text', 'title', 'sentence', 'comment')) # tried in this order when none is named
+# %% ../nbs/07_sources.ipynb #3b93932c
+COLUMNS = dict( # tried in this order when none is named
+    image_column=('image', 'filepath', 'file_path', 'path', 'file', 'filename', 'file_name', 'image_path', 'image_file', 'image_name'),
+    caption_column=('caption', 'captions', 'text', 'title', 'sentence', 'comment'))
 
 def pick_column(
     columns:list, # Those there are
@@ -266,7 +277,7 @@ def pick_column(
     what = f'column {chosen!r}' if chosen else f'column that looks like the {option.split("_")[0]}'
     raise TinyclipError(f'{table!r} has no {what}. Its columns: {columns}. Choose one with {option}=.')
 
-# %% ../nbs/07_sources.ipynb #1e50c113
+# %% ../nbs/07_sources.ipynb #9acbc6b6
 def read_table(
     path, # CSV, TSV, or separated by semicolons
 )->tuple: # (list of columns, list of dicts)
@@ -280,7 +291,8 @@ def read_table(
             rows = csv.DictReader(f, delimiter=max(',\t;', key=first.count))
             return list(rows.fieldnames or []), list(rows)
     except UnicodeDecodeError: raise TinyclipError(f'{path.name!r} is not UTF-8 text. Save it as UTF-8.') from None
-    except csv.Error as e: raise TinyclipError(f'{path.name!r} is not a readable table ({e}). Write it with a CSV library, with quotes around captions.') from None
+    except csv.Error as e:
+        raise TinyclipError(f'{path.name!r} is not a readable table ({e}). Write it with a CSV library.') from None
 
 # %% ../nbs/07_sources.ipynb #807c26c1
 class Csv(Listing):
@@ -306,7 +318,7 @@ class Csv(Listing):
         return Sample(name, self.path.name, file, captions) if captions else Skip('no caption', name, self.path.name)
     def __repr__(self): return f'{len(self)} images in {self.path.name}'
 
-# %% ../nbs/07_sources.ipynb #bb074016
+# %% ../nbs/07_sources.ipynb #9f8347f3
 class Folders(Listing):
     "Images in one folder per class"
     def __init__(self,
@@ -317,19 +329,23 @@ class Folders(Listing):
         self.root,self.templates = Path(root),templates
         folders = sorted(p for p in self.root.iterdir() if p.is_dir() and p.name[0]!='.')
         self.classnames = read_classnames(classnames) or [p.name.replace('_', ' ') for p in folders]
-        if len(self.classnames)!=len(folders): raise TinyclipError(f'{len(self.classnames)} class names for {len(folders)} class folders in {self.root.name!r}. Give one per folder, in alphabetical order.')
+        if len(self.classnames)!=len(folders):
+            raise TinyclipError(f'{len(self.classnames)} class names for {len(folders)} class folders in {self.root.name!r}. '
+                'Give one per folder, in alphabetical order.')
         found = [sorted(f for f in p.iterdir() if f.suffix[1:].lower() in IMAGES) for p in folders]
         self.files = [(f, label) for label,fs in enumerate(found) for f in fs]
         self.notes = [Skip('class folder without images', p.name, self.root.name) for p,fs in zip(folders, found) if not fs]
         if not self.files:
-            raise TinyclipError(f'No folder directly in {self.root.name!r} holds images ({", ".join(p.name for p in folders[:6])}). Name the folder that holds the class folders.')
+            raise TinyclipError(f'No folder directly in {self.root.name!r} holds images ({", ".join(p.name for p in folders[:6])}). '
+                'Name the folder that holds the class folders.')
         fill(templates, '')
     def __len__(self): return len(self.files)
     def read(self, indices): return [self.one(*self.files[i]) for i in indices]
-    def one(self, file, label): return Sample(file.relative_to(self.root).as_posix(), self.root.name, file, fill(self.templates, self.classnames[label]), label)
+    def one(self, file, label):
+        return Sample(file.relative_to(self.root).as_posix(), self.root.name, file, fill(self.templates, self.classnames[label]), label)
     def __repr__(self): return f'{len(self)} images of {len(self.classnames)} classes in {self.root.name}'
 
-# %% ../nbs/07_sources.ipynb #0f673fda
+# %% ../nbs/07_sources.ipynb #16c9c97c
 class Drawn(Listing):
     "Pairs made on the spot by an object with `batch(indices)`"
     def __init__(self,
@@ -341,25 +357,30 @@ class Drawn(Listing):
     def at(self, mine, epoch): return self.maker.epoch(epoch)[mine].tolist() if hasattr(self.maker, 'epoch') else mine
     def read(self, indices):
         images,captions,labels = self.maker.batch(indices)
-        return [Sample(str(i), self.name, im, [c] if isinstance(c, str) else list(c), int(l)) for i,im,c,l in zip(indices, images, captions, labels)]
+        said = [[c] if isinstance(c, str) else list(c) for c in captions]
+        return [Sample(str(i), self.name, im, c, int(l)) for i,im,c,l in zip(indices, images, said, labels)]
     def __repr__(self): return f'{len(self)} pairs an epoch, drawn by {self.maker!r}'
 
-# %% ../nbs/07_sources.ipynb #e04bc904
+# %% ../nbs/07_sources.ipynb #dc032d9e
 def _recognise(source): # -> the class that reads it
     if hasattr(source, 'batch') and hasattr(source, '__len__'): return Drawn
     if isinstance(source, (list, tuple)) and source and all(isinstance(s, (str, Path)) for s in source): return Shards
-    if not isinstance(source, (str, Path)): raise TinyclipError(f'{type(source).__name__} {str(source)[:60]!r} is no source of image-text pairs. {POSSIBLE}')
+    if not isinstance(source, (str, Path)):
+        raise TinyclipError(f'{type(source).__name__} {str(source)[:60]!r} is no source of image-text pairs. {POSSIBLE}')
     text,path = str(source),Path(source)
     if text=='shapes': return Drawn
     if path.suffix.lower() in ('.csv', '.tsv') and not _remote(text): return Csv
     if path.is_dir():
-        if list(path.glob('*.tar')): raise TinyclipError(f"{text!r} is a folder of shards. Say which: {text.rstrip('/')}/*.tar, or {text.rstrip('/')}/train-*.tar.")
+        if list(path.glob('*.tar')):
+            raise TinyclipError(f"{text!r} is a folder of shards. Say which: {path/'*.tar'}, or {path/'train-*.tar'}.")
         if any(p.is_dir() for p in path.iterdir()): return Folders
     elif _remote(text) or re.search(r'\.(tar|tgz)(\.\w+)?$', text): return Shards
-    raise TinyclipError(f'{text!r} is no source of image-text pairs{"" if path.exists() or set("*?{") & set(text) else " (and no such file)"}. {POSSIBLE}')
+    absent = '' if path.exists() or set('*?{') & set(text) else ' (and no such file)'
+    raise TinyclipError(f'{text!r} is no source of image-text pairs{absent}. {POSSIBLE}')
 
-# %% ../nbs/07_sources.ipynb #2284ed89
-POSSIBLE = """Possible: 'shapes' or a Shapes object; webdataset shards ('train-{0000..0011}.tar', 'train-*.tar', a list of these, a URL or 'pipe:...'); a table ('pairs.csv', 'pairs.tsv'); a folder of class folders."""
+# %% ../nbs/07_sources.ipynb #84744b69
+POSSIBLE = ("Possible: 'shapes' or a Shapes object; webdataset shards ('train-{0000..0011}.tar', 'train-*.tar', a list of these, a URL or "
+    "'pipe:...'); a table ('pairs.csv', 'pairs.tsv'); a folder of class folders.")
 
 def as_source(
     source, # What the user calls their data; see `POSSIBLE`
@@ -370,5 +391,7 @@ def as_source(
     make = _recognise(source)
     given = {k:v for k,v in options.items() if v is not None}
     known = make.__init__.__code__.co_varnames[2:make.__init__.__code__.co_argcount]
-    for k in given.keys() - set(known): raise TinyclipError(f'{k}= means nothing for {source!r}' + (f'; it takes {", ".join(known)}.' if known else ', which takes no such options.'))
+    for k in given.keys() - set(known):
+        what = f'it takes {", ".join(known)}' if known else 'it takes no options'
+        raise TinyclipError(f'{k}= means nothing for {source!r}; {what}.')
     return make(Shapes() if isinstance(source, str) and source=='shapes' else source, **given)

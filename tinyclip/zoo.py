@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['CONFIG', 'WEIGHTS', 'KEEP', 'EMBEDDED', 'ASSETS', 'TOKENIZER_KEYS', 'Loaded', 'preprocess_cfg', 'save', 'load',
-           'is_path', 'load_folder', 'read_config', 'load_weights', 'finish', 'preprocess_of', 'load_named', 'load_hub']
+           'is_path', 'load_folder', 'read_config', 'load_weights', 'finish', 'load_named', 'load_hub']
 
-# %% ../nbs/12_zoo.ipynb #96372507
+# %% ../nbs/12_zoo.ipynb #d109ff72
 import json, pickle
 from pathlib import Path
 from typing import NamedTuple
 import open_clip
 import tinyclip
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from .core import TinyclipError, atomic_path, unknown, write_json
+from .data import transforms
 from .inheritance import build
 from .keep import Keep
 from .towers import architecture
@@ -123,24 +124,23 @@ def load_weights(model, folder):
     if odd: raise TinyclipError(f'The weights in {str(folder)!r} do not fit its configuration: {odd[0]}' + (f' (and {len(odd)-1} more).' if len(odd)>1 else '.'))
     model.load_state_dict(state)
 
-# %% ../nbs/12_zoo.ipynb #8039db77
+# %% ../nbs/12_zoo.ipynb #96f178ec
 TOKENIZER_KEYS = ('hf_tokenizer_name', 'tokenizer_mode', 'tokenizer_kwargs')
 
-def finish(model, model_cfg, preprocess, source, folder=None)->Loaded:
-    "Preprocessing, tokenizer and provenance for a model whose weights are in place"
+def finish(
+    model:nn.Module, # With its weights in place
+    model_cfg:dict, # Its configuration: says which tokenizer
+    preprocess:dict, # Its `preprocess_cfg`; CLIP's own constants where it is silent
+    source:str='', # Where open_clip finds the tokenizer; empty for CLIP's own
+    folder:Path|None=None, # Where a keep may lie
+)->Loaded:
+    "Add preprocessing, tokenizer and provenance to a bare model"
     model.visual.preprocess_cfg = {k:v for k,v in merge_preprocess_dict(vars(PreprocessCfg()).copy(), preprocess).items() if k!='size'}
     model.visual.image_mean,model.visual.image_std = (model.visual.preprocess_cfg[k] for k in ('mean', 'std'))
     own = {k:v for k,v in model_cfg['text_cfg'].items() if k in TOKENIZER_KEYS and v}
     if own: model.tokenizer_cfg = own
     if folder and (folder/KEEP).is_file(): model.keep = Keep.from_json((folder/KEEP).read_text())
-    return Loaded(model, preprocess_of(model), open_clip.get_tokenizer(source, context_length=model.context_length))
-
-def preprocess_of(
-    model:nn.Module, # A CLIP
-    train:bool=False, # With open_clip's random resized crop
-): # PIL image -> tensor `(3,h,w)`
-    "The image transform of a model"
-    return image_transform_v2(PreprocessCfg(**preprocess_cfg(model)), is_train=train)
+    return Loaded(model, transforms(model)[1], open_clip.get_tokenizer(source, context_length=model.context_length))
 
 # %% ../nbs/12_zoo.ipynb #4d65275d
 def load_named(

@@ -1,0 +1,5 @@
+"python -m tinyclip ..."
+import sys
+from tinyclip.cli import main
+
+sys.exit(main())
