@@ -124,7 +124,7 @@ def load_weights(model, folder):
     if odd: raise TinyclipError(f'The weights in {str(folder)!r} do not fit its configuration: {odd[0]}' + (f' (and {len(odd)-1} more).' if len(odd)>1 else '.'))
     model.load_state_dict(state)
 
-# %% ../nbs/12_zoo.ipynb #96f178ec
+# %% ../nbs/12_zoo.ipynb #0063970f
 TOKENIZER_KEYS = ('hf_tokenizer_name', 'tokenizer_mode', 'tokenizer_kwargs')
 
 def finish(
@@ -135,7 +135,7 @@ def finish(
     folder:Path|None=None, # Where a keep may lie
 )->Loaded:
     "Add preprocessing, tokenizer and provenance to a bare model"
-    model.visual.preprocess_cfg = {k:v for k,v in merge_preprocess_dict(vars(PreprocessCfg()).copy(), preprocess).items() if k!='size'}
+    model.visual.preprocess_cfg = merge_preprocess_dict(vars(PreprocessCfg()).copy(), preprocess) | dict(size=model.visual.image_size)
     model.visual.image_mean,model.visual.image_std = (model.visual.preprocess_cfg[k] for k in ('mean', 'std'))
     own = {k:v for k,v in model_cfg['text_cfg'].items() if k in TOKENIZER_KEYS and v}
     if own: model.tokenizer_cfg = own
