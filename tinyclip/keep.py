@@ -196,7 +196,7 @@ def then(self,
 
 Keep.then = then
 
-# %% ../nbs/04_keep.ipynb #e9a687ab
+# %% ../nbs/04_keep.ipynb #15eb8ace
 def counted(
     l:Layout, # Of the teacher
     share:float, # Share of the axis' units to keep
@@ -206,9 +206,11 @@ def counted(
     units = l.units[axis]
     return max(1, round(share*units))*l.sizes[axis]//units
 
-def tower_of(axis)->str: return axis.split('.')[0]
+def tower_of(axis:str)->str: # `'image'` or `'text'`
+    "The tower that an axis belongs to"
+    return axis.split('.')[0]
 
-# %% ../nbs/04_keep.ipynb #02a40a31
+# %% ../nbs/04_keep.ipynb #5212b5ac
 def manual(
     model:nn.Module, # The teacher
     image_width:float=1., # Share of the image tower's channels, heads and neurons
@@ -227,7 +229,6 @@ def manual(
     counts = {a:counted(l, shares[tower_of(a)][is_depth(a)], a) for a in l.sizes if a!='embed'}
     return by_counts(model, counts, width_by, depth_by)
 
-# %% ../nbs/04_keep.ipynb #a2e6be35
 def by_counts(
     model:nn.Module, # The teacher
     counts:Mapping, # axis -> how many to keep; axes that are not named stay whole

@@ -78,7 +78,7 @@ class Layout:
         self.depth[self.axis(name, len(blocks), needed=needed)] = path
         for i,block in enumerate(blocks): yield f'{name}.{i}', f'{path}.{i}', block
 
-# %% ../nbs/02_towers.ipynb #f281e324
+# %% ../nbs/02_towers.ipynb #998d8563
 def transformer_layout(
     layout:Layout, # Extended in place
     tower:str, # `'image'` or `'text'`
@@ -107,8 +107,13 @@ def transformer_layout(
             if hasattr(b.ls_2, 'gamma'): layout.dims[f'{p}.ls_2.gamma'] = (read,)
     return W
 
-def has_attention(block)->bool: return getattr(block, 'attn', None) is not None
-def has_mlp(block)->bool: return getattr(block, 'mlp', None) is not None
+def has_attention(block)->bool:
+    "Whether a residual block still attends"
+    return getattr(block, 'attn', None) is not None
+
+def has_mlp(block)->bool:
+    "Whether a residual block still has its MLP"
+    return getattr(block, 'mlp', None) is not None
 
 # %% ../nbs/02_towers.ipynb #cdf2a965
 def vit_layout(layout:Layout, visual:VisionTransformer):
