@@ -145,7 +145,7 @@ def test_ranks_of_a_real_group(tmp_path, monkeypatch):
     assert got[0] + got[1] == said(*(f'caption {i}' for i in range(32)))
 
 def test_fewer_shards_than_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr('tinyclip.data._processes', lambda: (1, 4))
+    monkeypatch.setattr('tinyclip.pairs._processes', lambda: (1, 4))
     with pytest.raises(TinyclipError, match='3 shards cannot be dealt to 4 processes'): list(open_(shards(tmp_path)).epoch(0))
 
 def test_more_workers_than_shards(tmp_path):

@@ -21,7 +21,8 @@ def test_a_sample_depends_on_nothing_else(split):
 def test_another_process_draws_the_same():
     code = 'from tests.test_shapes import print_of; print(print_of("heldout", range(40, 60), seed=5))'
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONHASHSEED':'7'}
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, cwd=os.path.dirname(os.path.dirname(__file__)))
+    root = os.path.dirname(os.path.dirname(__file__))
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, cwd=root)
     assert out.stdout.strip() == print_of('heldout', range(40, 60), seed=5), out.stderr
 
 def test_held_out_combinations_are_never_drawn_nor_said():

@@ -6,16 +6,17 @@
 __all__ = ['SlimAttention', 'SlimBlock', 'build', 'slim_blocks', 'resize_trunk', 'cut_tensor', 'cut_state', 'student_name',
            'empty_branch', 'inherit', 'check_keep', 'check_sizes', 'carry_over', 'fresh']
 
-# %% ../nbs/05_inheritance.ipynb #4b89292f
+# %% ../nbs/05_inheritance.ipynb #088fd2e3
 import copy, json
 from collections.abc import Mapping
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from open_clip.transformer import LayerScale
+from .architecture import architecture, create, static_cfg, with_sizes
 from .core import TinyclipError
 from .keep import Keep, after, is_depth, like, student_sizes
-from .towers import Layout, create, has_attention, has_mlp, layout, static_cfg, architecture, with_sizes
+from .towers import Layout, has_attention, has_mlp, layout
 
 # %% ../nbs/05_inheritance.ipynb #61769a8b
 class SlimAttention(nn.Module):

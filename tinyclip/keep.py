@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['CHOOSERS', 'leading', 'evenly_spaced', 'by_magnitude', 'magnitudes', 'Keep', 'check_indices', 'within', 'is_depth',
            'after', 'student_sizes', 'keep_table', 'describe', 'to_json', 'from_json', 'runs', 'then', 'counted',
-           'tower_of', 'manual', 'by_counts', 'resolve_chooser', 'with_needed', 'choose', 'like', 'same_otherwise',
+           'tower_of', 'by_counts', 'resolve_chooser', 'with_needed', 'manual', 'choose', 'like', 'same_otherwise',
            'tower_kind']
 
-# %% ../nbs/04_keep.ipynb #fc3066ad
+# %% ../nbs/04_keep.ipynb #7401c419
 import fnmatch, json, re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 import torch
 from torch import nn
+from .architecture import config, create
 from .core import Table, TinyclipError, unknown
-from .towers import Layout, config, create, layout
+from .towers import Layout, layout
 
 # %% ../nbs/04_keep.ipynb #bdd1e01a
 def leading(
@@ -210,25 +211,7 @@ def tower_of(axis:str)->str: # `'image'` or `'text'`
     "The tower that an axis belongs to"
     return axis.split('.')[0]
 
-# %% ../nbs/04_keep.ipynb #5212b5ac
-def manual(
-    model:nn.Module, # The teacher
-    image_width:float=1., # Share of the image tower's channels, heads and neurons
-    image_depth:float=1., # Share of its layers (of every stage, in hierarchical towers)
-    text_width:float=1., # Share of the text tower's channels, heads and neurons
-    text_depth:float=1., # Share of its layers
-    width_by='leading', # Chooser for widths: a name of `CHOOSERS` or a function like them
-    depth_by='evenly_spaced', # Chooser for layers
-)->Keep:
-    "Manual inheritance (TinyCLIP, section 3.2): the paper takes `image_width` and `text_depth` below one"
-    shares = {'image':(image_width, image_depth), 'text':(text_width, text_depth)}
-    for t,pair in shares.items():
-        for s,n in zip(pair, ('width', 'depth')):
-            if not 0<s<=1: raise TinyclipError(f'{t}_{n}={s} is not a share; give a number above 0 and at most 1.')
-    l = layout(model)
-    counts = {a:counted(l, shares[tower_of(a)][is_depth(a)], a) for a in l.sizes if a!='embed'}
-    return by_counts(model, counts, width_by, depth_by)
-
+# %% ../nbs/04_keep.ipynb #a2e6be35
 def by_counts(
     model:nn.Module, # The teacher
     counts:Mapping, # axis -> how many to keep; axes that are not named stay whole
@@ -259,6 +242,25 @@ def with_needed(index, needed)->tuple: # As many as before
     must = [i for i in needed if i not in index]
     free = [i for i in index if i not in needed]
     return tuple(sorted({*index, *must} - set(free[len(free)-len(must):])))
+
+# %% ../nbs/04_keep.ipynb #02a40a31
+def manual(
+    model:nn.Module, # The teacher
+    image_width:float=1., # Share of the image tower's channels, heads and neurons
+    image_depth:float=1., # Share of its layers (of every stage, in hierarchical towers)
+    text_width:float=1., # Share of the text tower's channels, heads and neurons
+    text_depth:float=1., # Share of its layers
+    width_by='leading', # Chooser for widths: a name of `CHOOSERS` or a function like them
+    depth_by='evenly_spaced', # Chooser for layers
+)->Keep:
+    "Manual inheritance (TinyCLIP, section 3.2): the paper takes `image_width` and `text_depth` below one"
+    shares = {'image':(image_width, image_depth), 'text':(text_width, text_depth)}
+    for t,pair in shares.items():
+        for s,n in zip(pair, ('width', 'depth')):
+            if not 0<s<=1: raise TinyclipError(f'{t}_{n}={s} is not a share; give a number above 0 and at most 1.')
+    l = layout(model)
+    counts = {a:counted(l, shares[tower_of(a)][is_depth(a)], a) for a in l.sizes if a!='embed'}
+    return by_counts(model, counts, width_by, depth_by)
 
 # %% ../nbs/04_keep.ipynb #4df9bd5c
 def choose(

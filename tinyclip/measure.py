@@ -6,7 +6,7 @@
 __all__ = ['parameters', 'image_size', 'inputs', 'macs', 'flops', 'speeds', 'throughput', 'seconds', 'peak_memory', 'resident',
            'file_size', 'profile', 'costs', 'compare']
 
-# %% ../nbs/09_measure.ipynb #be343869
+# %% ../nbs/09_measure.ipynb #e31c15c4
 import contextlib, copy, ctypes, os, statistics, sys, time
 from pathlib import Path
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from .core import Table, TinyclipError, autocast, evaluating, human
-from .towers import config, create, parts
+from .towers import parts
 
 # %% ../nbs/09_measure.ipynb #adfc0d56
 def parameters(

@@ -15,22 +15,22 @@ from PIL import Image
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from .core import TinyclipError, unknown
 
-# %% ../nbs/07_shapes.ipynb #8ba984dc
+# %% ../nbs/07_shapes.ipynb #29260289
 COLOURS = dict(red=(0,.88,.86), orange=(27,.94,.97), yellow=(53,.86,.98), green=(130,.72,.66), # hue in degrees, saturation, value
                cyan=(182,.78,.86), blue=(220,.82,.86), purple=(274,.64,.70), pink=(332,.44,.99))
 SHAPES = 'circle', 'square', 'triangle', 'star', 'heart', 'cross', 'ring', 'moon'
 SIZES = dict(small=(6.4,7.8), large=(11.2,13.))                                               # radius, in 48ths of the picture
-PLACES = {'top left':(14.5,14.5), 'top right':(33.5,14.5), 'centre':(24,24), 'bottom left':(14.5,33.5), 'bottom right':(33.5,33.5)} # x, y in 48ths
+PLACES = {'top left':(14.5,14.5), 'top right':(33.5,14.5), 'centre':(24,24), 'bottom left':(14.5,33.5), 'bottom right':(33.5,33.5)} # in 48ths
 combinations = [(c,s,z,p) for c in COLOURS for s in SHAPES for z in SIZES for p in PLACES]     # a label is an index into this list
 
-# %% ../nbs/07_shapes.ipynb #4108a209
+# %% ../nbs/07_shapes.ipynb #be5abba8
 WORDS = {'small':('small', 'little', 'tiny'), 'large':('large', 'big', 'huge'), 'purple':('purple', 'violet'), 'cyan':('cyan', 'turquoise'),
          'circle':('circle', 'disc'), 'cross':('cross', 'plus'), 'ring':('ring', 'hoop'), 'moon':('moon', 'crescent'),
          'centre':('in the centre', 'in the middle', 'in the center'),
          **{f'{v} {h}':(f'at the {v} {h}', f'in the {w} {h} corner', f'in the {v} {h}')
             for v,w in (('top','upper'), ('bottom','lower')) for h in ('left','right')}}
-TEMPLATES = ('a {size} {colour} {shape} {place}', 'a photo of a {size} {colour} {shape} {place}', 'a picture of a {size} {colour} {shape} {place}',
-             'there is a {size} {colour} {shape} {place}', '{place}, a {size} {colour} {shape}', 'a {shape} {place}, {size} and {colour}',
+TEMPLATES = ('a {size} {colour} {shape} {place}', 'a photo of a {size} {colour} {shape} {place}',
+             'a picture of a {size} {colour} {shape} {place}', 'there is a {size} {colour} {shape} {place}', '{place}, a {size} {colour} {shape}', 'a {shape} {place}, {size} and {colour}',
              '{size} {colour} {shape} {place}', 'a {colour} {shape}, {size}, {place}')
 PROMPTS = '{}', 'a photo of {}', 'a picture of {}', 'there is {}'    # for zero-shot classification over `classnames`
 
@@ -195,7 +195,7 @@ def _edges(labels, v, xs, ys):
     for k in np.unique(kind): d[kind==k] = distance(SHAPES[k], x[kind==k], y[kind==k])
     return d*r, px, py
 
-# %% ../nbs/07_shapes.ipynb #2dd99f24
+# %% ../nbs/07_shapes.ipynb #7bad65cc
 def _blend(labels, key, size):
     "One chunk of pictures, (n,3,size,size) uint8"
     v = variation(key)
@@ -210,7 +210,8 @@ def _blend(labels, key, size):
     soft = .8 + 1.4*col['focus']*col['focus']                                             # width of the edge, in 48ths: the focus
     inside = 1 - _smooth(edge/soft + .5)
     c,s = _turn(v['light'], .7)                                                           # light from above, more or less
-    lit = .9 + (.16*c[:,None,None]*py + .16*s[:,None,None]*px) + (.1 + .25*col['shine'])*_smooth(.9 - _length(px - .5*s[:,None,None], py - .5*c[:,None,None]))
+    c,s = c[:,None,None],s[:,None,None]
+    lit = .9 + (.16*c*py + .16*s*px) + (.1 + .25*col['shine'])*_smooth(.9 - _length(px - .5*s, py - .5*c))
     step = max(1, round(size*1.6/48))
     fall = np.pad(edge, ((0,0),(step,0),(0,0)), mode='edge')[:,:size]                      # the shadow falls downwards
     shade = 1 - (.1 + .35*col['shadow'])*(1 - _smooth(fall/4 + .4))

@@ -6,7 +6,7 @@
 __all__ = ['CONFIG', 'WEIGHTS', 'KEEP', 'TOKENIZER_KEYS', 'EMBEDDED', 'ASSETS', 'Loaded', 'preprocess_cfg', 'save', 'finish',
            'read_config', 'load_weights', 'load_folder', 'load_named', 'load_hub', 'is_path', 'load']
 
-# %% ../nbs/12_zoo.ipynb #d109ff72
+# %% ../nbs/12_zoo.ipynb #7d67224b
 import json, pickle
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +17,11 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
+from .architecture import architecture
 from .core import TinyclipError, atomic_path, unknown, write_json
-from .data import transforms
 from .inheritance import build
 from .keep import Keep
-from .towers import architecture
+from .pairs import transforms
 
 # %% ../nbs/12_zoo.ipynb #e76343a7
 CONFIG,WEIGHTS,KEEP = 'open_clip_config.json', 'open_clip_model.safetensors', 'keep.json'
