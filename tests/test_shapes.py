@@ -42,8 +42,8 @@ def test_every_value_and_pair_is_trained():
 
 def test_rounds_hold_every_label_once():
     ds = Shapes('heldout', seed=2)
-    for r in range(3): assert sorted(ds.labels(range(r*128, (r+1)*128))) == sorted(heldout)
-    assert list(ds.labels(range(128))) != list(ds.labels(range(128, 256)))
+    for r in range(3): assert sorted(ds.labels(range(r*64, (r+1)*64))) == sorted(heldout)
+    assert list(ds.labels(range(64))) != list(ds.labels(range(64, 128)))
 
 def test_the_shape_stands_where_and_how_the_label_says():
     label = lambda size,place: combinations.index(('red', 'square', size, place))

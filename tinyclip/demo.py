@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IMAGE_WIDTH', 'TEXT_DEPTH', 'RECIPE', 'STYLE', 'TEACHER', 'TEACHER_RECIPE', 'examine', 'students', 'train_students',
-           'row', 'readable', 'run', 'curves', 'loss_curves', 'answers', 'what_they_see', 'judged', 'png',
-           'write_report', 'keep_rows', 'to_html', 'Neighbours', 'train_teacher']
+           'row', 'readable', 'curves', 'loss_curves', 'answers', 'what_they_see', 'judged', 'png', 'keep_rows',
+           'to_html', 'write_report', 'Neighbours', 'train_teacher', 'run']
 
-# %% ../nbs/13_demo.ipynb #41c9c83f
+# %% ../nbs/13_demo.ipynb #95c14c1a
 import base64, html, io
 from pathlib import Path
 import numpy as np
@@ -23,10 +23,10 @@ from .events import read_events
 from .inheritance import build, fresh, inherit
 from .keep import Keep, keep_table, manual
 from .measure import file_size, macs, parameters, throughput
-from .shapes import PROMPTS, SHAPES, Shapes, classnames, combinations, hashed, normalise, trained
+from .shapes import PROMPTS, SHAPES, Shapes, classnames, combinations, hashed, heldout, normalise, trained
 from .zoo import EMBEDDED, WEIGHTS, finish, load, save
 
-# %% ../nbs/13_demo.ipynb #83631c4e
+# %% ../nbs/13_demo.ipynb #718a8f80
 def examine(
     model:nn.Module, # A CLIP that takes the embedded pictures
     preprocess, # Its image transform
@@ -36,7 +36,7 @@ def examine(
 )->dict: # `top1`, `top5`, and retrieval `i2t_r1`, ..., all in 0..1
     "Accuracy and retrieval on combinations that training never shows"
     z = zero_shot(model, tokenizer, labelled(Shapes('heldout', n=n, seed=99), preprocess, 128), classnames, templates)
-    r = retrieval(model, captioned(Shapes('heldout', n=128, seed=98), preprocess, tokenizer, 128))
+    r = retrieval(model, captioned(Shapes('heldout', n=len(heldout), seed=98), preprocess, tokenizer, 64))
     return {k:z[k] for k in ('top1', 'top5')} | {k:v for k,v in r.items() if '_r' in k}
 
 # %% ../nbs/13_demo.ipynb #8a141cad
@@ -74,13 +74,14 @@ def train_students(
         done[name] = d.fit(steps)
     return done
 
-# %% ../nbs/13_demo.ipynb #073466cd
+# %% ../nbs/13_demo.ipynb #0c67dc28
 def row(name, model, preprocess, tokenizer, seconds, bytes_)->dict:
     "One line of the demo's table, as numbers"
     size,found = parameters(model), examine(model, preprocess, tokenizer)
     return dict(model=name, towers=size['towers'], token_table=size['token_table'], total=size['total'], macs=macs(model)['total'],
                 pairs_per_s=throughput(model, 64)['pairs_per_s'], **found, seconds=seconds, bytes=bytes_)
 
+# %% ../nbs/13_demo.ipynb #d922a182
 def readable(
     rows:list, # From `row`, the teacher first
 )->Table: # What the demo prints
@@ -89,29 +90,6 @@ def readable(
     return Table({'model':r['model'], 'tower parameters':human(r['towers']), 'token table':human(r['token_table']), 'MACs':human(r['macs']),
                   'pairs/s':human(round(r['pairs_per_s'])), 'speed':f"{r['pairs_per_s']/first['pairs_per_s']:.2f}x", 'held-out top-1':percent(r['top1']),
                   'image-to-text R@1':percent(r['i2t_r1']), 'training':f"{r['seconds']:.0f} s" if r['seconds'] else '', 'file':human(r['bytes'])+'B'} for r in rows)
-
-# %% ../nbs/13_demo.ipynb #c96540b2
-def run(
-    folder='demo', # Report, students and event logs go here
-    steps:int=300, # Training steps of each student
-    seed:int=0, # Of the random start and of the pictures
-    progress:bool=True, # Show progress bars and the table
-)->dict: # `rows`: the table as numbers; `report` and `student`: what to open and what to load
-    "The demo: two students, one table, one report, one folder to take away"
-    folder = Path(folder)
-    if (folder/'runs').exists(): raise TinyclipError(f"'{folder}' already holds a demo; remove it or choose another folder.")
-    teacher,preprocess,tokenizer = load(EMBEDDED)
-    results = train_students(teacher, preprocess, tokenizer, folder, steps, seed, progress)
-    models = {'teacher':teacher} | {n:r.student for n,r in results.items()}
-    save(models['inherited start'], folder/'student')
-    rows = []
-    for name,m in models.items():
-        place = save(m, folder/'models'/name.replace(' ', '-'))
-        rows.append(row(name, m, preprocess, tokenizer, results[name].seconds if name in results else None, file_size(place/WEIGHTS)))
-    write_json(folder/'results.json', dict(rows=rows, steps=steps, seed=seed, recipe=RECIPE, **environment()))
-    write_report(folder, models, rows, preprocess, tokenizer)
-    if progress: print(readable(rows), f'\n\nReport: {folder/"report.html"}\nStudent: {folder/"student"} (tinyclip.zoo.load reads it; so does open_clip, as local-dir:{folder/"student"})')
-    return dict(rows=rows, report=str(folder/'report.html'), student=str(folder/'student'))
 
 # %% ../nbs/13_demo.ipynb #c5a1cc6a
 def curves(
@@ -170,12 +148,24 @@ def png(image:torch.Tensor)->str: # `(3,h,w)` uint8 to a data URL
     f = io.BytesIO(); Image.fromarray(image.permute(1,2,0).numpy()).save(f, 'PNG')
     return 'data:image/png;base64,' + base64.b64encode(f.getvalue()).decode()
 
-# %% ../nbs/13_demo.ipynb #a8214118
+# %% ../nbs/13_demo.ipynb #88b600da
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:960px;margin:2rem auto;padding:0 1rem;color:#1b1f24;background:#fff}
 h1{margin-bottom:.2rem}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.86rem}td,th{padding:.45rem .6rem;text-align:right;border-bottom:1px solid #ddd}
 td:first-child,th:first-child{text-align:left}.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(210px,1fr));gap:1rem}figure{margin:0;font-size:.78rem}
 img{width:100%;image-rendering:pixelated;border-radius:6px}.say{margin-top:.25rem}.say b{display:block;color:#57606a;font-weight:600}s{color:#c0392b}pre{background:#f4f5f7;padding:.8rem;border-radius:6px;overflow:auto}.scroll{overflow-x:auto}"""
 
+# %% ../nbs/13_demo.ipynb #78b9bc24
+def keep_rows(models)->list:
+    "The keep of the last model that has one"
+    return next((list(keep_table(m.keep)) for m in reversed(models.values()) if isinstance(getattr(m, 'keep', None), Keep)), [])
+
+def to_html(table:Table)->str:
+    "A table as plain HTML"
+    cells = [[html.escape(c) for c in r] for r in table.cells()]
+    line = lambda r,t: '<tr>' + ''.join(f'<{t}>{c}</{t}>' for c in r) + '</tr>'
+    return '<table>' + line(cells[0], 'th') + ''.join(line(r, 'td') for r in cells[1:]) + '</table>'
+
+# %% ../nbs/13_demo.ipynb #9acfd4ae
 def write_report(
     folder:Path, # Of a finished demo
     models:dict, # name -> CLIP, the teacher first
@@ -198,22 +188,12 @@ model, preprocess, tokenizer = load('{html.escape(str(folder/"student"))}')</pre
     (folder/'report.html').write_text(page, encoding='utf-8')
     return folder/'report.html'
 
-def keep_rows(models)->list:
-    "The keep of the last model that has one"
-    return next((list(keep_table(m.keep)) for m in reversed(models.values()) if isinstance(getattr(m, 'keep', None), Keep)), [])
-
-def to_html(table:Table)->str:
-    "A table as plain HTML"
-    cells = [[html.escape(c) for c in r] for r in table.cells()]
-    line = lambda r,t: '<tr>' + ''.join(f'<{t}>{c}</{t}>' for c in r) + '</tr>'
-    return '<table>' + line(cells[0], 'th') + ''.join(line(r, 'td') for r in cells[1:]) + '</table>'
-
-# %% ../nbs/13_demo.ipynb #9a7fe592
+# %% ../nbs/13_demo.ipynb #f276bcaf
 class Neighbours:
     "Training pairs in rounds of all trained combinations, those that differ only in shape side by side"
     def __init__(self,
         tokenizer, # CLIP's
-        batch_size:int=128, # Must divide 512, the number of trained combinations
+        batch_size:int=144, # Must divide 576, the number of trained combinations
         seed:int=0, # Of pictures, captions and order
     ): self.shapes,self.tokenizer,self.batch_size,self.seed = Shapes('train', seed=seed), tokenizer, batch_size, seed
 
@@ -231,15 +211,15 @@ class Neighbours:
             images,captions,_ = self.shapes.batch(order[i*self.batch_size:(i+1)*self.batch_size])
             yield Batch(normalise(images), self.tokenizer(captions))
 
-# %% ../nbs/13_demo.ipynb #ac16aa2c
+# %% ../nbs/13_demo.ipynb #d9e0029b
 TEACHER = dict(embed_dim=64, vision_cfg=dict(image_size=48, layers=6, width=128, head_width=16, patch_size=12),
                text_cfg=dict(context_length=16, vocab_size=49408, width=64, heads=4, layers=6))
-TEACHER_RECIPE = dict(objective='contrastive', lr=1e-3, weight_decay=.1, warmup=.05)
+TEACHER_RECIPE = dict(objective='contrastive', lr=1e-3, weight_decay=.2, warmup=.05, scale='fixed')
 
 def train_teacher(
     folder, # The model's folder; checkpoints and the event log go into `<folder>-run`
     steps:int=2000, # About a quarter of an hour on two cores
-    batch_size:int=128, # Pairs per step
+    batch_size:int=144, # Pairs per step
     seed:int=0, # Of the start and of the pictures
     resume:bool=False, # Go on with an interrupted run
 )->dict: # What `examine` says, and `seconds`
@@ -253,3 +233,26 @@ def train_teacher(
     with torch.no_grad(): model.token_embedding.weight[(model.token_embedding.weight==table).all(1)] = 0 # no gradient and no decay: as they were
     save(model, folder, dtype=torch.float16)
     return examine(load(folder).model, preprocess, tokenizer) | dict(seconds=r.seconds)
+
+# %% ../nbs/13_demo.ipynb #c96540b2
+def run(
+    folder='demo', # Report, students and event logs go here
+    steps:int=300, # Training steps of each student
+    seed:int=0, # Of the random start and of the pictures
+    progress:bool=True, # Show progress bars and the table
+)->dict: # `rows`: the table as numbers; `report` and `student`: what to open and what to load
+    "The demo: two students, one table, one report, one folder to take away"
+    folder = Path(folder)
+    if (folder/'runs').exists(): raise TinyclipError(f"'{folder}' already holds a demo; remove it or choose another folder.")
+    teacher,preprocess,tokenizer = load(EMBEDDED)
+    results = train_students(teacher, preprocess, tokenizer, folder, steps, seed, progress)
+    models = {'teacher':teacher} | {n:r.student for n,r in results.items()}
+    save(models['inherited start'], folder/'student')
+    rows = []
+    for name,m in models.items():
+        place = save(m, folder/'models'/name.replace(' ', '-'))
+        rows.append(row(name, m, preprocess, tokenizer, results[name].seconds if name in results else None, file_size(place/WEIGHTS)))
+    write_json(folder/'results.json', dict(rows=rows, steps=steps, seed=seed, recipe=RECIPE, **environment()))
+    write_report(folder, models, rows, preprocess, tokenizer)
+    if progress: print(readable(rows), f'\n\nReport: {folder/"report.html"}\nStudent: {folder/"student"} (tinyclip.zoo.load reads it; so does open_clip, as local-dir:{folder/"student"})')
+    return dict(rows=rows, report=str(folder/'report.html'), student=str(folder/'student'))

@@ -15,22 +15,24 @@ from PIL import Image
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from .core import TinyclipError, unknown
 
-# %% ../nbs/07_shapes.ipynb #29260289
+# %% ../nbs/07_shapes.ipynb #624393b1
 COLOURS = dict(red=(0,.88,.86), orange=(27,.94,.97), yellow=(53,.86,.98), green=(130,.72,.66), # hue in degrees, saturation, value
                cyan=(182,.78,.86), blue=(220,.82,.86), purple=(274,.64,.70), pink=(332,.44,.99))
 SHAPES = 'circle', 'square', 'triangle', 'star', 'heart', 'cross', 'ring', 'moon'
 SIZES = dict(small=(6.4,7.8), large=(11.2,13.))                                               # radius, in 48ths of the picture
-PLACES = {'top left':(14.5,14.5), 'top right':(33.5,14.5), 'centre':(24,24), 'bottom left':(14.5,33.5), 'bottom right':(33.5,33.5)} # in 48ths
+PLACES = {'top left':(14.5,14.5), 'top right':(33.5,14.5), 'centre':(24,24),                   # x, y in 48ths
+          'bottom left':(14.5,33.5), 'bottom right':(33.5,33.5)}
 combinations = [(c,s,z,p) for c in COLOURS for s in SHAPES for z in SIZES for p in PLACES]     # a label is an index into this list
 
-# %% ../nbs/07_shapes.ipynb #be5abba8
+# %% ../nbs/07_shapes.ipynb #5e0c747b
 WORDS = {'small':('small', 'little', 'tiny'), 'large':('large', 'big', 'huge'), 'purple':('purple', 'violet'), 'cyan':('cyan', 'turquoise'),
          'circle':('circle', 'disc'), 'cross':('cross', 'plus'), 'ring':('ring', 'hoop'), 'moon':('moon', 'crescent'),
          'centre':('in the centre', 'in the middle', 'in the center'),
          **{f'{v} {h}':(f'at the {v} {h}', f'in the {w} {h} corner', f'in the {v} {h}')
             for v,w in (('top','upper'), ('bottom','lower')) for h in ('left','right')}}
 TEMPLATES = ('a {size} {colour} {shape} {place}', 'a photo of a {size} {colour} {shape} {place}',
-             'a picture of a {size} {colour} {shape} {place}', 'there is a {size} {colour} {shape} {place}', '{place}, a {size} {colour} {shape}', 'a {shape} {place}, {size} and {colour}',
+             'a picture of a {size} {colour} {shape} {place}', 'there is a {size} {colour} {shape} {place}',
+             '{place}, a {size} {colour} {shape}', 'a {shape} {place}, {size} and {colour}',
              '{size} {colour} {shape} {place}', 'a {colour} {shape}, {size}, {place}')
 PROMPTS = '{}', 'a photo of {}', 'a picture of {}', 'there is {}'    # for zero-shot classification over `classnames`
 
@@ -68,9 +70,9 @@ def uniform(
     "A uniform number for every tuple of keys"
     return (hashed(*keys) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
 
-# %% ../nbs/07_shapes.ipynb #15a22eb8
+# %% ../nbs/07_shapes.ipynb #abcb5a83
 _draw = hashed(2023, np.arange(len(combinations))).reshape(-1, len(SIZES)*len(PLACES))
-_held = _draw.argsort(1).argsort(1).reshape(-1) < 2
+_held = _draw.argsort(1).argsort(1).reshape(-1) < 1
 heldout,trained = np.flatnonzero(_held), np.flatnonzero(~_held)    # labels never trained on, labels trained on
 
 # %% ../nbs/07_shapes.ipynb #edc1fe3f
