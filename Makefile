@@ -18,6 +18,7 @@ $(READY): settings.ini setup.py
 	@touch $(READY)
 
 demo: $(READY) ## compress a small CLIP, offline, in minutes: demo/report.html
+	@[ ! -e demo ] || { old=demo-$$(date +%Y%m%d-%H%M%S); mv demo $$old; echo "the last demo is now in $$old"; }
 	tinyclip demo --folder demo
 
 test: $(READY) ## every notebook cell that is not flagged, then pytest: CPU, no network

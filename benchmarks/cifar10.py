@@ -6,6 +6,7 @@ import argparse, json, statistics
 from pathlib import Path
 from tinyclip.cli import main
 from tinyclip.core import Table, record_run
+from tinyclip.events import read_events
 
 STARTS = {'random start':['--random-start'], 'inherited start':[]}
 SHAPE = ['--image-width', '0.667', '--text-depth', '0.5']
@@ -34,4 +35,5 @@ if __name__=='__main__':
     a = p.parse_args()
     runs = [dict(start=s, seed=n, **{k:v for k,v in one(a.shared, s, n, a.steps, a.work).items() if k in ('evaluation', 'seconds', 'pairs_per_s', 'losses')}) for n in a.seeds for s in STARTS]
     recipe = dict(teacher='cifar10 (72.0 % top-1 on the same 2,000 photographs)', data='20,000 CIFAR-10 training photographs', shape=SHAPE, steps=a.steps, batch_size=128, lr=5e-4, objective='affinity')
-    print(table(runs), record_run('cifar10-half', recipe, runs, a.seeds))
+    first = read_events(a.work/f'random-start-{a.seeds[0]}', 'config')[0]['environment']
+    print(table(runs), record_run('cifar10-half', recipe, runs, a.seeds, where=first))

@@ -11,13 +11,15 @@ if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--steps', type=int, default=300); p.add_argument('--seeds', type=int, nargs='+', default=[0,1,2]); p.add_argument('--work', type=Path, default=Path('runs/demo'))
     a = p.parse_args()
-    rows = []
+    rows,where = [],None
     for seed in a.seeds:
         done = a.work/str(seed)/'results.json'
         if not done.exists(): run(a.work/str(seed), a.steps, seed)
-        rows += [dict(seed=seed, **r) for r in json.loads(done.read_text())['rows']]
+        saved = json.loads(done.read_text())
+        rows += [dict(seed=seed, **r) for r in saved['rows']]
+        where = where or {k:saved[k] for k in ('commit', 'device', 'torch', 'python')}
     models = list(dict.fromkeys(r['model'] for r in rows))
     pick = lambda m,k: [r[k] for r in rows if r['model']==m]
     spread = lambda v: f'{100*statistics.mean(v):.1f} % (sd {100*statistics.stdev(v):.1f})' if len(v)>1 else f'{100*v[0]:.1f} %'
     print(Table({'model':m, 'held-out top-1':spread(pick(m, 'top1')), 'image-to-text R@1':spread(pick(m, 'i2t_r1'))} for m in models))
-    print(record_run('demo', dict(steps=a.steps, image_width=IMAGE_WIDTH, text_depth=TEXT_DEPTH, **RECIPE), rows, a.seeds))
+    print(record_run('demo', dict(steps=a.steps, image_width=IMAGE_WIDTH, text_depth=TEXT_DEPTH, **RECIPE), rows, a.seeds, where=where))

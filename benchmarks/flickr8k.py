@@ -6,13 +6,14 @@ import argparse, json
 from pathlib import Path
 from tinyclip.cli import main
 from tinyclip.core import Table, record_run, write_json
+from tinyclip.events import read_events
 
-CFG = dict(embed_dim=128, vision_cfg=dict(image_size=64, layers=4, width=128, head_width=32, patch_size=8),
+CFG = dict(embed_dim=128, vision_cfg=dict(image_size=64, layers=4, width=128, head_width=32, patch_size=16),
            text_cfg=dict(context_length=24, vocab_size=49408, width=128, heads=4, layers=2))
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--shared', default='../shared'); p.add_argument('--steps', type=int, default=700); p.add_argument('--work', type=Path, default=Path('runs/flickr8k-scratch'))
+    p.add_argument('--shared', default='../shared'); p.add_argument('--steps', type=int, default=600); p.add_argument('--work', type=Path, default=Path('runs/flickr8k-scratch'))
     a = p.parse_args()
     write_json(a.work/'cfg.json', CFG)
     code = main(['distill', '--student', str(a.work/'cfg.json'), '--data', f'{a.shared}/data/flickr8k/train-*.tar', '--eval-data', f'{a.shared}/data/flickr8k/val-0000.tar',
@@ -21,4 +22,4 @@ if __name__=='__main__':
     r = json.loads((a.work/'run'/'result.json').read_text())
     chance = {f'{d}_r{k}':(1-(1-k/5000)**5 if d=='i2t' else k/1000) for d in ('i2t', 't2i') for k in (1,5,10)}
     print(Table([dict(what='student', **{k:r['evaluation'][k] for k in chance}), dict(what='chance', **chance)]))
-    print(record_run('flickr8k-scratch', dict(student=CFG, objective='contrastive', steps=a.steps, batch_size=128, lr=1e-3), dict(evaluation=r['evaluation'], chance=chance, seconds=r['seconds']), [0]))
+    print(record_run('flickr8k-scratch', dict(student=CFG, objective='contrastive', steps=a.steps, batch_size=128, lr=1e-3), dict(evaluation=r['evaluation'], chance=chance, seconds=r['seconds']), [0], where=read_events(a.work/'run', 'config')[0]['environment']))

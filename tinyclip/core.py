@@ -159,15 +159,16 @@ def environment()->dict: # Commit, device and versions: no host names, no paths
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return dict(commit=commit, device=gpu or f'CPU, {os.cpu_count()} cores', torch=torch.__version__, python=platform.python_version())
 
-# %% ../nbs/00_core.ipynb #925be70e
+# %% ../nbs/00_core.ipynb #6d56b7cc
 def record_run(
     name:str, # Folder below `root`, e.g. `'demo'`
     recipe:dict, # Everything needed to run it again
     metrics, # What came out: JSON-able
     seeds=(), # The seeds behind the metrics
     root='results', # The ledger's folder
+    where:dict|None=None, # `environment()` of the run itself, where that was another process
 )->Path: # The file written
     "Enter a result into the ledger: `<root>/<name>/run.json`"
     path = Path(root)/name/'run.json'
-    write_json(path, dict(recipe=recipe, seeds=list(seeds), metrics=metrics, **environment()))
+    write_json(path, dict(recipe=recipe, seeds=list(seeds), metrics=metrics, **(where or environment())))
     return path

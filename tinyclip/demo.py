@@ -7,8 +7,8 @@ __all__ = ['IMAGE_WIDTH', 'TEXT_DEPTH', 'RECIPE', 'STYLE', 'TEACHER', 'TEACHER_R
            'row', 'readable', 'curves', 'loss_curves', 'answers', 'what_they_see', 'judged', 'png', 'keep_rows',
            'to_html', 'write_report', 'Neighbours', 'train_teacher', 'run']
 
-# %% ../nbs/13_demo.ipynb #95c14c1a
-import base64, html, io
+# %% ../nbs/13_demo.ipynb #60a7e427
+import base64, html, io, math
 from pathlib import Path
 import numpy as np
 import plotly.graph_objects as go
@@ -211,26 +211,28 @@ class Neighbours:
             images,captions,_ = self.shapes.batch(order[i*self.batch_size:(i+1)*self.batch_size])
             yield Batch(normalise(images), self.tokenizer(captions))
 
-# %% ../nbs/13_demo.ipynb #d9e0029b
+# %% ../nbs/13_demo.ipynb #eba617b8
 TEACHER = dict(embed_dim=64, vision_cfg=dict(image_size=48, layers=6, width=128, head_width=16, patch_size=12),
                text_cfg=dict(context_length=16, vocab_size=49408, width=64, heads=4, layers=6))
 TEACHER_RECIPE = dict(objective='contrastive', lr=1e-3, weight_decay=.2, warmup=.05, scale='fixed')
 
 def train_teacher(
     folder, # The model's folder; checkpoints and the event log go into `<folder>-run`
-    steps:int=2000, # About a quarter of an hour on two cores
+    steps:int=2200, # About twenty minutes on two cores
     batch_size:int=144, # Pairs per step
     seed:int=0, # Of the start and of the pictures
+    start=None, # A model folder to begin with; None for random weights
     resume:bool=False, # Go on with an interrupted run
 )->dict: # What `examine` says, and `seconds`
     "Train the embedded teacher from scratch and save it in half precision, with zeros for tokens it never saw"
     seed_everything(seed)
-    model,preprocess,tokenizer = finish(build(TEACHER), TEACHER, {})
+    model,preprocess,tokenizer = load(start) if start else finish(build(TEACHER), TEACHER, {})
+    model.logit_scale.data.fill_(math.log(1/.07)) # CLIP's own start value, and it stays
     table = model.token_embedding.weight.detach().clone()
     d = Distiller(model, None, Neighbours(tokenizer, batch_size, seed), **TEACHER_RECIPE, seed=seed, folder=f'{folder}-run', save_every=200, device='cpu',
                   evaluate=lambda m: examine(m, preprocess, tokenizer, n=256, templates=['{}']), evaluate_every=200)
     r = d.fit(steps, resume)
-    with torch.no_grad(): model.token_embedding.weight[(model.token_embedding.weight==table).all(1)] = 0 # no gradient and no decay: as they were
+    with torch.no_grad(): model.token_embedding.weight[(model.token_embedding.weight==table).all(1)] = 0 # no gradient, no decay: as they were
     save(model, folder, dtype=torch.float16)
     return examine(load(folder).model, preprocess, tokenizer) | dict(seconds=r.seconds)
 

@@ -1,0 +1,39 @@
+"The command line as a shell sees it, and the real teacher on real photographs"
+import json, subprocess, sys
+import pytest
+from tinyclip.cli import main
+
+def test_json_goes_to_standard_output_alone():
+    r = subprocess.run([sys.executable, '-m', 'tinyclip', 'measure', 'shapes-teacher', '--batch-size', '2', '--json'], capture_output=True, text=True)
+    assert r.returncode==0, r.stderr
+    assert json.loads(r.stdout)['rows'][0]['token_table_parameters']==49408*64
+
+@pytest.mark.parametrize('argv,says', [
+    (['eval', 'shapes-teecher', '--data', 'shapes'], "Did you mean 'shapes-teacher'"),
+    (['eval', 'ViT-B-32:openia', '--data', 'shapes'], "Did you mean 'openai'"),
+    (['eval', 'shapes-teacher', '--data', 'nothing-{0..3}.tar'], 'matches no file'),
+    (['distill', '--teacher', 'shapes-teacher', '--data', 'shapes', '--image-width', '1.5', '--steps', '1', '--out', 'unused'], 'image_width=1.5'),
+    (['distill', '--teacher', 'shapes-teacher', '--data', 'shapes', '--student', 'TinyCLIP-ViT-40M-32-Text-19M', '--steps', '1', '--out', 'unused'], 'patch size'),
+    (['distill', '--teacher', 'shapes-teacher', '--data', 'shapes', '--steps', '0', '--out', 'unused'], 'steps=0'),
+    (['measure', '.'], 'holds no model'),
+])
+def test_bad_input_costs_one_sentence(argv, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv)==2
+    err = capsys.readouterr().err
+    assert says in err and err.startswith('tinyclip: ') and 'Traceback' not in err
+    assert not (tmp_path/'unused').exists()
+
+def test_distil_a_real_teacher_resume_and_reload(shared, tmp_path, capsys):
+    args = ['distill', '--teacher', f'{shared}/teachers/cifar10', '--data', f'{shared}/data/cifar10/train-000[01].tar', '--image-width', '.5', '--text-depth', '.5',
+            '--batch-size', '8', '--out', str(tmp_path/'run'), '--json', '--steps', '3']
+    assert main(args)==0
+    assert json.loads(capsys.readouterr().out)['steps']==3
+    assert main(args)==2 and 'already holds a run' in capsys.readouterr().err
+    assert main([*args, '--resume'])==0 # finished: nothing left to do
+    assert main(['measure', str(tmp_path/'run'/'student'), '--batch-size', '2', '--json'])==0
+
+def test_the_real_teacher_scores_what_it_is_known_to(shared, capsys):
+    assert main(['eval', f'{shared}/teachers/cifar10', '--data', f'{shared}/data/cifar10/val-0000.tar', '--json'])==0
+    found = json.loads(capsys.readouterr().out)['rows'][0]
+    assert found['n']==2000 and abs(found['top1']-.7195)<.002
