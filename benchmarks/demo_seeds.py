@@ -9,7 +9,7 @@ from tinyclip.demo import IMAGE_WIDTH, RECIPE, TEXT_DEPTH, run
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--steps', type=int, default=300); p.add_argument('--seeds', type=int, nargs='+', default=[0,1,2]); p.add_argument('--work', type=Path, default=Path('runs/demo'))
+    p.add_argument('--steps', type=int, default=150); p.add_argument('--seeds', type=int, nargs='+', default=[0,1,2]); p.add_argument('--work', type=Path, default=Path('runs/demo'))
     a = p.parse_args()
     rows,where = [],None
     for seed in a.seeds:

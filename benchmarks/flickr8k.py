@@ -13,7 +13,7 @@ CFG = dict(embed_dim=128, vision_cfg=dict(image_size=64, layers=4, width=128, he
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--shared', default='../shared'); p.add_argument('--steps', type=int, default=600); p.add_argument('--work', type=Path, default=Path('runs/flickr8k-scratch'))
+    p.add_argument('--shared', default='../shared'); p.add_argument('--steps', type=int, default=400); p.add_argument('--work', type=Path, default=Path('runs/flickr8k-scratch'))
     a = p.parse_args()
     write_json(a.work/'cfg.json', CFG)
     code = main(['distill', '--student', str(a.work/'cfg.json'), '--data', f'{a.shared}/data/flickr8k/train-*.tar', '--eval-data', f'{a.shared}/data/flickr8k/val-0000.tar',

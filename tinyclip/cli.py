@@ -145,7 +145,7 @@ def _distill(args)->dict:
     if not args.json: print(Table([{k:v for k,v in r.evaluation.items()}]) if r.evaluation else '', f'\nStudent: {out/"student"}')
     return result
 
-# %% ../nbs/14_cli.ipynb #d258eadf
+# %% ../nbs/14_cli.ipynb #554b662e
 def _training_options(p):
     "Options of `tinyclip distill` beside data and student"
     p.add_argument('--teacher', metavar='MODEL', help="a model folder, 'ViT-B-32:laion2b_s34b_b79k', 'hf-hub:...', or 'shapes-teacher'; none to train from scratch")
@@ -166,7 +166,7 @@ def parser()->argparse.ArgumentParser:
         p.add_argument('--json', action='store_true', help='print one JSON object')
         p.set_defaults(command=run)
         return p
-    p = command('demo', _demo); p.add_argument('--folder', default='demo'); p.add_argument('--steps', type=int, default=300); p.add_argument('--seed', type=int, default=0)
+    p = command('demo', _demo); p.add_argument('--folder', default='demo'); p.add_argument('--steps', type=int, default=150); p.add_argument('--seed', type=int, default=0)
     p = command('check', _check); data_options(p); p.add_argument('--model', default='shapes-teacher', help='a CLIP that should know such pairs'); p.add_argument('--n', type=int, default=64)
     p.add_argument('--html', metavar='FILE', help='write the report with its pictures here')
     p = command('distill', _distill); data_options(p); student_options(p); _training_options(p); p.add_argument('--seed', type=int, default=0); _machine_options(p, 'auto')

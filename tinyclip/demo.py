@@ -51,7 +51,7 @@ def students(
     seed_everything(seed)
     return {'random start':fresh(small), 'inherited start':small}
 
-# %% ../nbs/13_demo.ipynb #7149c6da
+# %% ../nbs/13_demo.ipynb #f878cf0d
 RECIPE = dict(objective='affinity', lr=1e-3, weight_decay=.1, warmup=.1, batch_size=128)
 
 def train_students(
@@ -69,7 +69,7 @@ def train_students(
         pairs = open_pairs(Shapes('train', seed=seed+1), preprocess, tokenizer, RECIPE['batch_size'], seed=seed)
         check = lambda m: examine(m, preprocess, tokenizer, n=256, templates=['{}'])
         d = Distiller(student, teacher, pairs, **recipe, seed=seed, folder=folder/'runs'/name.replace(' ', '-'), evaluate=check,
-                      evaluate_every=max(1, steps//8), save_every=steps, log_every=max(1, min(10, steps//4)), progress=progress, device='cpu')
+                      evaluate_every=max(1, steps//6), save_every=steps, log_every=max(1, min(10, steps//4)), progress=progress, device='cpu')
         if progress: print(name)
         done[name] = d.fit(steps)
     return done
@@ -236,10 +236,10 @@ def train_teacher(
     save(model, folder, dtype=torch.float16)
     return examine(load(folder).model, preprocess, tokenizer) | dict(seconds=r.seconds)
 
-# %% ../nbs/13_demo.ipynb #c96540b2
+# %% ../nbs/13_demo.ipynb #6ed5eb87
 def run(
     folder='demo', # Report, students and event logs go here
-    steps:int=300, # Training steps of each student
+    steps:int=150, # Training steps of each student
     seed:int=0, # Of the random start and of the pictures
     progress:bool=True, # Show progress bars and the table
 )->dict: # `rows`: the table as numbers; `report` and `student`: what to open and what to load
