@@ -165,7 +165,7 @@ def to_html(table:Table)->str:
     line = lambda r,t: '<tr>' + ''.join(f'<{t}>{c}</{t}>' for c in r) + '</tr>'
     return '<table>' + line(cells[0], 'th') + ''.join(line(r, 'td') for r in cells[1:]) + '</table>'
 
-# %% ../nbs/13_demo.ipynb #9acfd4ae
+# %% ../nbs/13_demo.ipynb #2eb3995f
 def write_report(
     folder:Path, # Of a finished demo
     models:dict, # name -> CLIP, the teacher first
@@ -180,7 +180,7 @@ def write_report(
     lead = (f"The student has {student['towers']/rows[0]['towers']:.0%} of the teacher's tower parameters. On combinations that no training picture showed, it names {100*student['top1']:.1f} % right "
             f"(teacher {100*rows[0]['top1']:.1f} %, the same student from a random start {100*start['top1']:.1f} %). One seed; see the page on results for several.")
     page = f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>tinyclip demo</title><style>{STYLE}</style>
-<h1>A CLIP of half the size</h1><p>{lead}</p><div class=scroll>{to_html(readable(rows))}</div>
+<h1>A CLIP of about half the size</h1><p>{lead}</p><div class=scroll>{to_html(readable(rows))}</div>
 <h2>While they trained</h2>{plots[0]}{plots[1]}<h2>What they see</h2><p>Pictures of combinations never trained on, and what each model calls them among 640 names. Wrong words are struck out.</p>
 {what_they_see(models, tokenizer)}<h2>What the student inherited</h2><div class=scroll>{to_html(Table(keep_rows(models)))}</div>
 <h2>Take it away</h2><pre>from tinyclip.zoo import load
@@ -211,14 +211,14 @@ class Neighbours:
             images,captions,_ = self.shapes.batch(order[i*self.batch_size:(i+1)*self.batch_size])
             yield Batch(normalise(images), self.tokenizer(captions))
 
-# %% ../nbs/13_demo.ipynb #eba617b8
+# %% ../nbs/13_demo.ipynb #93ac6eb5
 TEACHER = dict(embed_dim=64, vision_cfg=dict(image_size=48, layers=6, width=128, head_width=16, patch_size=12),
                text_cfg=dict(context_length=16, vocab_size=49408, width=64, heads=4, layers=6))
 TEACHER_RECIPE = dict(objective='contrastive', lr=1e-3, weight_decay=.2, warmup=.05, scale='fixed')
 
 def train_teacher(
     folder, # The model's folder; checkpoints and the event log go into `<folder>-run`
-    steps:int=2200, # About twenty minutes on two cores
+    steps:int=3000, # About half an hour on two cores
     batch_size:int=144, # Pairs per step
     seed:int=0, # Of the start and of the pictures
     start=None, # A model folder to begin with; None for random weights

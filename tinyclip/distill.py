@@ -267,7 +267,7 @@ class Distiller:
         "Train for `steps` steps in all; `resume` goes on from the folder's newest checkpoint. See `train`."
         return train(self, steps, resume)
 
-# %% ../nbs/10_distill.ipynb #7a3f270f
+# %% ../nbs/10_distill.ipynb #bd03ef2b
 def newest(
     folder, # A run's folder, or None
     resume:bool, # Go on from what stands there?
@@ -279,7 +279,7 @@ def newest(
     kept = checkpoints(folder)
     if (kept or (folder/'events.jsonl').exists()) and not resume:
         upto = f'up to {kept[-1].name}' if kept else 'without a checkpoint yet'
-        raise TinyclipError(f"'{folder}' already holds a run, {upto}. Go on with it: fit(steps, resume=True), or choose another folder.")
+        raise TinyclipError(f"'{folder}' already holds a run, {upto}. Go on with it: fit(steps, resume=True) or --resume, or choose another folder.")
     return kept[-1] if kept else None
 
 # %% ../nbs/10_distill.ipynb #0e0878f9
