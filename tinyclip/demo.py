@@ -211,7 +211,7 @@ class Neighbours:
             images,captions,_ = self.shapes.batch(order[i*self.batch_size:(i+1)*self.batch_size])
             yield Batch(normalise(images), self.tokenizer(captions))
 
-# %% ../nbs/13_demo.ipynb #93ac6eb5
+# %% ../nbs/13_demo.ipynb #e02ec2f5
 TEACHER = dict(embed_dim=64, vision_cfg=dict(image_size=48, layers=6, width=128, head_width=16, patch_size=12),
                text_cfg=dict(context_length=16, vocab_size=49408, width=64, heads=4, layers=6))
 TEACHER_RECIPE = dict(objective='contrastive', lr=1e-3, weight_decay=.2, warmup=.05, scale='fixed')
@@ -224,7 +224,7 @@ def train_teacher(
     start=None, # A model folder to begin with; None for random weights
     resume:bool=False, # Go on with an interrupted run
 )->dict: # What `examine` says, and `seconds`
-    "Train the embedded teacher from scratch and save it in half precision, with zeros for tokens it never saw"
+    "Train a teacher like the embedded one and save it in half precision, with zeros for tokens it never saw"
     seed_everything(seed)
     model,preprocess,tokenizer = load(start) if start else finish(build(TEACHER), TEACHER, {})
     model.logit_scale.data.fill_(math.log(1/.07)) # CLIP's own start value, and it stays
