@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['data_options', 'source_of', 'student_options', 'read_cfg', 'make_student', 'evaluation', 'parser', 'main']
 
-# %% ../nbs/14_cli.ipynb #b846be35
+# %% ../nbs/14_cli.ipynb #a1090695
 import argparse, json, sys
 from functools import partial
 from pathlib import Path
 from .architecture import config
-from .core import PRECISIONS, Table, TinyclipError, human, pick_device, seed_everything, write_json
+from .core import PRECISIONS, Table, TinyclipError, pick_device, seed_everything, write_json
 from .data import captioned, check, labelled, open_pairs, transforms
 from .demo import run as run_demo
 from .distill import Distiller
@@ -23,7 +23,7 @@ from .shapes import Shapes
 from .sources import Drawn, as_source
 from .zoo import Loaded, finish, load, save
 
-# %% ../nbs/14_cli.ipynb #cc005c2b
+# %% ../nbs/14_cli.ipynb #044eae9d
 def data_options(
     p:argparse.ArgumentParser, # A command's parser
     flag:str='--data', # The option that names the data
@@ -31,7 +31,7 @@ def data_options(
     "Options that say which image-text pairs"
     p.add_argument(flag, required=True, metavar='SOURCE', help="'shapes', shards ('train-{0000..0011}.tar'), a table (pairs.csv), or a folder of class folders")
     p.add_argument('--classnames', metavar='FILE', help='one class name per line, for shards with cls')
-    p.add_argument('--templates', default=None, help=f"prompts for class names: {', '.join(TEMPLATES)}, or a text with {{}}")
+    p.add_argument('--templates', default=None, help=f"prompts for class names at evaluation: {', '.join(TEMPLATES)}, or a text with {{}}")
     p.add_argument('--image-column', metavar='NAME', help='column of image paths in a table')
     p.add_argument('--caption-column', metavar='NAME', help='column (or json key) of captions')
     p.add_argument('--workers', type=int, default=0, metavar='N', help='loader processes (default 0: load in this process)')
@@ -46,7 +46,7 @@ def source_of(
     options = dict(classnames=args.classnames, image_column=args.image_column, caption_column=args.caption_column)
     return as_source(which or args.data, **{k:v for k,v in options.items() if v is not None})
 
-# %% ../nbs/14_cli.ipynb #b74ca121
+# %% ../nbs/14_cli.ipynb #46091bb6
 def student_options(p:argparse.ArgumentParser):
     "Options that say what is trained"
     p.add_argument('--student', metavar='CONFIG', help="a configuration: a name like TinyCLIP-ViT-40M-32-Text-19M, or a JSON file; without a teacher also a model folder")
@@ -62,6 +62,7 @@ def read_cfg(name:str)->dict: # open_clip's `model_cfg`
     if path.suffix!='.json': return config(name)
     try: cfg = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: raise TinyclipError(f'{name!r} cannot be read as a JSON configuration: {e}.') from e
+    if not isinstance(cfg, dict): raise TinyclipError(f'{name!r} holds a {type(cfg).__name__}, not a configuration; give an object with embed_dim, vision_cfg and text_cfg.')
     return cfg.get('model_cfg', cfg)
 
 def make_student(

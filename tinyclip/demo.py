@@ -211,7 +211,7 @@ class Neighbours:
             images,captions,_ = self.shapes.batch(order[i*self.batch_size:(i+1)*self.batch_size])
             yield Batch(normalise(images), self.tokenizer(captions))
 
-# %% ../nbs/13_demo.ipynb #e02ec2f5
+# %% ../nbs/13_demo.ipynb #458b6a1e
 TEACHER = dict(embed_dim=64, vision_cfg=dict(image_size=48, layers=6, width=128, head_width=16, patch_size=12),
                text_cfg=dict(context_length=16, vocab_size=49408, width=64, heads=4, layers=6))
 TEACHER_RECIPE = dict(objective='contrastive', lr=1e-3, weight_decay=.2, warmup=.05, scale='fixed')
@@ -232,7 +232,8 @@ def train_teacher(
     d = Distiller(model, None, Neighbours(tokenizer, batch_size, seed), **TEACHER_RECIPE, seed=seed, folder=f'{folder}-run', save_every=200, device='cpu',
                   evaluate=lambda m: examine(m, preprocess, tokenizer, n=256, templates=['{}']), evaluate_every=200)
     r = d.fit(steps, resume)
-    with torch.no_grad(): model.token_embedding.weight[(model.token_embedding.weight==table).all(1)] = 0 # no gradient, no decay: as they were
+    if not start: # a start has its zeros already, and knows words that a short run may not meet
+        with torch.no_grad(): model.token_embedding.weight[(model.token_embedding.weight==table).all(1)] = 0 # no gradient, no decay: as they were
     save(model, folder, dtype=torch.float16)
     return examine(load(folder).model, preprocess, tokenizer) | dict(seconds=r.seconds)
 
