@@ -4,6 +4,8 @@ import pytest, torch
 from safetensors.torch import load_file
 from tinyclip.inheritance import build, inherit
 from tinyclip.losses import affinity_mimicking, contrastive
+from tinyclip.masking import MaskedCLIP
+from tinyclip.masks import Constraint, chance_open, eval_masks, hard_concrete, released_count, soft_values, target_share
 
 def relative(got, want): return ((got-want).norm()/want.norm()).item()
 
@@ -40,3 +42,52 @@ def test_manual(vectors, case):
         for kind,f in ours.items():
             want = io[f'{who}_{kind}_features']
             assert (f-want).abs().max() <= 1e-5*want.abs().max(), (who, kind)
+
+
+KINDS = ('hidden', 'heads', 'intermediate')
+
+@pytest.mark.parametrize('case', range(4))
+def test_hard_concrete(vectors, case):
+    cfg,v = json.loads((vectors/'meta.json').read_text())['l0'][case], load_file(vectors/f'l0_{case}.safetensors')
+    log_alpha = {k:v[f'{k}_loga'].clone().requires_grad_() for k in KINDS}
+    chance = {k:chance_open(a) for k,a in log_alpha.items()}
+    expected,prunable = released_count(*(chance[k] for k in KINDS))
+    done = cfg['step']/cfg['lagrangian_warmup'] if cfg['lagrangian_warmup'] else 1.
+    target = target_share(done, 1-cfg['start_sparsity'], 1-cfg['target_sparsity'], warmup=1.)
+    constraint = Constraint(1, 'one-sided')
+    assert constraint.linear.item()==v['lambda_1'].item() and constraint.quadratic.item()==v['lambda_2'].item()
+    penalty = constraint((expected/prunable)[None], target)
+    penalty.backward()
+    whole = lambda k: torch.cat([eval_masks(a) for a in log_alpha[k].detach().view(-1, log_alpha[k].shape[-1])])
+    ours = dict(expected_params=expected, expected_sparsity=1-expected/prunable, lagrangian=penalty, target_sparsity=torch.tensor(1-target),
+                sample_heads=hard_concrete(log_alpha['heads'], v['u_heads']))
+    for k in KINDS: ours |= {f'p_open_{k}':chance[k], f'grad_{k}':log_alpha[k].grad, f'eval_{k}_z':whole(k), f'soft_{k}_z':soft_values(log_alpha[k])}
+    assert prunable==v['prunable'].item()
+    for name,got in ours.items():
+        got,want = got.detach().reshape(v[name].shape), v[name]
+        assert (got-want).norm() <= 1e-5*want.norm(), name # also where all of it is zero
+
+def masked_clip(vectors, case):
+    "The recorded dense model with the recorded log alphas"
+    cfg = json.loads((vectors/'meta.json').read_text())['masked'][case]
+    model = build(cfg).eval()
+    model.load_state_dict(strip(load_file(vectors/f'masked_{case}_dense.safetensors')))
+    masked,recorded = MaskedCLIP(model).eval(), load_file(vectors/f'masked_{case}_loga.safetensors')
+    for name,part in masked.by_group(masked.log_alpha.data).items():
+        tower,*rest = name.split('.')
+        v = recorded[f"{tower}_{dict(heads='heads', ffn='intermediate', width='hidden')[rest[-1]]}_loga"]
+        part.copy_(v[int(rest[1])] if len(rest)>1 else v)
+    return masked
+
+@pytest.mark.parametrize('case', range(3))
+def test_masked(vectors, case):
+    masked,io,z = masked_clip(vectors, case), load_file(vectors/f'masked_{case}_io.safetensors'), load_file(vectors/f'masked_{case}_z.safetensors')
+    assert torch.allclose(masked.values()['image.layers.1.ffn'], z['image_intermediate_z'][1].flatten(), atol=1e-7)
+    cut = masked.cut()
+    if case==2: assert 'image.layers.0.heads' in cut.keep.axes and not cut.keep['image.layers.0.heads']
+    for kind in ('image', 'text'):
+        with torch.no_grad(): ours,dense = (getattr(m, f'encode_{kind}')(io[kind]) for m in (masked, cut))
+        want = io[f'masked_{kind}_features']
+        assert relative(ours, want) <= 1e-4, kind
+        assert (dense-ours).abs().max() <= 1e-5*ours.abs().max(), kind
+        assert relative(io[f'pruned_{kind}_features'], want) > .01, 'the released cut is another model; ours is not'

@@ -129,7 +129,7 @@ def scores(
     try: return {str(k):float(v) for k,v in said.items()}
     except (AttributeError, TypeError, ValueError): raise TinyclipError(f'evaluate= must return a dict of numbers, and returned {said!r}.') from None
 
-# %% ../nbs/10_distill.ipynb #8212124c
+# %% ../nbs/10_distill.ipynb #19139082
 class Run:
     "A run on its way: where it stands, what it says, and what it writes to stand there again"
     def __init__(self,
@@ -155,7 +155,9 @@ class Run:
         r1,chance = out['r1'].item(), out['chance'].item()
         scale = {} if self.engine.scale is None else dict(scale=self.engine.scale.exp().item())
         parts = {f'loss/{k}':v for k,v in r.losses.items() if k!='loss'}
-        self.emit('log', loss=r.losses['loss'], **parts, lr=lr, **scale, r1=r1, chance=chance, pairs_per_s=rate, skipped=r.skipped, skipped_pairs=self.skipped_pairs())
+        penalty = self.engine.penalty.report() if self.engine.penalty else {}
+        self.emit('log', loss=r.losses['loss'], **parts, **penalty, lr=lr, **scale, r1=r1, chance=chance, pairs_per_s=rate, skipped=r.skipped, skipped_pairs=self.skipped_pairs())
+        if self.engine.penalty: self.emit('masks', open=self.engine.penalty.picture())
         if tally['longest'] > self.max_skipped: raise TinyclipError(self.hopeless(tally['longest'], lr))
         self.recent.append((r1, chance))
         if self.warned or r.steps < max(PATIENCE, self.config['warmup']*self.config['steps']) or not at_chance(self.recent): return
@@ -192,7 +194,7 @@ def assess(
         if run.engine.accelerator.is_main_process: run.result.evaluation = scores(evaluate, run.engine.plain)
     run.emit('evaluation', **{f'eval/{k}':v for k,v in run.result.evaluation.items()})
 
-# %% ../nbs/10_distill.ipynb #bcccf06c
+# %% ../nbs/10_distill.ipynb #e578a21d
 def write_run(
     run:Run, # Between two steps
 ):
@@ -202,13 +204,14 @@ def write_run(
     with aside(run):
         places = gather_object([run.place])
         so_far = {k:v for k,v in vars(r).items() if k not in ('student', 'finished')} | dict(seconds=r.seconds+time.perf_counter()-run.mark)
-        trainer = dict(config=run.config, places=places, seen=run.seen+run.pairs, so_far=so_far, optimizer=run.engine.optimizer.state_dict(),
+        penalty = run.engine.penalty and run.engine.penalty.state_dict()
+        trainer = dict(config=run.config, penalty=penalty, places=places, seen=run.seen+run.pairs, so_far=so_far, optimizer=run.engine.optimizer.state_dict(),
             skipped=run.engine.tally.skipped.cpu(), scaler=a.scaler and a.scaler.state_dict())
         if a.is_main_process: path = save_checkpoint(run.folder, r.steps, run.engine.plain, trainer)
     run.saved = r.steps
     if a.is_main_process: run.emit('checkpoint', name=path.name)
 
-# %% ../nbs/10_distill.ipynb #5de1728e
+# %% ../nbs/10_distill.ipynb #69121d8b
 def read_run(
     run:Run, # A fresh one
     path, # A checkpoint of the same run
@@ -217,11 +220,12 @@ def read_run(
     e = run.engine
     trainer = load_checkpoint(path, e.plain, run.config)
     e.optimizer.load_state_dict(trainer['optimizer']); e.tally.skipped = trainer['skipped'].to(e.accelerator.device)
+    if trainer['penalty']: e.penalty.load_state_dict(trainer['penalty'])
     if trainer['scaler']: e.accelerator.scaler.load_state_dict(trainer['scaler'])
     vars(run.result).update(trainer['so_far'])
     run.place,run.seen,run.saved = tuple(trainer['places'][e.accelerator.process_index]), trainer['seen'], run.result.steps
 
-# %% ../nbs/10_distill.ipynb #18ff7bbf
+# %% ../nbs/10_distill.ipynb #ef91baef
 class Distiller:
     "Train a student to match pairs as its teacher does"
     def __init__(self,
@@ -231,7 +235,8 @@ class Distiller:
         *,
         objective='affinity', # A name, a list of names, a dict name -> weight, or an `Objective`
         lr:float=5e-4, # Highest learning rate
-        warmup:float=.05, # Share of the steps that climb to it; then a cosine to zero
+        warmup:float=.05, # Share of the steps that climb to it
+        schedule:str='cosine', # Then a cosine to zero, or `'constant'`
         weight_decay:float=.2, # Of matrices only, see `parameter_groups`
         betas=(.9, .98), # AdamW's
         clip_norm:float|None=1., # Limit on the gradient's norm; None for no limit
@@ -244,6 +249,7 @@ class Distiller:
         save_every:int=1000, # Steps between two checkpoints; there is always one at the end
         evaluate=None, # Called with the student (eval mode, no gradients); returns a dict of numbers
         evaluate_every:int|None=None, # Steps between two evaluations; None for the end only
+        penalty=None, # A `tinyclip.sparsity.Sparsity` for the student's masks, or anything that works like it; added to the loss
         max_skipped:int=10, # More bad (not finite) steps in a row than this end the run
         listeners=(), # Called with every event, see `tinyclip.events`
         trackers=(), # `'tensorboard'`, `'wandb'`, ...: whatever accelerate logs to
@@ -251,15 +257,16 @@ class Distiller:
     ):
         self.student,self.teacher,self.pairs,self.objective = student, teacher, pairs, objective if isinstance(objective, Objective) else Objective(objective)
         if scale not in ('learned', 'fixed'): raise unknown('scale', scale, ['learned', 'fixed'])
+        if schedule not in ('cosine', 'constant'): raise unknown('schedule', schedule, ['cosine', 'constant'])
         if not lr>0: raise TinyclipError(f'lr={lr} trains nothing: give a positive learning rate.')
         if not 0<=warmup<=1: raise TinyclipError(f'warmup={warmup} is a share of the steps: give a number from 0 to 1.')
         if log_every<1 or save_every<1: raise TinyclipError('log_every= and save_every= count steps: give 1 or more.')
         check_models(student, teacher, self.objective)
         if not self.objective.needs_teacher: self.teacher = None # it would be run for nothing
-        self.recipe = dict(lr=lr, warmup=warmup, weight_decay=weight_decay, betas=betas, clip_norm=clip_norm, scale=scale, seed=seed)
+        self.recipe = dict(lr=lr, warmup=warmup, schedule=schedule, weight_decay=weight_decay, betas=betas, clip_norm=clip_norm, scale=scale, seed=seed) | (dict(penalty=penalty.config) if penalty else {})
         self.where = dict(precision=precision, device=device, trackers=trackers, folder=folder)
         self.folder,self.every,self.evaluate = folder and Path(folder), dict(log=log_every, save=save_every, evaluate=evaluate_every), evaluate
-        self.max_skipped,self.listeners,self.progress,self.stopping = max_skipped, listeners, progress, threading.Event()
+        self.penalty,self.max_skipped,self.listeners,self.progress,self.stopping = penalty, max_skipped, listeners, progress, threading.Event()
 
     def stop(self): self.stopping.set() # from any thread: `fit` ends after the step, writes a checkpoint and returns
 
@@ -303,7 +310,7 @@ def open_events(
     else: events.emit('config', step=0, **config, intervals=job.every, student_parameters=sum(p.numel() for p in job.student.parameters()), environment=environment())
     return events
 
-# %% ../nbs/10_distill.ipynb #5114582f
+# %% ../nbs/10_distill.ipynb #396a28ec
 def advance(
     run:Run, # Moved by one step
     job:Distiller, # What is due when
@@ -318,10 +325,10 @@ def advance(
         raise
     if not run.seen: check_batch(batch, run.engine.plain)
     seed_everything(step_seed(c['seed'], r.steps, a.process_index))
-    lr = learning_rate(r.steps, c['steps'], c['lr'], c['warmup'])
+    lr,done = learning_rate(r.steps, c['steps'], c['lr'], c['warmup'], c['schedule']), r.steps/c['steps']
     r.steps += 1
     watch = r.steps==1 or due(job.every['log'])
-    out = run.engine.update(batch, lr, watch)
+    out = run.engine.update(batch, lr, watch, done)
     run.place,run.pairs = (epoch, taken), run.pairs+len(batch.image)*a.num_processes
     if watch: run.log(out, lr)
     if due(job.every['evaluate']): assess(run, job.evaluate)
@@ -351,7 +358,7 @@ def loop(
     run.result.finished = run.result.steps==steps
     run.emit('end', finished=run.result.finished, reason='done' if run.result.finished else 'stopped')
 
-# %% ../nbs/10_distill.ipynb #c2b98975
+# %% ../nbs/10_distill.ipynb #08fb767d
 def train(
     job:Distiller, # What to train, and how
     steps:int, # In all, those before a resume included
@@ -364,7 +371,7 @@ def train(
     size = job.teacher and sum(p.numel() for p in job.teacher.parameters())
     o,known = job.objective,dict(precision=a.mixed_precision, processes=a.num_processes, teacher_parameters=size)
     config = plain(dict(steps=steps, objective=o.weights, student_scale=o.student_scale, teacher_scale=o.teacher_scale, **job.recipe, **known))
-    engine = Engine(job.student, job.teacher, job.objective, a, **{k:job.recipe[k] for k in ('weight_decay', 'betas', 'clip_norm', 'scale')})
+    engine = Engine(job.student, job.teacher, job.objective, a, **{k:job.recipe[k] for k in ('weight_decay', 'betas', 'clip_norm', 'scale')}, penalty=job.penalty)
     run = Run(engine, Events(), config, job.folder, job.max_skipped, lambda: sum(getattr(job.pairs, 'skipped', {}).values()))
     try:
         if last: read_run(run, last)

@@ -59,30 +59,34 @@ def step(
     losses['loss'] = losses['loss'] + 0*s.scale # data-parallel training waits for a gradient of all that `forward` returned
     return losses | in_batch_r1(s, batch.text) if watch else losses
 
-# %% ../nbs/10_engine.ipynb #26629e34
+# %% ../nbs/10_engine.ipynb #3c0ca4a9
 def parameter_groups(
     model:nn.Module, # Its parameters with `requires_grad`
     weight_decay:float, # For those that decay
+    apart=(), # Parameters that others take care of
 )->list[dict]: # Two groups for a torch optimiser: with decay, without
     "Split parameters by whether weight decay applies"
     own = lambda prefix,name: f'{prefix}.{name}'.lstrip('.')
     spared = {own(m, n) for m,o in model.named_modules() if hasattr(o, 'no_weight_decay') for n in o.no_weight_decay()}
     spared |= {own(m, 'weight') for m,o in model.named_modules() if isinstance(o, nn.Embedding)}
-    named = [(n, p) for n,p in model.named_parameters() if p.requires_grad]
+    apart = {id(p) for p in apart}
+    named = [(n, p) for n,p in model.named_parameters() if p.requires_grad and id(p) not in apart]
     decays = lambda n,p: p.ndim>=2 and n not in spared
     return [dict(params=[p for n,p in named if decays(n, p)], weight_decay=weight_decay),
             dict(params=[p for n,p in named if not decays(n, p)], weight_decay=0.)]
 
-# %% ../nbs/10_engine.ipynb #e39ec4b7
+# %% ../nbs/10_engine.ipynb #73e11dc9
 def learning_rate(
     step:int, # Steps done before this one
     steps:int, # Steps of the run
     peak:float, # The highest rate
     warmup:float=.05, # Share of the steps that climb to it
+    schedule:str='cosine', # After the warm-up: `'cosine'`, or `'constant'` at the highest rate
 )->float:
-    "Linear warm-up, then a cosine that ends at zero"
+    "Linear warm-up, then a cosine that ends at zero, or a plateau"
     climb = math.ceil(warmup*steps)
     if step < climb: return peak*(step+1)/climb
+    if schedule=='constant': return peak
     return peak*.5*(1+math.cos(math.pi*(step-climb)/(steps-climb)))
 
 # %% ../nbs/10_engine.ipynb #497d3299
@@ -114,7 +118,7 @@ def on_device(
     "Move a batch; from pinned memory the copy overlaps with computation"
     return batch._replace(image=batch.image.to(device, non_blocking=True), text=batch.text.to(device, non_blocking=True))
 
-# %% ../nbs/10_engine.ipynb #5f3a7724
+# %% ../nbs/10_engine.ipynb #c30fd821
 class Engine:
     "A student with its teacher, optimiser and precision; `update` moves it by one batch"
     def __init__(self,
@@ -122,30 +126,37 @@ class Engine:
         teacher:nn.Module|None, # Only looked at
         objective:Objective, # What to minimise
         accelerator:Accelerator, # Device, precision, processes
-        weight_decay=.2, betas=(.9, .98), clip_norm=1., scale='learned', # As in `Distiller`
+        weight_decay=.2, betas=(.9, .98), clip_norm=1., scale='learned', penalty=None, # As in `Distiller`
     ):
-        self.accelerator,self.objective,self.clip_norm,device = accelerator,objective,clip_norm,accelerator.device
+        self.accelerator,self.objective,self.clip_norm,self.penalty,device = accelerator,objective,clip_norm,penalty,accelerator.device
         self.plain,self.teacher = student.to(device).train(), teacher and teacher.to(device).eval()
         self.trainable,self.forward = [(p, p.requires_grad) for p in student.parameters()], vars(student).get('forward')
         self.scale,bias = [getattr(student, n, None) for n in ('logit_scale', 'logit_bias')]
         for p,fixed in ((self.scale, scale=='fixed'), (bias, True)): # no softmax feels a bias
             if p is not None and fixed: p.requires_grad_(False)
         self.fused = device.type in ('cpu', 'cuda')
-        adamw = torch.optim.AdamW(parameter_groups(student, weight_decay), lr=0., betas=betas, eps=1e-6, fused=self.fused)
+        own = penalty.groups() if penalty else []
+        plain = parameter_groups(student, weight_decay, [p for g in own for p in g['params']])
+        adamw = torch.optim.AdamW(plain+own, lr=0., betas=betas, eps=1e-6, fused=self.fused)
         self.student,self.optimizer = accelerator.prepare(student, adamw)
         self.stats,self.tally = [b for m in student.modules() if isinstance(m, _BatchNorm) for b in m.buffers()], Tally(device)
 
-    def update(self, batch, lr:float, watch:bool=False)->dict:
-        "One step at rate `lr`; returns what `step` returns. A bad batch leaves the student as it was."
+    def update(self, batch, lr:float, watch:bool=False, done:float=0.)->dict:
+        "One step at rate `lr`, with a share `done` of the run over; returns what `step` returns. A bad batch leaves the student as it was."
         a,opt,stats = self.accelerator,self.optimizer,[b.clone() for b in self.stats]
-        for g in opt.param_groups: g['lr'] = lr
+        weights = [g for g in opt.param_groups if not g.get('fixed')]
+        for g in weights: g['lr'] = lr
         with a.autocast(): out = step(self.student, self.teacher, on_device(batch, a.device), self.objective, watch)
+        if self.penalty:
+            out['penalty'] = self.penalty(done)
+            out['loss'] = out['loss'] + out['penalty']
         a.backward(out['loss'])
-        norm = a.clip_grad_norm_([p for g in opt.param_groups for p in g['params']], self.clip_norm or math.inf)
+        norm = a.clip_grad_norm_([p for g in weights for p in g['params']], self.clip_norm or math.inf)
         ok = torch.isfinite(norm) & torch.isfinite(out['loss'].detach())
         if self.fused: opt.optimizer.found_inf = (~ok).float()
         if self.fused or ok: opt.step()
         opt.zero_grad()
+        if self.penalty: self.penalty.after_step()
         for b,old in zip(self.stats, stats): b.copy_(torch.where(ok, b, old))
         if self.scale is not None: self.scale.data.clamp_(0, math.log(100))
         self.tally.add({k:v for k,v in out.items() if k not in ('r1', 'chance')}, ok)

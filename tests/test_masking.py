@@ -1,0 +1,251 @@
+"Masked models: equal to their cut, at home in everything that trains a model, and exact in size"
+import copy, os, subprocess, sys
+from pathlib import Path
+import pytest, torch
+from hypothesis import given, strategies as st
+from safetensors.torch import load_file
+from test_distill import Pairs, different, job, tiny, when
+from test_inheritance import models, outputs, quick
+from tinyclip.architecture import architecture, create
+from tinyclip.checkpoint import checkpoints
+from tinyclip.core import TinyclipError
+from tinyclip.engine import step
+from tinyclip.events import read_events
+from tinyclip.inheritance import build
+from tinyclip.losses import Objective
+from tinyclip.masking import BRANCHES, KINDS, MaskedCLIP
+from tinyclip.masks import Size
+from tinyclip.measure import parameters
+from tinyclip.sparsity import Goal, Sparsity
+
+def scatter(masked, scale, seed=0):
+    "Masks at random: soft ones with a small scale, hard ones with a large one"
+    masked.log_alpha.data.copy_(scale*torch.randn(masked.log_alpha.shape, generator=torch.Generator().manual_seed(seed)))
+    return masked.eval()
+
+def apart(a, b): return max(((x-y).abs().max()/y.abs().max().clamp(min=1e-6)).item() for x,y in zip(outputs(a), outputs(b)))
+
+# --- masked == cut
+
+@quick
+@given(st.data())
+def test_masked_equals_cut(data):
+    model = data.draw(models())
+    for p in model.parameters(): # biases and norms start at 0 and 1, where mistakes do not show
+        if p.ndim==1: torch.nn.init.normal_(p, 1. if p.mean()>.5 else 0., .5)
+    kinds = data.draw(st.sets(st.sampled_from([*KINDS, *BRANCHES]), min_size=1))
+    masked = scatter(MaskedCLIP(model, sorted(kinds)), data.draw(st.sampled_from([.5, 2., 20.])), data.draw(st.integers(0, 99)))
+    cut = masked.cut()
+    assert apart(masked, cut) <= 1e-5
+    there = parameters(cut)
+    assert masked.size.count({a:int((m>0).sum()) for a,m in masked.values().items()}) == {t:there[t] for t in ('image', 'text')}
+    assert not [n for n,_ in cut.named_modules() if 'Recomputed' in n] and {type(m).__module__.split('.')[0] for m in cut.modules()} <= {'torch', 'open_clip', 'tinyclip'}
+    assert not [m for m in cut.modules() if type(m).__module__ in ('tinyclip.masking', 'tinyclip.masks')]
+
+@pytest.mark.parametrize('text, vision', [(dict(pool_type='first', eos_id=31), dict(pool_type='avg')), (dict(pool_type='last', eos_id=31), dict(final_ln_after_pool=True, pool_type='avg')),
+    (dict(pool_type='eos', eos_id=31), dict(no_ln_pre=True)), (dict(proj_bias=True), dict(norm_kwargs=dict(eps=1e-2)))], ids=lambda d: ' '.join(d))
+def test_masked_equals_cut_for_other_pooling_and_norms(text, vision):
+    torch.manual_seed(0)
+    model = build(dict(embed_dim=8, vision_cfg=dict(image_size=16, patch_size=8, head_width=4, width=16, layers=2) | vision, custom_text='pool_type' in text,
+                       text_cfg=dict(context_length=6, vocab_size=32, heads=4, width=16, layers=2) | text)).eval()
+    masked = scatter(MaskedCLIP(model, [*KINDS, *BRANCHES]), 2.)
+    assert apart(masked, masked.cut()) <= 1e-5
+
+def test_a_small_eps_would_not_tell(): # the norm's eps means the same over the open channels as over all
+    torch.manual_seed(0)
+    model = build(dict(embed_dim=8, vision_cfg=dict(image_size=16, patch_size=8, head_width=4, width=16, layers=1, norm_kwargs=dict(eps=.5)), text_cfg=dict(context_length=6, vocab_size=32, heads=4, width=16, layers=1))).eval()
+    masked = scatter(MaskedCLIP(model), 2.)
+    assert apart(masked, masked.cut()) <= 1e-5
+
+def test_cut_reloads_in_a_fresh_process(tmp_path):
+    from tinyclip.zoo import load, save
+    model,_,_ = load('shapes-teacher')
+    masked = scatter(MaskedCLIP(model, [*KINDS, 'attention']), 2.)
+    cut = masked.cut(Goal(masked, .4).zeros())
+    image,text = torch.randn(2,3,48,48, generator=torch.Generator().manual_seed(0)), torch.randint(1, 99, (2,16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): torch.save((image, text, cut.encode_image(image), cut.encode_text(text)), tmp_path/'io.pt')
+    save(cut, tmp_path/'student')
+    code = f"""import torch; from tinyclip.zoo import load
+m,_,_ = load({str(tmp_path/'student')!r}); image,text,i,t = torch.load({str(tmp_path/'io.pt')!r})
+with torch.no_grad(): assert torch.equal(m.encode_image(image), i) and torch.equal(m.encode_text(text), t)
+print(len(m.keep['image.width']))"""
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert out.returncode==0 and int(out.stdout)==len(cut.keep['image.width']), out.stderr
+
+# --- at home in everything that trains a model
+
+def gradients(model, forward=None):
+    torch.manual_seed(5)
+    batch = next(Pairs().epoch(0))
+    out = (forward or model)(batch.image, batch.text)
+    sum(o.float().square().sum() for o in out[:2]).backward()
+    found = {n.removeprefix('_orig_mod.'):p.grad.clone() for n,p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+def masked_tiny(**kw): return scatter(MaskedCLIP(tiny(0, layers=2), **kw), 1.5).train()
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model = masked_tiny()
+    plain = gradients(model)
+    model.set_grad_checkpointing()
+    calls = []
+    model.clip.visual.transformer.resblocks[0].block.register_forward_hook(lambda *a: calls.append(1))
+    again = gradients(model)
+    assert len(calls)==2 # forward, and once more in backward
+    assert plain.keys()==again.keys()
+    for n in plain: torch.testing.assert_close(again[n], plain[n], msg=n)
+
+def test_compiled_gives_the_same_gradients():
+    model = masked_tiny()
+    plain = gradients(model)
+    compiled = gradients(model, torch.compile(model, backend='aot_eager', fullgraph=True))
+    for n in plain: torch.testing.assert_close(compiled[n], plain[n], msg=n, rtol=1e-4, atol=1e-5)
+
+def test_autocast_runs_the_products_in_bf16():
+    model = masked_tiny().eval()
+    cut,batch,seen = model.cut(), next(Pairs().epoch(0)), []
+    model.clip.visual.transformer.resblocks[0].mlp.c_fc.register_forward_hook(lambda m,i,o: seen.append(o.dtype))
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): ours,dense = model(*batch), cut(*batch)
+    assert seen==[torch.bfloat16]
+    for a,b in zip(ours[:2], dense[:2]): torch.testing.assert_close(a.float(), b.float(), rtol=.05, atol=.02)
+
+def test_text_stays_causal():
+    masked = scatter(MaskedCLIP(tiny(0)), 1.5)
+    text = next(Pairs().epoch(0)).text
+    other = text.clone(); other[:,6:] = 7 # behind the end of the text
+    with torch.no_grad(): assert torch.equal(masked.encode_text(text), masked.encode_text(other))
+
+def test_the_clip_is_copied():
+    clip = tiny(0); before = copy.deepcopy(clip)
+    masked_job(clip).fit(3)
+    assert not different(clip, before) and type(clip.visual.ln_pre).__module__.startswith('open_clip')
+
+# --- trained, stopped, resumed
+
+def masked_job(clip=None, share=.5, lr=.3, **kw):
+    masked = MaskedCLIP(clip or tiny(0, layers=2), kw.pop('kinds', KINDS))
+    return job(masked, penalty=Sparsity(masked, share, lr=lr, **{k:kw.pop(k) for k in ('towers', 'uniform', 'form') if k in kw}), schedule='constant', **kw)
+
+def test_mask_phase_resumes_bit_for_bit(tmp_path):
+    straight = masked_job().fit(8).student
+    first = masked_job(folder=tmp_path, save_every=3)
+    first.listeners = [when('log', 5, first.stop)]
+    assert first.fit(8).steps==5
+    second = masked_job(tiny(9, layers=2), folder=tmp_path)
+    resumed = second.fit(8, resume=True)
+    assert resumed.finished and not different(straight, resumed.student)
+    assert torch.equal(straight.log_alpha, resumed.student.log_alpha) and straight.log_alpha.std()>0
+
+def test_killed_in_the_mask_phase(tmp_path):
+    code = f"import sys, os; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_masking import *\n" \
+           f"masked_job(folder={str(tmp_path)!r}, save_every=3, listeners=[when('log', 5, lambda: os.kill(os.getpid(), 9))]).fit(8)"
+    assert subprocess.run([sys.executable, '-c', code]).returncode==-9
+    assert not different(masked_job().fit(8).student, masked_job(tiny(9, layers=2), folder=tmp_path).fit(8, resume=True).student)
+
+def test_a_target_that_was_moved_is_moved_again(tmp_path):
+    def moved():
+        j = masked_job(folder=tmp_path, save_every=2)
+        j.listeners = [when('log', 2, lambda: j.penalty.aim(.8))]
+        return j
+    straight = masked_job(); straight.listeners = [when('log', 2, lambda: straight.penalty.aim(.8))]
+    a = straight.fit(6).student
+    half = moved(); half.listeners.append(when('log', 4, half.stop)); half.fit(6)
+    back = masked_job(folder=tmp_path)
+    assert not different(a, back.fit(6, resume=True).student) and back.penalty.goal.share['image']==.8
+
+def test_a_bad_batch_leaves_masks_and_multipliers_alone():
+    j = masked_job(pairs=Pairs(spoil=lambda e,i,b: b._replace(image=b.image*float('nan'))))
+    before = j.penalty.state_dict()
+    assert j.fit(2).skipped==2
+    assert len(set(j.student.log_alpha.tolist()))==1 and all(torch.equal(v, j.penalty.state_dict()['constraint'][k]) for k,v in before['constraint'].items())
+
+def test_stopped_at_any_moment_it_can_be_cut():
+    for n in (1, 4):
+        j = masked_job()
+        j.listeners = [when('log', n, j.stop)]
+        j.fit(6)
+        assert abs(parameters(j.penalty.cut())['image']/parameters(tiny(0, layers=2))['image'] - .5) < .06 # two heads a layer: steps of 6 %
+
+def test_events_tell_shares_and_masks(tmp_path):
+    masked_job(folder=tmp_path).fit(3)
+    log,pictures = read_events(tmp_path, 'log'), read_events(tmp_path, 'masks')
+    assert {'share/image', 'share/text', 'target/image', 'target/text', 'loss/penalty'} <= log[-1].keys()
+    assert len(pictures)==3 and len(pictures[-1]['open']['image.layers.1.heads'])==2
+
+WORKER = '''
+import sys; sys.path.insert(0, {here!r})
+from test_masking import *
+r = masked_job(pairs=Pairs(world=2, rank=int(os.environ['RANK']))).fit(4)
+if os.environ['RANK']=='0': torch.save(r.student.state_dict(), {out!r})
+'''
+
+def test_two_processes_equal_one(tmp_path):
+    "The same masks are drawn in both"
+    (tmp_path/'worker.py').write_text(WORKER.format(here=str(Path(__file__).parent), out=str(tmp_path/'two.pt')))
+    out = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path/'worker.py')],
+                         capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true'), timeout=300)
+    assert out.returncode==0, out.stderr[-3000:]
+    two,one = torch.load(tmp_path/'two.pt', weights_only=True), masked_job().fit(4).student.state_dict()
+    assert max((v-two[k]).abs().max().item() for k,v in one.items() if k!='log_alpha') < 5e-5
+    assert (one['log_alpha']-two['log_alpha']).abs().max() < .02 and one['log_alpha'].std()>.05
+
+def resident()->int: # bytes
+    return int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')
+
+@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='reads /proc')
+def test_memory_stays_flat_over_500_steps():
+    marks = {}
+    masked_job(listeners=[lambda e: marks.update({e['step']:resident()}) if e['event']=='log' else None], log_every=50).fit(500)
+    assert marks[500]-marks[100] < 20*2**20, {k:f'{v/2**20:.0f} MiB' for k,v in marks.items()}
+
+# --- exact in size
+
+@pytest.fixture(scope='module')
+def teacher():
+    from tinyclip.zoo import load
+    return load('shapes-teacher').model
+
+@pytest.mark.parametrize('towers', ['each', 'both'])
+@pytest.mark.parametrize('share', [.75, .5, .25, .1])
+def test_the_cut_meets_its_target(teacher, share, towers):
+    for scale in (0., .1, 3.): # masks that never moved, that hardly differ, that are settled
+        masked = scatter(MaskedCLIP(teacher), scale)
+        there,whole = parameters(masked.cut(Goal(masked, share, towers).zeros())), parameters(teacher)
+        for t in ('image', 'text') if towers=='each' else ('towers',): assert abs(there[t]/whole[t]-share) <= .01, (t, there[t]/whole[t])
+
+@pytest.mark.parametrize('share', [.75, .5, .25])
+def test_uniform_students_are_plain_open_clip(teacher, share):
+    masked = scatter(MaskedCLIP(teacher), 1.)
+    cut = masked.cut(Goal(masked, share, uniform=True).zeros())
+    cfg = architecture(cut)
+    assert 'tinyclip_cfg' not in cfg
+    plain = create(cfg).eval() # open_clip alone
+    plain.load_state_dict(cut.state_dict())
+    image,text = torch.randn(2,3,48,48), torch.randint(1, 99, (2,16))
+    with torch.no_grad(): assert torch.allclose(plain(image, text)[0], cut(image, text)[0], atol=1e-6)
+    assert abs(parameters(cut)['towers']/parameters(teacher)['towers']-share) <= .01
+
+# --- what is refused
+
+@pytest.mark.parametrize('share, says', [(0, 'is no share'), (-.5, 'is no share'), (1.5, 'is no share'), (.001, 'one head and one neuron per layer'), ('half', 'is no share'), (float('nan'), 'is no share'),
+    (dict(image=.5), 'text tower shall keep'), (dict(image=.5, txt=.5), 'text tower shall keep')])
+def test_refused_shares(teacher, share, says):
+    with pytest.raises(TinyclipError, match=says): Sparsity(MaskedCLIP(teacher), share)
+
+def test_a_cut_model_cannot_grow(teacher):
+    masked = scatter(MaskedCLIP(teacher), 1.)
+    student = masked.cut(Goal(masked, .5).zeros())
+    with pytest.raises(TinyclipError, match='was cut already'): Sparsity(MaskedCLIP(student, whole=masked.size.whole), .75)
+    Sparsity(MaskedCLIP(student, whole=masked.size.whole), .25)
+
+@pytest.mark.parametrize('cfg, says', [(dict(vision_cfg=dict(image_size=64, layers=[1,1,1,1], width=8, head_width=16, patch_size=None)), 'masks learn on a ViT only'),
+    (dict(vision_cfg=dict(timm_model_name='tiny_vit_5m_224', image_size=64), custom_text=True), 'masks learn on a ViT only'),
+    (dict(vision_cfg=dict(image_size=16, patch_size=8, head_width=4, width=8, layers=1, attentional_pool=True, attn_pooler_heads=2)), 'pools by attention')])
+def test_refused_towers(cfg, says):
+    model = build(dict(embed_dim=8, text_cfg=dict(context_length=6, vocab_size=32, heads=2, width=8, layers=1)) | cfg)
+    with pytest.raises(TinyclipError, match=says): MaskedCLIP(model)
+
+def test_what_is_saved_is_the_cut(tmp_path, teacher):
+    from tinyclip.zoo import save
+    with pytest.raises(TinyclipError, match='masked.cut'): save(MaskedCLIP(teacher), tmp_path/'m')
