@@ -118,7 +118,7 @@ def on_device(
     "Move a batch; from pinned memory the copy overlaps with computation"
     return batch._replace(image=batch.image.to(device, non_blocking=True), text=batch.text.to(device, non_blocking=True))
 
-# %% ../nbs/10_engine.ipynb #c30fd821
+# %% ../nbs/10_engine.ipynb #90f25884
 class Engine:
     "A student with its teacher, optimiser and precision; `update` moves it by one batch"
     def __init__(self,
@@ -153,6 +153,7 @@ class Engine:
         a.backward(out['loss'])
         norm = a.clip_grad_norm_([p for g in weights for p in g['params']], self.clip_norm or math.inf)
         ok = torch.isfinite(norm) & torch.isfinite(out['loss'].detach())
+        if self.penalty: self.penalty.before_step(ok)
         if self.fused: opt.optimizer.found_inf = (~ok).float()
         if self.fused or ok: opt.step()
         opt.zero_grad()

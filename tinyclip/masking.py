@@ -117,7 +117,7 @@ def writers(
         if at and not name.endswith('token_embedding.weight'): out.append((name, at))
     return out
 
-# %% ../nbs/06_masking.ipynb #26aa06ea
+# %% ../nbs/06_masking.ipynb #07e23727
 def shared_noise(
     n:int, # How many
     device, # Where
@@ -143,6 +143,7 @@ class MaskedCLIP(nn.Module):
         clip:nn.Module, # An open_clip CLIP with a ViT image tower, or a student of one; it is copied
         kinds=KINDS, # What to mask: `'heads'`, `'ffn'` (neurons), `'width'` (channels); `'attention'`, `'mlp'` (whole branches)
         start:float=3., # Where every log alpha begins: at 3, a mask is open 99 % of the time
+        hard:bool=False, # Open masks are worth exactly 1, in training and after it; gradients pass straight through
         whole:Mapping|None=None, # Parameters that count as 100 %, see `masks.Size`; None for those of `clip`
     ):
         super().__init__()
@@ -152,6 +153,7 @@ class MaskedCLIP(nn.Module):
         self.axes = [a for a in self.layout.sizes if a in self.groups or self.gates[a]]
         self.clip,self.writers = copy.deepcopy(clip), writers(clip, self.axes)
         self.log_alpha = nn.Parameter(torch.full((sum(self.groups.values()),), float(start)))
+        self.probe,self.hard = nn.Parameter(torch.zeros_like(self.log_alpha)), hard # the probe's gradient is that of the masks; its value never matters
         self.norms = {p:a for p,a in self.layout.norms.items() if a in self.axes}
         self.table = next(n for n in self.layout.dims if n.endswith('token_embedding.weight')).removesuffix('.weight')
         for path in self.norms: replace(self.clip, path, OpenNorm.of)
@@ -182,7 +184,7 @@ class MaskedCLIP(nn.Module):
         weights = self.fold(self.draw() if self.training else self.values())
         return functional_call(Method(self.clip, method), {f'model.{k}':v for k,v in weights.items()}, args, kwargs)
 
-# %% ../nbs/06_masking.ipynb #85bb34af
+# %% ../nbs/06_masking.ipynb #8ae055bb
 def by_group(self,
     flat:Tensor, # `(total,)`
 )->dict: # group -> its part
@@ -203,7 +205,9 @@ def by_axis(self,
 def draw(self)->dict: # axis -> masks `(size,)`
     "Masks for one training step, differentiable in the log alphas"
     alpha = self.log_alpha.float()
-    return self.by_axis(self.by_group(hard_concrete(alpha, shared_noise(len(alpha), alpha.device))))
+    z = hard_concrete(alpha, shared_noise(len(alpha), alpha.device))
+    if self.hard: z = (z>0).float() + z-z.detach()
+    return self.by_axis(self.by_group(z + self.probe-self.probe.detach()))
 
 def fold(self,
     masks:Mapping, # axis -> `(size,)`
@@ -243,7 +247,7 @@ def sparsity(self)->dict: # `image`, `text`, and `towers` for both together
 
 MaskedCLIP.chances,MaskedCLIP.open_counts,MaskedCLIP.shares,MaskedCLIP.sparsity = chances, open_counts, shares, sparsity
 
-# %% ../nbs/06_masking.ipynb #88f88125
+# %% ../nbs/06_masking.ipynb #dec736e1
 @torch.no_grad()
 def zeros(self,
     shift:float=0., # Added to every log alpha
@@ -258,7 +262,8 @@ def values(self,
 )->dict: # axis -> masks `(size,)`
     "Masks without noise, as eval mode and the cut use them"
     zeros = {**self.zeros(), **(zeros or {})}
-    return self.by_axis({g:eval_masks(a, zeros[g]) for g,a in self.by_group(self.log_alpha.float()).items()})
+    z = {g:eval_masks(a, zeros[g]) for g,a in self.by_group(self.log_alpha.float()).items()}
+    return self.by_axis({g:(m>0).float() for g,m in z.items()} if self.hard else z)
 
 def to_keep(self,
     zeros:Mapping|None=None, # As in `values`
