@@ -117,7 +117,7 @@ def writers(
         if at and not name.endswith('token_embedding.weight'): out.append((name, at))
     return out
 
-# %% ../nbs/06_masking.ipynb #07e23727
+# %% ../nbs/06_masking.ipynb #664a18cd
 def shared_noise(
     n:int, # How many
     device, # Where
@@ -182,6 +182,7 @@ class MaskedCLIP(nn.Module):
     def run(self, method, *args, **kwargs):
         "Call a method of the CLIP with the masks folded into its weights"
         weights = self.fold(self.draw() if self.training else self.values())
+        if method=='forward': return functional_call(self.clip, weights, args)
         return functional_call(Method(self.clip, method), {f'model.{k}':v for k,v in weights.items()}, args, kwargs)
 
 # %% ../nbs/06_masking.ipynb #8ae055bb

@@ -1,0 +1,96 @@
+"""Random, manual and automatic inheritance, and one leap against two stages: same data, same total of steps, mask steps included.
+
+    python benchmarks/methods.py shapes                          # writes results/methods-shapes/run.json
+    python benchmarks/methods.py cifar10 --shared ../shared      # writes results/methods-cifar10/run.json
+
+Finished runs are kept below runs/ and not repeated.
+"""
+import argparse, json, statistics, time
+from pathlib import Path
+from tinyclip.core import Table, environment, record_run, seed_everything, write_json
+from tinyclip.data import labelled, open_pairs, transforms
+from tinyclip.demo import examine
+from tinyclip.distill import Distiller
+from tinyclip.evaluate import zero_shot
+from tinyclip.inheritance import fresh, inherit
+from tinyclip.keep import Keep, evenly_spaced
+from tinyclip.masks import Size
+from tinyclip.measure import parameters
+from tinyclip.shapes import Shapes
+from tinyclip.stages import SHORT, Stage, Stages
+from tinyclip.zoo import load
+
+def shapes(shared):
+    "Teacher, pairs by seed, test"
+    teacher,preprocess,tokenizer = load('shapes-teacher')
+    pairs = lambda seed, n: open_pairs(Shapes('train', seed=seed+1), preprocess, tokenizer, n, seed=seed)
+    return teacher, pairs, lambda m: examine(m, preprocess, tokenizer, n=1280)
+
+def cifar10(shared):
+    "Teacher, pairs by seed, test"
+    teacher,preprocess,tokenizer = load(f'{shared}/teachers/cifar10')
+    pairs = lambda seed, n: open_pairs(f'{shared}/data/cifar10/train-*.tar', transforms(teacher)[0], tokenizer, n, seed=seed)
+    return teacher, pairs, lambda m: zero_shot(m, tokenizer, labelled(f'{shared}/data/cifar10/val-0000.tar', preprocess, 250))
+
+def by_rule(teacher, share)->Keep:
+    "The paper's rule at an exact share: text in depth (every k-th layer), image in width (leading channels, heads, neurons)"
+    size,depth = Size(teacher), teacher.transformer.layers
+    W,H,F = (size.sizes[a] for a in ('image.width', 'image.layers.0.heads', 'image.layers.0.ffn'))
+    layers = [f'image.layers.{i}' for i in range(size.sizes['image.layers'])]
+    text = evenly_spaced(depth, max(1, round(share*depth)))
+    text_size = parameters(inherit(teacher, Keep(size.sizes, {'text.layers':text})))['text']
+    def counts(f, ffn=None): return {'image.width':round(f*W)} | {f'{l}.heads':max(1, round(f*H)) for l in layers} | {f'{l}.ffn':ffn or max(1, round(f*F)) for l in layers}
+    kept = lambda c: size.count(c)['image'] + text_size
+    target = share*sum(size.whole.values())
+    f = min((i/W for i in range(1, W+1)), key=lambda f: abs(kept(counts(f))-target)) # channels, heads and neurons by the same share
+    ffn = min(range(1, F+1), key=lambda n: abs(kept(counts(f, n))-target)) # neurons make up for whole heads
+    return Keep(size.sizes, {a:range(n) for a,n in counts(f, ffn).items()} | {'text.layers':text})
+
+def plans(share, total, mask_steps):
+    "The ways to get to a share"
+    leap = [Stage(share, mask_steps, total-mask_steps)]
+    staged = [Stage((1+share)/2 if share>.4 else 2*share, mask_steps//2, total//2-mask_steps//2), Stage(share, mask_steps//2, total-total//2-mask_steps//2)]
+    return {'random start':'fresh', 'manual':'rule', 'automatic':leap} | ({'automatic, two stages':staged} if share<.4 else {})
+
+def one(task, plan, share, seed, a, folder):
+    "Train one student; its row"
+    teacher,pairs,test = task
+    settings = dict(objective='affinity', lr=a.lr, weight_decay=.1, warmup=.1, device='cpu', progress=False)
+    start = time.perf_counter()
+    if isinstance(plan, str):
+        seed_everything(seed)
+        student = inherit(teacher, by_rule(teacher, share))
+        if plan=='fresh': student = fresh(student)
+        student = Distiller(student, teacher, pairs(seed, a.batch), seed=seed, **settings).fit(a.steps).student
+        more = {}
+    else:
+        rows = Stages(teacher, pairs(seed, a.batch), plan, folder, masks={**SHORT, 'weights_lr':a.weights_lr}, seed=seed, save_every=10**6, **settings).fit(resume=True)
+        student = load(folder/f'stage-{len(plan)}'/'student').model
+        more = dict(keep=json.loads((folder/f'stage-{len(plan)}'/'student'/'keep.json').read_text()), at_cut=test(load(folder/f'stage-{len(plan)}'/'cut').model))
+    towers = parameters(student)['towers']/parameters(teacher)['towers']
+    return dict(kept=towers, seconds=time.perf_counter()-start, **test(student), **more)
+
+def table(runs):
+    "Mean, spread and every seed"
+    rows,of = Table(), lambda r: (r['share'], r['method'])
+    for key in dict.fromkeys(map(of, runs)):
+        top1 = [r['top1'] for r in runs if of(r)==key]
+        rows.append(dict(share=f'{key[0]:.0%}', method=key[1], top1=f'{100*statistics.mean(top1):.1f} %', sd=f'{100*statistics.stdev(top1):.1f}' if len(top1)>1 else '', seeds=' '.join(f'{100*t:.1f}' for t in top1)))
+    return rows
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('data', choices=['shapes', 'cifar10']); p.add_argument('--shared', default='../shared')
+    p.add_argument('--steps', type=int, default=200); p.add_argument('--mask-steps', type=int, default=40); p.add_argument('--batch', type=int, default=64); p.add_argument('--lr', type=float, default=5e-4); p.add_argument('--weights-lr', type=float, default=3e-4, help='in mask phases')
+    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2]); p.add_argument('--shares', type=float, nargs='+', default=[.5, .25]); p.add_argument('--work', type=Path, default=Path('runs/methods'))
+    a = p.parse_args()
+    task,where,runs = globals()[a.data](a.shared), environment(), []
+    for seed in a.seeds:
+        for share in a.shares:
+            for name,plan in plans(share, a.steps, a.mask_steps).items():
+                place = a.work/a.data/f'{share}-{name.replace(" ", "-").replace(",", "")}-{seed}'
+                if not (place/'row.json').exists(): write_json(place/'row.json', dict(share=share, method=name, seed=seed, **one(task, plan, share, seed, a, place), commit=where['commit']))
+                runs.append(json.loads((place/'row.json').read_text()))
+                print({k:runs[-1][k] for k in ('share', 'method', 'seed', 'kept', 'top1', 'seconds')}, flush=True)
+    recipe = dict(data=a.data, steps=a.steps, mask_steps=a.mask_steps, batch_size=a.batch, lr=a.lr, weights_lr=a.weights_lr, masks=SHORT, teacher=task[2](task[0]))
+    print(table(runs), record_run(f'methods-{a.data}', recipe, runs, a.seeds, where=where))
