@@ -176,7 +176,7 @@ def test_events_tell_shares_and_masks(tmp_path):
 WORKER = '''
 import sys; sys.path.insert(0, {here!r})
 from test_masking import *
-masked_job(pairs=Pairs(world=2, rank=int(os.environ['RANK'])), folder={folder!r}, weights_lr=1e-6).fit(4)
+masked_job(pairs=Pairs(world=2, rank=int(os.environ['RANK'])), folder={folder!r}, lr=1e-3, weights_lr=1e-6).fit(4)
 '''
 
 def test_two_processes_equal_one(tmp_path):
@@ -185,10 +185,10 @@ def test_two_processes_equal_one(tmp_path):
     out = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path/'worker.py')],
                          capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true'), timeout=300)
     assert out.returncode==0, out.stderr[-3000:]
-    masked_job(folder=tmp_path/'one', weights_lr=1e-6).fit(4)
+    masked_job(folder=tmp_path/'one', lr=1e-3, weights_lr=1e-6).fit(4)
     one,two = [read_events(tmp_path/n, 'log') for n in ('one', 'two')]
     for k,most in (('loss/affinity', 1e-4), ('loss/penalty', 1e-3), ('share/image', 1e-4)): assert max(abs(a[k]-b[k])/abs(a[k]) for a,b in zip(one, two, strict=True)) < most, k
-    other = masked_job(folder=tmp_path/'other', weights_lr=1e-6, seed=1); other.fit(4) # other masks would show
+    other = masked_job(folder=tmp_path/'other', lr=1e-3, weights_lr=1e-6, seed=1); other.fit(4) # other masks would show
     assert abs(read_events(tmp_path/'other', 'log')[0]['loss/affinity']-one[0]['loss/affinity'])/one[0]['loss/affinity'] > 1e-3
 
 def resident()->int: # bytes
