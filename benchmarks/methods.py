@@ -13,8 +13,7 @@ from tinyclip.demo import examine
 from tinyclip.distill import Distiller
 from tinyclip.evaluate import zero_shot
 from tinyclip.inheritance import fresh, inherit
-from tinyclip.keep import Keep, evenly_spaced
-from tinyclip.masks import Size
+from tinyclip.keep import at_share
 from tinyclip.measure import parameters
 from tinyclip.shapes import Shapes
 from tinyclip.stages import SHORT, Stage, Stages
@@ -32,20 +31,6 @@ def cifar10(shared):
     pairs = lambda seed, n: open_pairs(f'{shared}/data/cifar10/train-*.tar', transforms(teacher)[0], tokenizer, n, seed=seed)
     return teacher, pairs, lambda m: zero_shot(m, tokenizer, labelled(f'{shared}/data/cifar10/val-0000.tar', preprocess, 250))
 
-def by_rule(teacher, share)->Keep:
-    "The paper's rule at an exact share: text in depth (every k-th layer), image in width (leading channels, heads, neurons)"
-    size,depth = Size(teacher), teacher.transformer.layers
-    W,H,F = (size.sizes[a] for a in ('image.width', 'image.layers.0.heads', 'image.layers.0.ffn'))
-    layers = [f'image.layers.{i}' for i in range(size.sizes['image.layers'])]
-    text = evenly_spaced(depth, max(1, round(share*depth)))
-    text_size = parameters(inherit(teacher, Keep(size.sizes, {'text.layers':text})))['text']
-    def counts(f, ffn=None): return {'image.width':round(f*W)} | {f'{l}.heads':max(1, round(f*H)) for l in layers} | {f'{l}.ffn':ffn or max(1, round(f*F)) for l in layers}
-    kept = lambda c: size.count(c)['image'] + text_size
-    target = share*sum(size.whole.values())
-    f = min((i/W for i in range(1, W+1)), key=lambda f: abs(kept(counts(f))-target)) # channels, heads and neurons by the same share
-    ffn = min(range(1, F+1), key=lambda n: abs(kept(counts(f, n))-target)) # neurons make up for whole heads
-    return Keep(size.sizes, {a:range(n) for a,n in counts(f, ffn).items()} | {'text.layers':text})
-
 def plans(share, total, mask_steps):
     "The ways to get to a share"
     leap = [Stage(share, mask_steps, total-mask_steps)]
@@ -59,7 +44,7 @@ def one(task, plan, share, seed, a, folder):
     start = time.perf_counter()
     if isinstance(plan, str):
         seed_everything(seed)
-        student = inherit(teacher, by_rule(teacher, share))
+        student = inherit(teacher, at_share(teacher, share))
         if plan=='fresh': student = fresh(student)
         student = Distiller(student, teacher, pairs(seed, a.batch), seed=seed, **settings).fit(a.steps).student
         more = {}

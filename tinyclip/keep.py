@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CHOOSERS', 'leading', 'evenly_spaced', 'by_magnitude', 'magnitudes', 'Keep', 'check_indices', 'within', 'is_depth',
            'after', 'student_sizes', 'keep_table', 'describe', 'to_json', 'from_json', 'runs', 'then', 'counted',
-           'tower_of', 'by_counts', 'resolve_chooser', 'with_needed', 'manual', 'choose', 'like', 'same_otherwise',
-           'tower_kind']
+           'tower_of', 'by_counts', 'resolve_chooser', 'with_needed', 'manual', 'at_share', 'choose', 'like',
+           'same_otherwise', 'tower_kind']
 
-# %% ../nbs/04_keep.ipynb #7401c419
+# %% ../nbs/04_keep.ipynb #7a8ece06
 import fnmatch, json, re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from .architecture import config, create
 from .core import Table, TinyclipError, unknown
+from .masks import Size
 from .towers import Layout, layout
 
 # %% ../nbs/04_keep.ipynb #bdd1e01a
@@ -261,6 +262,26 @@ def manual(
     l = layout(model)
     counts = {a:counted(l, shares[tower_of(a)][is_depth(a)], a) for a in l.sizes if a!='embed'}
     return by_counts(model, counts, width_by, depth_by)
+
+# %% ../nbs/04_keep.ipynb #26fca728
+def at_share(
+    model:nn.Module, # The teacher, with a ViT image tower
+    share:float, # Of its tower parameters, the token table not counted
+)->Keep: # Within a thousandth where the towers are not tiny
+    "The paper's rule at a given size: text in depth (every k-th layer), image in width (leading channels, heads and neurons)"
+    if not 0<share<=1: raise TinyclipError(f'share={share} is no share; give a number above 0 and at most 1.')
+    l,size = layout(model), Size(model)
+    if 'image.width' not in l.sizes: raise TinyclipError('at_share needs a ViT image tower; shrink this one by width and depth: tinyclip.keep.manual.')
+    depth,count = l.sizes['text.layers'], l.sizes['image.layers']
+    text = evenly_spaced(depth, max(1, round(share*depth)))
+    dropped = tuple(f'{l.depth["text.layers"]}.{i}.' for i in range(depth) if i not in text)
+    rest = sum(size.whole.values()) - size.whole['image'] - sum(v.numel() for n,v in model.state_dict().items() if n.startswith(dropped))
+    W,H,F = (l.sizes[a] for a in ('image.width', 'image.layers.0.heads', 'image.layers.0.ffn'))
+    axes = lambda f,ffn: {'image.width':f} | {f'image.layers.{i}.heads':max(1, round(f/W*H)) for i in range(count)} | {f'image.layers.{i}.ffn':ffn for i in range(count)}
+    off = lambda c: abs(size.count(c)['image'] + rest - share*sum(size.whole.values()))
+    width = min(range(1, W+1), key=lambda f: off(axes(f, max(1, round(f/W*F))))) # channels, heads and neurons alike
+    ffn = min(range(1, F+1), key=lambda n: off(axes(width, n))) # neurons make up for whole heads
+    return by_counts(model, axes(width, ffn) | {'text.layers':len(text)})
 
 # %% ../nbs/04_keep.ipynb #4df9bd5c
 def choose(
