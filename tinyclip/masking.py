@@ -7,8 +7,8 @@ __all__ = ['KINDS', 'BRANCHES', 'Fill', 'OpenNorm', 'ScaledEmbedding', 'Recomput
            'shared_noise', 'Method', 'replace', 'MaskedCLIP', 'by_group', 'by_axis', 'draw', 'Scale', 'fold', 'chances',
            'open_counts', 'shares', 'sparsity', 'zeros', 'values', 'to_keep', 'cut']
 
-# %% ../nbs/06_masking.ipynb #3b1ac0a0
-import copy, math
+# %% ../nbs/06_masking.ipynb #6ce109fb
+import copy
 from collections.abc import Mapping
 import torch
 import torch.distributed as dist
@@ -198,7 +198,7 @@ class MaskedCLIP(nn.Module):
         if method=='forward': return functional_call(self.clip, weights, args)
         return functional_call(Method(self.clip, method), {f'model.{k}':v for k,v in weights.items()}, args, kwargs)
 
-# %% ../nbs/06_masking.ipynb #ad4c5f65
+# %% ../nbs/06_masking.ipynb #1f15c1d8
 def by_group(self,
     flat:Tensor, # `(total,)`
 )->dict: # group -> its part
@@ -245,8 +245,10 @@ def fold(self,
     own,out = dict(self.clip.named_parameters()), {}
     for name,at in self.writers:
         t,z = own[name], [masks[axis].repeat_interleave(block).to(own[name].dtype) for axis,block,_ in at]
-        if t.ndim==len(at)==2: out[name] = Scale.apply(t, *z)
-        else: out[name] = math.prod((m.view(shape) for m,(_,_,shape) in zip(z, at)), start=t)
+        if t.ndim==len(at)==2: t = Scale.apply(t, *z)
+        else:
+            for m,(_,_,shape) in zip(z, at): t = t*m.view(shape)
+        out[name] = t
     for path,axis in self.norms.items(): out[f'{path}.open'] = (masks[axis].detach()>0).float()
     if 'text.width' in masks: out[f'{self.table}.scale'] = masks['text.width']
     return out
