@@ -37,7 +37,7 @@ def plans(share, total, mask_steps):
     staged = [Stage((1+share)/2 if share>.4 else 2*share, mask_steps//2, total//2-mask_steps//2), Stage(share, mask_steps//2, total-total//2-mask_steps//2)]
     return {'random start':'fresh', 'manual':'rule', 'automatic':leap} | ({'automatic, two stages':staged} if share<.4 else {})
 
-def one(task, plan, share, seed, a, folder):
+def one(task, plan, share, seed, a, folder, masks=SHORT):
     "Train one student; its row"
     teacher,pairs,test = task
     settings = dict(objective='affinity', lr=a.lr, weight_decay=.1, warmup=.1, device='cpu', progress=False)
@@ -49,7 +49,7 @@ def one(task, plan, share, seed, a, folder):
         student = Distiller(student, teacher, pairs(seed, a.batch), seed=seed, **settings).fit(a.steps).student
         more = {}
     else:
-        rows = Stages(teacher, pairs(seed, a.batch), plan, folder, masks={**SHORT, 'weights_lr':a.weights_lr}, seed=seed, save_every=10**6, **settings).fit(resume=True)
+        rows = Stages(teacher, pairs(seed, a.batch), plan, folder, masks={**masks, 'weights_lr':a.weights_lr}, seed=seed, save_every=10**6, **settings).fit(resume=True)
         student = load(folder/f'stage-{len(plan)}'/'student').model
         more = dict(keep=json.loads((folder/f'stage-{len(plan)}'/'student'/'keep.json').read_text()), at_cut=test(load(folder/f'stage-{len(plan)}'/'cut').model))
     towers = parameters(student)['towers']/parameters(teacher)['towers']
