@@ -2,7 +2,7 @@
 
     python benchmarks/mask_phase.py                          # writes results/mask-phase/run.json
 
-Drawn pictures, half of the tower parameters, the recipe of benchmarks/methods.py; its automatic student is the last row.
+Drawn pictures, half of the tower parameters, the recipe of benchmarks/methods.py, which must have been run: its automatic student is the last row.
 """
 import argparse, json
 from pathlib import Path
@@ -11,10 +11,13 @@ from tinyclip.core import environment, record_run, write_json
 from tinyclip.stages import SHORT, TRAVEL, Stage
 
 STEPS,MASK_STEPS = 200, 40
+FULL = 'projected, feeling, hard'
 PAPER = dict(lr=TRAVEL/MASK_STEPS) # the rate that takes log alphas as far as 3,000 steps at 0.01
 VARIANTS = {'two-sided, as the paper':PAPER, 'one-sided, as the released code':PAPER | dict(form='one-sided'),
             'two-sided, feeling, hard':{**SHORT, **PAPER, 'form':'two-sided'}, 'projected':dict(form='projected', lr=.1, warmup=.7),
-            'projected, feeling':{**SHORT, 'hard':False}, 'projected, feeling, hard; 80 mask steps':SHORT, 'projected, feeling, hard':SHORT}
+            'projected, feeling':{**SHORT, 'hard':False}, 'projected, feeling, hard; 80 mask steps':SHORT, FULL:SHORT}
+
+def methods_row(seed): return Path('runs/methods/shapes')/f'0.5-automatic-{seed}'
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -25,11 +28,11 @@ if __name__=='__main__':
     for seed in a.seeds:
         for name,masks in VARIANTS.items():
             mask_steps = 80 if '80' in name else MASK_STEPS
-            place = a.work/f'{"-".join(name.replace(",", "").replace(";", "").split())}-{seed}'
+            place = methods_row(seed) if name==FULL else a.work/f'{"-".join(name.replace(",", "").replace(";", "").split())}-{seed}'
             if not (place/'row.json').exists():
                 row = methods.one(task, [Stage(.5, mask_steps, STEPS-mask_steps)], .5, seed, a, place, masks)
-                reached = json.loads((place/'stage-1'/'cut'/'stage.json').read_text())['masks_reached']
-                write_json(place/'row.json', dict(share=.5, method=name, seed=seed, masks_reached=reached['towers'], **{k:v for k,v in row.items() if k!='keep'}))
-            runs.append(json.loads((place/'row.json').read_text()))
+                write_json(place/'row.json', row)
+            row,reached = (json.loads((place/n).read_text()) for n in ('row.json', 'stage-1/cut/stage.json'))
+            runs.append({k:v for k,v in row.items() if k!='keep'} | dict(share=.5, method=name, seed=seed, masks_reached=reached['masks_reached']['towers']))
             print({k:runs[-1][k] for k in ('method', 'seed', 'masks_reached', 'top1', 'seconds')}, flush=True)
     print(methods.table(runs), record_run('mask-phase', dict(data='shapes', share=.5, steps=STEPS, mask_steps=MASK_STEPS, batch_size=64, lr=5e-4, weights_lr=3e-4, variants=VARIANTS), runs, a.seeds, where=where))

@@ -1,0 +1,33 @@
+"""One leap against several stages, at a quarter and at a tenth, and where the steps of a plan are best spent.
+
+    python benchmarks/leaps.py                               # writes results/leaps/run.json
+
+Drawn pictures and the recipe of benchmarks/methods.py, which must have been run: two of the plans are its own.
+"""
+import argparse, json
+from pathlib import Path
+import methods
+from tinyclip.core import environment, record_run, write_json
+from tinyclip.stages import SHORT, Stage
+
+TOTAL = 200
+PLANS = {(.25, 'one leap'):'automatic', (.25, 'two stages, half of the steps each'):'automatic-two-stages',
+         (.25, 'two stages, most steps at the end'):[Stage(.5, 20, 20), Stage(.25, 20, 140)], (.25, 'three stages, most steps at the end'):[Stage(.75, 10, 10), Stage(.5, 15, 15), Stage(.25, 15, 135)],
+         (.1, 'one leap'):[Stage(.1, 40, 160)], (.1, 'two stages, most steps at the end'):[Stage(.4, 20, 20), Stage(.1, 20, 140)]}
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2]); p.add_argument('--work', type=Path, default=Path('runs/leaps'))
+    a = p.parse_args()
+    a.batch,a.lr,a.weights_lr,a.steps = 64, 5e-4, 3e-4, TOTAL
+    task,where,runs = methods.shapes(None), environment(), []
+    for seed in a.seeds:
+        for (share,name),plan in PLANS.items():
+            known = isinstance(plan, str)
+            place = Path('runs/methods/shapes')/f'{share}-{plan}-{seed}' if known else a.work/f'{share}-{name.replace(" ", "-").replace(",", "")}-{seed}'
+            if not (place/'row.json').exists(): write_json(place/'row.json', methods.one(task, plan, share, seed, a, place))
+            row = json.loads((place/'row.json').read_text())
+            runs.append({k:v for k,v in row.items() if k!='keep'} | dict(share=share, method=name, seed=seed))
+            print({k:runs[-1][k] for k in ('share', 'method', 'seed', 'top1', 'seconds')}, flush=True)
+    plans = {f'{s:.0%}: {n}':p if isinstance(p, str) else [vars(o) for o in p] for (s,n),p in PLANS.items()}
+    print(methods.table(runs), record_run('leaps', dict(data='shapes', steps=TOTAL, batch_size=64, lr=5e-4, weights_lr=3e-4, masks=SHORT, plans=plans), runs, a.seeds, where=where))
