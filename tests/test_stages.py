@@ -17,8 +17,8 @@ from tinyclip.zoo import load
 PLAN = [Stage(.7, 4, 4), Stage(.4, 4, 4)]
 MASKS = dict(SHORT, feel=.5)
 
-def plan(folder, teacher=None, stages=PLAN, **kw):
-    return Stages(teacher or tiny(0, layers=2), Pairs(), stages, folder, **dict(masks=MASKS, lr=1e-3, log_every=1, save_every=2, device='cpu', progress=False) | kw)
+def plan(folder, teacher=None, stages=PLAN, pairs=None, **kw):
+    return Stages(teacher or tiny(0, layers=2), pairs or Pairs(), stages, folder, **dict(masks=MASKS, lr=1e-3, log_every=1, save_every=2, device='cpu', progress=False) | kw)
 
 def last(folder): return load(Path(folder)/'stage-2'/'student').model
 
@@ -45,6 +45,23 @@ plan({str(tmp_path)!r}, listeners=[lambda e: os.kill(os.getpid(), 9) if (e['stag
     assert subprocess.run([sys.executable, '-c', code]).returncode==-signal.SIGKILL
     assert len(plan(tmp_path).fit(resume=True))==2
     assert not different(straight, last(tmp_path))
+
+WORKER = '''
+import sys, os; sys.path.insert(0, {here!r})
+from test_stages import *
+rank = int(os.environ['RANK'])
+rows = plan({folder!r}, pairs=Pairs(world=2, rank=rank)).fit()
+assert len(rows)==2
+print('kept', rank, rows[-1]['kept'])
+'''
+
+def test_two_processes_share_a_plan(tmp_path):
+    import os
+    (tmp_path/'worker.py').write_text(WORKER.format(here=str(Path(__file__).parent), folder=str(tmp_path/'run')))
+    out = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path/'worker.py')],
+                         capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true'), timeout=300)
+    assert out.returncode==0, out.stderr[-3000:]
+    assert 'kept 0' in out.stdout and 'kept 1' in out.stdout and last(tmp_path/'run').keep
 
 def test_stopped_after_every_step(tmp_path, straight):
     for _ in range(20):
