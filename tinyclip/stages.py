@@ -6,7 +6,7 @@
 __all__ = ['TRAVEL', 'SHORT', 'EPOCHS', 'Stage', 'check_plan', 'Later', 'Stages', 'distiller', 'go', 'first_process', 'snapshot',
            'mask_and_cut', 'distil', 'run_stages', 'report', 'compare', 'Recipe', 'in_epochs', 'laion400m', 'yfcc15m']
 
-# %% ../nbs/11_stages.ipynb #bcaccc7f
+# %% ../nbs/11_stages.ipynb #41300b0a
 import json, math, os, threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from .checkpoint import atomic_folder, differences, step_seed
 from .core import Table, TinyclipError, write_json
-from .distill import Distiller, scores
+from .distill import Distiller, Result, scores
 from .events import plain
 from .masking import MaskedCLIP
 from .masks import Size
@@ -61,7 +61,7 @@ class Later:
     def __getattr__(self, name): return getattr(self.pairs, name)
     def epoch(self, e, start=0): return self.pairs.epoch(e+self.first, start)
 
-# %% ../nbs/11_stages.ipynb #5762ad09
+# %% ../nbs/11_stages.ipynb #15aa0c5d
 EPOCHS = 1000 # between the pairs of two phases: more than any phase takes
 
 class Stages:
@@ -74,7 +74,7 @@ class Stages:
         *,
         masks:dict|None=None, # Settings of `MaskedCLIP` (`kinds`, `start`, `hard`) and `Sparsity` (`towers`, `uniform`, `form`, `lr`, ...), and `weights_lr`, the weights' rate in mask phases
         seed:int=0, # Every phase derives its own from it
-        evaluate=None, # As for `Distiller`; called after each cut and at the end of each stage
+        evaluate=None, # As for `Distiller`; asked after each cut, too
         listeners=(), # Called with every event of every phase, with `stage` and `phase` added
         **settings, # Other settings of `Distiller`: `lr`, `objective`, `save_every`, `device`, ...
     ):
@@ -95,7 +95,7 @@ class Stages:
         "Run all stages, or those that are left; returns a row per stage. See `run_stages`."
         return run_stages(self, resume)
 
-# %% ../nbs/11_stages.ipynb #f6915b25
+# %% ../nbs/11_stages.ipynb #dbbd8378
 def distiller(
     job:Stages, # Teacher, pairs, settings
     number:int, # Of the stage, from 1
@@ -107,27 +107,27 @@ def distiller(
     i = 2*(number-1) + (phase=='distil')
     tell = lambda e: [f(e | dict(stage=number, phase=phase)) for f in job.listeners]
     place = job.folder/f'stage-{number}'/phase
-    return Distiller(student, job.teacher, Later(job.pairs, EPOCHS*i), folder=place, seed=step_seed(job.seed, i), listeners=[tell], **{**job.settings, **own})
+    return Distiller(student, job.teacher, Later(job.pairs, EPOCHS*i), folder=place, seed=step_seed(job.seed, i), listeners=[tell], evaluate=job.evaluate, **{**job.settings, **own})
 
 def go(
     job:Stages, # Can be stopped
     run:Distiller, # One phase
     steps:int, # Its length
     resume:bool, # Go on with what its folder holds
-)->bool: # False where it was stopped before its end
+)->Result: # `finished` is False where it was stopped before its end
     "Run one phase"
     job.running = run
     if job.stopping.is_set(): run.stop()
-    try: return run.fit(steps, resume).finished
+    try: return run.fit(steps, resume)
     finally: job.running = None
 
 def first_process()->bool: return int(os.environ.get('RANK', 0))==0 # before there is a process group, too
 
 def snapshot(
-    job:Stages, # Its `evaluate` is asked
+    job:Stages, # Knows the whole
     model:nn.Module, # A student
     path:Path, # Its folder, which appears in one move
-    **facts, # Stored beside it as `stage.json`, with exact shares and what `evaluate` says
+    **facts, # Stored beside it as `stage.json`, with exact shares
 ):
     "Keep a student of the way; one process writes, the others wait"
     if first_process():
@@ -135,7 +135,7 @@ def snapshot(
         share = {t:n[t]/job.whole[t] for t in job.whole} | dict(towers=n['towers']/sum(job.whole.values()))
         with atomic_folder(path) as tmp:
             save(model, tmp)
-            write_json(tmp/'stage.json', dict(facts, share=share, evaluation=scores(job.evaluate, model) if job.evaluate else {}))
+            write_json(tmp/'stage.json', dict(facts, share=share))
     if dist.is_available() and dist.is_initialized(): dist.barrier()
 
 def mask_and_cut(
@@ -148,9 +148,11 @@ def mask_and_cut(
     stage,place = job.stages[number-1], job.folder/f'stage-{number}'
     masked = MaskedCLIP(before, whole=job.whole, **job.clip_settings)
     sparsity = Sparsity(masked, stage.share, **{'lr':TRAVEL/stage.mask_steps, **job.masks})
-    if not go(job, distiller(job, number, 'masks', masked, penalty=sparsity, schedule='constant', **job.weights), stage.mask_steps, resume): return False
+    if not go(job, distiller(job, number, 'masks', masked, penalty=sparsity, schedule='constant', **job.weights), stage.mask_steps, resume).finished: return False
     reached = {t:round(1-s, 4) for t,s in masked.sparsity().items()}
-    snapshot(job, sparsity.cut(), place/'cut', stage=number, asked=stage.share, masks_reached=reached)
+    student = sparsity.cut()
+    said = scores(job.evaluate, student) if job.evaluate and first_process() else {}
+    snapshot(job, student, place/'cut', stage=number, asked=stage.share, masks_reached=reached, evaluation=said)
     return True
 
 def distil(
@@ -161,8 +163,9 @@ def distil(
     "Train the cut student, and leave it in `student`"
     stage,place = job.stages[number-1], job.folder/f'stage-{number}'
     student = load(place/'cut').model
-    if not go(job, distiller(job, number, 'distil', student), stage.steps, resume): return False
-    snapshot(job, student, place/'student', stage=number, asked=stage.share)
+    r = go(job, distiller(job, number, 'distil', student), stage.steps, resume)
+    if not r.finished: return False
+    snapshot(job, student, place/'student', stage=number, asked=stage.share, evaluation=r.evaluation)
     return True
 
 # %% ../nbs/11_stages.ipynb #cfb80a93
