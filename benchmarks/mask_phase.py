@@ -8,11 +8,11 @@ import argparse, json
 from pathlib import Path
 import methods
 from tinyclip.core import environment, record_run, write_json
-from tinyclip.stages import SHORT, TRAVEL, Stage
+from tinyclip.stages import SHORT, Stage
 
 STEPS,MASK_STEPS = 200, 40
 FULL = 'projected, feeling, hard'
-PAPER = dict(lr=TRAVEL/MASK_STEPS) # the rate that takes log alphas as far as 3,000 steps at 0.01
+PAPER = dict(form='two-sided', lr=30/MASK_STEPS) # as far as the paper's 3,000 steps at 0.01
 VARIANTS = {'two-sided, as the paper':PAPER, 'one-sided, as the released code':PAPER | dict(form='one-sided'),
             'two-sided, feeling, hard':{**SHORT, **PAPER, 'form':'two-sided'}, 'projected':dict(form='projected', lr=.1, warmup=.7),
             'projected, feeling':{**SHORT, 'hard':False}, 'projected, feeling, hard; 80 mask steps':SHORT, FULL:SHORT}
