@@ -25,6 +25,7 @@ if __name__=='__main__':
         for (share,name),plan in PLANS.items():
             known = isinstance(plan, str)
             place = Path('runs/methods/shapes')/f'{share}-{plan}-{seed}' if known else a.work/f'{share}-{name.replace(" ", "-").replace(",", "")}-{seed}'
+            if not (place/'row.json').exists() and place.parent!=a.work: raise SystemExit('Run python benchmarks/methods.py shapes first: some of its rows are used here.')
             if not (place/'row.json').exists(): write_json(place/'row.json', methods.one(task, plan, share, seed, a, place))
             row = json.loads((place/'row.json').read_text())
             runs.append({k:v for k,v in row.items() if k!='keep'} | dict(share=share, method=name, seed=seed))

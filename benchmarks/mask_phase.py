@@ -29,6 +29,7 @@ if __name__=='__main__':
         for name,masks in VARIANTS.items():
             mask_steps = 80 if '80' in name else MASK_STEPS
             place = methods_row(seed) if name==FULL else a.work/f'{"-".join(name.replace(",", "").replace(";", "").split())}-{seed}'
+            if not (place/'row.json').exists() and place.parent!=a.work: raise SystemExit('Run python benchmarks/methods.py shapes first: some of its rows are used here.')
             if not (place/'row.json').exists():
                 row = methods.one(task, [Stage(.5, mask_steps, STEPS-mask_steps)], .5, seed, a, place, masks)
                 write_json(place/'row.json', row)

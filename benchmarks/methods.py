@@ -1,4 +1,4 @@
-"""Random, manual and automatic inheritance, and one leap against two stages: same data, same total of steps, mask steps included.
+"""Random, manual and automatic inheritance, and one leap against two stages: same source of pairs, same total of steps, mask steps included.
 
     python benchmarks/methods.py shapes                          # writes results/methods-shapes/run.json
     python benchmarks/methods.py cifar10 --shared ../shared      # writes results/methods-cifar10/run.json
@@ -55,6 +55,12 @@ def one(task, plan, share, seed, a, folder, masks=SHORT):
     towers = parameters(student)['towers']/parameters(teacher)['towers']
     return dict(kept=towers, seconds=time.perf_counter()-start, **test(student), **more)
 
+def same_recipe(folder, recipe):
+    "Rows that lie in `folder` already must come from this recipe"
+    file = folder/'recipe.json'
+    if file.exists() and json.loads(file.read_text())!=json.loads(json.dumps(recipe)): raise SystemExit(f"'{folder}' holds runs of another recipe: {file.read_text()} Give another --work.")
+    write_json(file, recipe)
+
 def table(runs):
     "Mean, spread and every seed"
     rows,of = Table(), lambda r: (r['share'], r['method'])
@@ -69,6 +75,7 @@ if __name__=='__main__':
     p.add_argument('--steps', type=int, default=200); p.add_argument('--mask-steps', type=int, default=40); p.add_argument('--batch', type=int, default=64); p.add_argument('--lr', type=float, default=5e-4); p.add_argument('--weights-lr', type=float, default=3e-4, help='in mask phases')
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2]); p.add_argument('--shares', type=float, nargs='+', default=[.5, .25]); p.add_argument('--work', type=Path, default=Path('runs/methods'))
     a = p.parse_args()
+    same_recipe(a.work/a.data, dict(steps=a.steps, mask_steps=a.mask_steps, batch_size=a.batch, lr=a.lr, weights_lr=a.weights_lr, masks=SHORT))
     task,where,runs = globals()[a.data](a.shared), environment(), []
     for seed in a.seeds:
         for share in a.shares:

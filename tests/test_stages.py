@@ -116,6 +116,11 @@ def test_refused_plans(tmp_path, stages, says):
     with pytest.raises(TinyclipError, match=says): plan(tmp_path/'x', stages=stages)
     assert not (tmp_path/'x').exists()
 
+@pytest.mark.parametrize('settings, says', [(dict(masks=dict(form='tow-sided')), "Did you mean 'two-sided'"), (dict(lr=-1), 'trains nothing'), (dict(masks=dict(kinds=['heads'], uniform=True)), 'needs masks on'), (dict(masks=dict(feel=1.)), 'feel=1.0')])
+def test_refused_settings(tmp_path, settings, says):
+    with pytest.raises(TinyclipError, match=says): plan(tmp_path/'x', **settings)
+    assert not (tmp_path/'x').exists()
+
 def test_another_plan_does_not_go_on(tmp_path):
     plan(tmp_path, stages=PLAN[:1]).fit()
     with pytest.raises(TinyclipError, match='another plan'): plan(tmp_path, stages=[Stage(.6, 4, 4)]).fit(resume=True)
@@ -128,3 +133,14 @@ def test_the_rule_at_a_share(tmp_path):
     teacher = load('shapes-teacher').model
     from tinyclip.inheritance import inherit
     for share in (.75, .5, .25): assert abs(parameters(inherit(teacher, at_share(teacher, share)))['towers']/parameters(teacher)['towers']-share) < .005
+
+def test_a_tower_may_stay_as_it_is(tmp_path):
+    for seed in range(3):
+        rows = plan(tmp_path/str(seed), stages=[Stage(dict(image=.6, text=.6), 2, 1), Stage(dict(image=.3, text=.6), 2, 1)], seed=seed).fit()
+        assert len(rows)==2
+
+def test_a_run_goes_on_with_other_intervals(tmp_path):
+    job = plan(tmp_path)
+    job.listeners = [lambda e: job.stop() if (e['phase'], e['event'])==('distil', 'log') else None]
+    job.fit()
+    assert len(plan(tmp_path, save_every=5, log_every=2).fit(resume=True))==2

@@ -130,7 +130,7 @@ def _measure(args)->dict:
     if not args.json: print(compare(models, args.batch_size, args.precision)); return {}
     return dict(rows=[dict(model=n) | profile(m, args.batch_size, args.precision) for n,m in models.items()])
 
-# %% ../nbs/14_cli.ipynb #97f930a5
+# %% ../nbs/14_cli.ipynb #611484bf
 def _distill(args)->dict:
     "Cut a student out of a teacher and train it; or train a CLIP from scratch"
     out = Path(args.out)
@@ -156,10 +156,10 @@ def _distill(args)->dict:
 def check_stages(args):
     "Refuse options that do not go together"
     if not args.share:
-        if args.mask_steps or args.uniform: raise TinyclipError('--mask-steps and --uniform belong to masks that learn: say with --share how much of the teacher to keep.')
+        if args.mask_steps is not None or args.uniform: raise TinyclipError('--mask-steps and --uniform belong to masks that learn: say with --share how much of the teacher to keep.')
         return
     if not args.teacher: raise TinyclipError('--share is a share of a teacher: name one with --teacher.')
-    named = [k for k in ('student', 'random_start') if getattr(args, k)] + [k for k in ('image_width', 'image_depth', 'text_width', 'text_depth') if getattr(args, k)!=1]
+    named = [k for k in ('student', 'random_start') if getattr(args, k)] + [k for k in ('image_width', 'image_depth', 'text_width', 'text_depth') if getattr(args, k)!=1] + [k for k,v in (('width_by', 'leading'), ('depth_by', 'evenly_spaced')) if getattr(args, k)!=v]
     if named: raise TinyclipError(f'--share lets masks decide what to keep, --{named[0].replace("_", "-")} says so itself: give one of them.')
 
 def in_stages(
@@ -170,7 +170,7 @@ def in_stages(
 )->tuple: # (student, what to report)
     "One stage per `--share`, the steps divided among them"
     steps = args.steps//len(args.share)
-    masks = args.mask_steps or max(1, steps//5)
+    masks = max(1, steps//5) if args.mask_steps is None else args.mask_steps
     if masks>=steps: raise TinyclipError(f'--mask-steps {masks} leave nothing of the {steps} steps of a stage to distil in: raise --steps, or lower --mask-steps.')
     plan = [Stage(s, masks, steps-masks) for s in args.share]
     stages = Stages(teacher, pairs, plan, args.out, masks={**SHORT, 'uniform':args.uniform}, seed=args.seed, **settings).fit(resume=args.resume)

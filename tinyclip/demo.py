@@ -53,7 +53,7 @@ def students(
     seed_everything(seed)
     return {'random start':fresh(small), 'manual':small}
 
-# %% ../nbs/13_demo.ipynb #d4f2c88d
+# %% ../nbs/13_demo.ipynb #4c2291b7
 def train_students(
     teacher:nn.Module, # Mimicked
     preprocess, # Its image transform
@@ -64,7 +64,7 @@ def train_students(
     seed:int=0, # Of the random start and of the pictures
     progress:bool=True, # Show progress bars
 )->dict: # name -> (student, seconds)
-    "Train each student on the same pairs with the same recipe"
+    "Train each student on as many pairs of the same source, with the same recipe"
     pairs = lambda: open_pairs(Shapes('train', seed=seed+1), preprocess, tokenizer, BATCH, seed=seed)
     check = lambda m: examine(m, preprocess, tokenizer, n=256, templates=['{}'])
     common = dict(evaluate=check, evaluate_every=max(1, steps//5), save_every=steps, log_every=max(1, min(10, steps//4)), progress=progress, device='cpu', **RECIPE)

@@ -225,7 +225,7 @@ def read_run(
     vars(run.result).update(trainer['so_far'])
     run.place,run.seen,run.saved = tuple(trainer['places'][e.accelerator.process_index]), trainer['seen'], run.result.steps
 
-# %% ../nbs/10_distill.ipynb #ef91baef
+# %% ../nbs/10_distill.ipynb #6c9909cc
 class Distiller:
     "Train a student to match pairs as its teacher does"
     def __init__(self,
@@ -262,6 +262,7 @@ class Distiller:
         if not 0<=warmup<=1: raise TinyclipError(f'warmup={warmup} is a share of the steps: give a number from 0 to 1.')
         if log_every<1 or save_every<1: raise TinyclipError('log_every= and save_every= count steps: give 1 or more.')
         check_models(student, teacher, self.objective)
+        if getattr(penalty, 'masked', student) is not student: raise TinyclipError('penalty= belongs to the masks of another model: make it of the student that is trained, Sparsity(student, ...).')
         if not self.objective.needs_teacher: self.teacher = None # it would be run for nothing
         self.recipe = dict(lr=lr, warmup=warmup, schedule=schedule, weight_decay=weight_decay, betas=betas, clip_norm=clip_norm, scale=scale, seed=seed) | (dict(penalty=penalty.config) if penalty else {})
         self.where = dict(precision=precision, device=device, trackers=trackers, folder=folder)

@@ -118,7 +118,7 @@ def on_device(
     "Move a batch; from pinned memory the copy overlaps with computation"
     return batch._replace(image=batch.image.to(device, non_blocking=True), text=batch.text.to(device, non_blocking=True))
 
-# %% ../nbs/10_engine.ipynb #90f25884
+# %% ../nbs/10_engine.ipynb #1f5133bd
 class Engine:
     "A student with its teacher, optimiser and precision; `update` moves it by one batch"
     def __init__(self,
@@ -157,7 +157,7 @@ class Engine:
         if self.fused: opt.optimizer.found_inf = (~ok).float()
         if self.fused or ok: opt.step()
         opt.zero_grad()
-        if self.penalty: self.penalty.after_step()
+        if self.penalty: self.penalty.after_step(ok)
         for b,old in zip(self.stats, stats): b.copy_(torch.where(ok, b, old))
         if self.scale is not None: self.scale.data.clamp_(0, math.log(100))
         self.tally.add({k:v for k,v in out.items() if k not in ('r1', 'chance')}, ok)

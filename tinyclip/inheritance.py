@@ -105,7 +105,7 @@ def resize_trunk(visual, sizes):
     except (TypeError, ValueError, RuntimeError, AssertionError) as e: raise TinyclipError(f'timm cannot build {trunk.pretrained_cfg["architecture"]} with {sizes}: {e}.') from e
     visual.head.proj = nn.Linear(visual.trunk.num_features, visual.head.proj.out_features, bias=False)
 
-# %% ../nbs/05_inheritance.ipynb #0b4280d8
+# %% ../nbs/05_inheritance.ipynb #d1441105
 def cut_tensor(
     t:Tensor, # A weight, bias or statistic of the teacher
     dims, # Its `Dim`s
@@ -116,8 +116,8 @@ def cut_tensor(
         if d is None: continue
         if d.axis in keep.axes: t = t.index_select(i, d.expand(torch.tensor(keep[d.axis], dtype=torch.long), keep.sizes[d.axis]).to(t.device))
         if d.scaled and d.axis in keep.values:
-            v = torch.tensor(keep.values[d.axis], dtype=torch.float64, device=t.device).repeat_interleave(d.block).repeat(d.copies)
-            t = (t.double()*v.view([-1 if j==i else 1 for j in range(t.ndim)])).to(t.dtype)
+            v = torch.tensor(keep.values[d.axis], dtype=torch.float64).repeat_interleave(d.block).repeat(d.copies)
+            t = (t.cpu().double()*v.view([-1 if j==i else 1 for j in range(t.ndim)])).to(t.device, t.dtype) # not every device has float64
     return t.clone()
 
 # %% ../nbs/05_inheritance.ipynb #1cfac77b

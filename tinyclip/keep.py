@@ -46,7 +46,7 @@ def by_magnitude(
     "The `count` indices with the largest weights"
     return tuple(sorted(torch.as_tensor(scores).topk(count).indices.tolist()))
 
-# %% ../nbs/04_keep.ipynb #0778759c
+# %% ../nbs/04_keep.ipynb #fb6de7f3
 CHOOSERS = dict(leading=leading, evenly_spaced=evenly_spaced, magnitude=by_magnitude)
 
 def magnitudes(
@@ -57,11 +57,11 @@ def magnitudes(
     scores = {a:torch.zeros(n, dtype=torch.float64) for a,n in l.sizes.items()}
     for name,dims in l.dims.items():
         if name.endswith(('running_mean', 'running_var')): continue
-        t = state[name].detach().double().cpu().square()
+        t = state[name].detach().cpu().double().square()
         for i,d in enumerate(dims):
             if d: scores[d.axis] += t.movedim(i, 0).reshape(d.copies, l.sizes[d.axis], d.block, -1).sum((0,2,3))
     for axis,path in l.depth.items():
-        for i in range(l.sizes[axis]): scores[axis][i] = sum(state[n].double().square().sum() for n in l.dims if n.startswith(f'{path}.{i}.'))
+        for i in range(l.sizes[axis]): scores[axis][i] = sum(state[n].cpu().double().square().sum() for n in l.dims if n.startswith(f'{path}.{i}.'))
     return scores
 
 # %% ../nbs/04_keep.ipynb #221671f6

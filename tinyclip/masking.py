@@ -130,7 +130,7 @@ def writers(
         if at and not name.endswith('token_embedding.weight'): out.append((name, at))
     return out
 
-# %% ../nbs/06_masking.ipynb #664a18cd
+# %% ../nbs/06_masking.ipynb #8460ace8
 def shared_noise(
     n:int, # How many
     device, # Where
@@ -173,6 +173,10 @@ class MaskedCLIP(nn.Module):
         replace(self.clip, self.table, ScaledEmbedding.of)
         for path in self.layout.depth.values():
             for i in range(len(self.clip.get_submodule(path))): replace(self.clip, f'{path}.{i}', Recomputed)
+        own = [m for m in self.clip.modules() if getattr(m, 'grad_checkpointing', False)]
+        for m in own: m.grad_checkpointing = False # it would recompute with the weights of the moment
+        if own: self.set_grad_checkpointing()
+        self.to(self.clip.logit_scale.device)
 
     def __getattr__(self, name): # what is no mask is the CLIP's: visual, logit_scale, context_length, ...
         try: return super().__getattr__(name)

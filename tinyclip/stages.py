@@ -6,7 +6,7 @@
 __all__ = ['SHORT', 'EPOCHS', 'Stage', 'check_plan', 'Later', 'Stages', 'distiller', 'go', 'first_process', 'snapshot',
            'mask_and_cut', 'distil', 'run_stages', 'report', 'compare', 'Recipe', 'in_epochs', 'laion400m', 'yfcc15m']
 
-# %% ../nbs/11_stages.ipynb #41300b0a
+# %% ../nbs/11_stages.ipynb #4d248cfe
 import json, math, os, threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,10 +19,10 @@ from .events import plain
 from .masking import MaskedCLIP
 from .masks import Size
 from .measure import parameters
-from .sparsity import Goal, Sparsity
+from .sparsity import Sparsity
 from .zoo import load, save
 
-# %% ../nbs/11_stages.ipynb #7a7ee409
+# %% ../nbs/11_stages.ipynb #c3fc9a9d
 @dataclass(frozen=True)
 class Stage:
     "Down to a share of the teacher, in so many steps"
@@ -31,6 +31,8 @@ class Stage:
     steps:int # Steps of distillation after the cut
 
     def __post_init__(self):
+        for s in self.share.values() if isinstance(self.share, dict) else [self.share]:
+            if not hasattr(s, '__float__'): raise TinyclipError(f'A share of {s!r} for a stage is no share: give a number above 0 and at most 1, or one per tower, dict(image=.4, text=.6).')
         for n in ('mask_steps', 'steps'):
             v = getattr(self, n)
             if not isinstance(v, int) or v<1: raise TinyclipError(f'{n}={v} of a stage: give a whole number of steps, 1 or more.')
@@ -41,9 +43,9 @@ def check_plan(
     "Refuse a plan that does not go down"
     stages = tuple(stages)
     if not stages: raise TinyclipError('A plan needs at least one stage, e.g. [Stage(share=.5, mask_steps=3000, steps=20000)].')
-    size = lambda s: s.share if isinstance(s.share, (int, float)) else sum(s.share.values())/len(s.share)
-    for a,b in zip(stages, stages[1:]):
-        if not size(b)<size(a): raise TinyclipError(f'A stage to a share of {b.share} follows one to {a.share}; every stage must be smaller than the one before.')
+    sizes = [dict(s.share) if isinstance(s.share, dict) else dict(image=s.share, text=s.share) for s in stages]
+    for a,b in zip(sizes, sizes[1:]):
+        if a.keys()==b.keys() and not (all(b[t]<=a[t] for t in a) and any(b[t]<a[t] for t in a)): raise TinyclipError(f'A stage to a share of {b} follows one to {a}; every stage must be smaller than the one before, and no tower larger.')
     return stages
 
 # %% ../nbs/11_stages.ipynb #b55d9378
@@ -59,7 +61,7 @@ class Later:
     def __getattr__(self, name): return getattr(self.pairs, name)
     def epoch(self, e, start=0): return self.pairs.epoch(e+self.first, start)
 
-# %% ../nbs/11_stages.ipynb #eeb0006a
+# %% ../nbs/11_stages.ipynb #f2bafe79
 EPOCHS = 1000 # between the pairs of two phases: more than any phase takes
 
 class Stages:
@@ -82,7 +84,9 @@ class Stages:
         self.clip_settings,self.masks,self.settings = {k:masks.pop(k) for k in ('kinds', 'start', 'hard') if k in masks}, masks, settings
         self.listeners,self.stopping,self.running = listeners, threading.Event(), None
         self.whole = Size(teacher).whole
-        for s in self.stages: Goal(MaskedCLIP(teacher, **self.clip_settings), s.share, **{k:v for k,v in masks.items() if k in ('towers', 'uniform')}) # a share that cannot be had is refused now
+        masked = MaskedCLIP(teacher, **self.clip_settings)
+        for s in self.stages: Sparsity(masked, s.share, **masks) # what cannot be had is refused now, not at the last stage
+        Distiller(masked, teacher, pairs, **settings)
 
     def stop(self):
         "From any thread: end after this step; `fit(resume=True)` goes on"
@@ -166,14 +170,14 @@ def distil(
     snapshot(job, student, place/'student', stage=number, asked=stage.share, evaluation=r.evaluation)
     return True
 
-# %% ../nbs/11_stages.ipynb #cfb80a93
+# %% ../nbs/11_stages.ipynb #4eeacfc8
 def run_stages(
     job:Stages, # What to do
     resume:bool=False, # Skip what is done and go on with what was stopped
 )->Table: # A row per finished stage
     "What `Stages.fit` does"
     recipe = plain(dict(stages=[asdict(s) for s in job.stages], masks={**job.clip_settings, **job.masks, 'weights':job.weights}, seed=job.seed,
-                        settings={k:v for k,v in job.settings.items() if k not in ('progress', 'device')}))
+                        settings={k:v for k,v in job.settings.items() if k in ('objective', 'lr', 'warmup', 'schedule', 'weight_decay', 'betas', 'clip_norm', 'scale', 'precision')}))
     file = job.folder/'stages.json'
     if first_process() and file.exists() and not resume: raise TinyclipError(f"'{job.folder}' already holds a compression. Go on with it: fit(resume=True), or choose another folder.")
     if file.exists() and (odd := differences(json.loads(file.read_text()), recipe)): raise TinyclipError(f"'{job.folder}' was begun with another plan: {odd}. Give the same one, or another folder.")
