@@ -20,9 +20,10 @@ def trainer(model, penalty, batch, precision, device, compiled):
         with autocast(device, precision): loss = objective(features(run, *batch))['loss']
         if penalty: loss = loss + penalty(.5)
         loss.backward()
-        if penalty: penalty.before_step(torch.isfinite(loss.detach()))
+        ok = torch.isfinite(loss.detach())
+        if penalty: penalty.before_step(ok)
         opt.step(); opt.zero_grad()
-        if penalty: penalty.after_step()
+        if penalty: penalty.after_step(ok)
         if device=='cuda': torch.cuda.synchronize()
     return step
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'batches', 'takes', 'check_models', 'check_batch', 'deferred_interrupt', 'Result', 'at_chance', 'scores',
-           'Run', 'aside', 'assess', 'write_run', 'read_run', 'Distiller', 'newest', 'open_events', 'advance', 'loop',
-           'train']
+           'Run', 'aside', 'assess', 'write_run', 'read_run', 'check_settings', 'Distiller', 'newest', 'open_events',
+           'advance', 'loop', 'train']
 
 # %% ../nbs/10_distill.ipynb #b5cc31be
 import contextlib, math, signal, threading, time, warnings
@@ -225,7 +225,16 @@ def read_run(
     vars(run.result).update(trainer['so_far'])
     run.place,run.seen,run.saved = tuple(trainer['places'][e.accelerator.process_index]), trainer['seen'], run.result.steps
 
-# %% ../nbs/10_distill.ipynb #6c9909cc
+# %% ../nbs/10_distill.ipynb #a3b796c3
+def check_settings(lr, warmup, schedule, scale, log_every, save_every):
+    "Refuse settings that mean nothing"
+    if scale not in ('learned', 'fixed'): raise unknown('scale', scale, ['learned', 'fixed'])
+    if schedule not in ('cosine', 'constant'): raise unknown('schedule', schedule, ['cosine', 'constant'])
+    if not lr>0: raise TinyclipError(f'lr={lr} trains nothing: give a positive learning rate.')
+    if not 0<=warmup<=1: raise TinyclipError(f'warmup={warmup} is a share of the steps: give a number from 0 to 1.')
+    if log_every<1 or save_every<1: raise TinyclipError('log_every= and save_every= count steps: give 1 or more.')
+
+# %% ../nbs/10_distill.ipynb #dc800fec
 class Distiller:
     "Train a student to match pairs as its teacher does"
     def __init__(self,
@@ -256,11 +265,7 @@ class Distiller:
         progress:bool=True, # Show a progress bar
     ):
         self.student,self.teacher,self.pairs,self.objective = student, teacher, pairs, objective if isinstance(objective, Objective) else Objective(objective)
-        if scale not in ('learned', 'fixed'): raise unknown('scale', scale, ['learned', 'fixed'])
-        if schedule not in ('cosine', 'constant'): raise unknown('schedule', schedule, ['cosine', 'constant'])
-        if not lr>0: raise TinyclipError(f'lr={lr} trains nothing: give a positive learning rate.')
-        if not 0<=warmup<=1: raise TinyclipError(f'warmup={warmup} is a share of the steps: give a number from 0 to 1.')
-        if log_every<1 or save_every<1: raise TinyclipError('log_every= and save_every= count steps: give 1 or more.')
+        check_settings(lr, warmup, schedule, scale, log_every, save_every)
         check_models(student, teacher, self.objective)
         if getattr(penalty, 'masked', student) is not student: raise TinyclipError('penalty= belongs to the masks of another model: make it of the student that is trained, Sparsity(student, ...).')
         if not self.objective.needs_teacher: self.teacher = None # it would be run for nothing

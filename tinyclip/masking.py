@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'BRANCHES', 'Fill', 'OpenNorm', 'ScaledEmbedding', 'Recomputed', 'mask_groups', 'gate_of', 'writers',
-           'shared_noise', 'Method', 'replace', 'MaskedCLIP', 'by_group', 'by_axis', 'draw', 'Scale', 'fold', 'chances',
-           'open_counts', 'shares', 'sparsity', 'zeros', 'values', 'to_keep', 'cut']
+           'shared_noise', 'Method', 'replace', 'prepare', 'MaskedCLIP', 'by_group', 'by_axis', 'draw', 'Scale', 'fold',
+           'chances', 'open_counts', 'shares', 'sparsity', 'zeros', 'values', 'to_keep', 'cut']
 
-# %% ../nbs/06_masking.ipynb #6ce109fb
+# %% ../nbs/06_masking.ipynb #b40512ca
 import copy
 from collections.abc import Mapping
 import torch
@@ -21,7 +21,7 @@ from .core import Table, TinyclipError, unknown
 from .inheritance import inherit
 from .keep import Keep
 from .masks import LIMIT, Size, chance_open, eval_masks, expected_zeros, hard_concrete, soft_values
-from .towers import layout
+from .towers import Layout, layout
 
 # %% ../nbs/06_masking.ipynb #6e4d63d2
 class Fill(torch.autograd.Function):
@@ -130,7 +130,7 @@ def writers(
         if at and not name.endswith('token_embedding.weight'): out.append((name, at))
     return out
 
-# %% ../nbs/06_masking.ipynb #8460ace8
+# %% ../nbs/06_masking.ipynb #63705281
 def shared_noise(
     n:int, # How many
     device, # Where
@@ -150,6 +150,26 @@ def replace(model, path, make):
     parent,_,name = path.rpartition('.')
     setattr(model.get_submodule(parent), name, make(model.get_submodule(path)))
 
+# %% ../nbs/06_masking.ipynb #6aed21c7
+def prepare(
+    clip:nn.Module, # Left alone
+    l:Layout, # Its layout
+    axes, # The masked axes
+)->tuple: # (a copy, {path of a norm: its masked axis}, path of the token table)
+    "A copy whose norms, token table and blocks can be told about masks"
+    new,norms = copy.deepcopy(clip), {p:a for p,a in l.norms.items() if a in axes}
+    table = next(n for n in l.dims if n.endswith('token_embedding.weight')).removesuffix('.weight')
+    for path in norms: replace(new, path, OpenNorm.of)
+    replace(new, table, ScaledEmbedding.of)
+    own = [m for m in new.modules() if getattr(m, 'grad_checkpointing', False)]
+    for m in own: m.grad_checkpointing = False # it would recompute with the weights of the moment
+    for path in l.depth.values():
+        for i in range(len(new.get_submodule(path))): replace(new, f'{path}.{i}', Recomputed)
+    for m in new.modules():
+        if isinstance(m, Recomputed): m.recompute = bool(own)
+    return new, norms, table
+
+# %% ../nbs/06_masking.ipynb #775de94a
 class MaskedCLIP(nn.Module):
     "A CLIP with learnable masks (TinyCLIP, section 3.2, automatic inheritance)"
     def __init__(self,
@@ -161,21 +181,12 @@ class MaskedCLIP(nn.Module):
     ):
         super().__init__()
         if isinstance(clip, MaskedCLIP): raise TinyclipError('This model is masked already. Cut it first, masked.cut(), and mask the student that it gives.')
-        self.groups,self.layout,self.size = mask_groups(clip, kinds), layout(clip), Size(clip, whole)
+        self.groups,self.layout,self.size,self.hard = mask_groups(clip, kinds), layout(clip), Size(clip, whole), hard
         self.gates = {a:gate_of(a, self.groups) for a in self.layout.sizes}
         self.axes = [a for a in self.layout.sizes if a in self.groups or self.gates[a]]
-        self.clip,self.writers = copy.deepcopy(clip), writers(clip, self.axes)
+        self.writers,(self.clip,self.norms,self.table) = writers(clip, self.axes), prepare(clip, self.layout, self.axes)
         self.log_alpha = nn.Parameter(torch.full((sum(self.groups.values()),), float(start)))
-        self.probe,self.hard = nn.Parameter(torch.zeros_like(self.log_alpha)), hard # the probe's gradient is that of the masks; its value never matters
-        self.norms = {p:a for p,a in self.layout.norms.items() if a in self.axes}
-        self.table = next(n for n in self.layout.dims if n.endswith('token_embedding.weight')).removesuffix('.weight')
-        for path in self.norms: replace(self.clip, path, OpenNorm.of)
-        replace(self.clip, self.table, ScaledEmbedding.of)
-        for path in self.layout.depth.values():
-            for i in range(len(self.clip.get_submodule(path))): replace(self.clip, f'{path}.{i}', Recomputed)
-        own = [m for m in self.clip.modules() if getattr(m, 'grad_checkpointing', False)]
-        for m in own: m.grad_checkpointing = False # it would recompute with the weights of the moment
-        if own: self.set_grad_checkpointing()
+        self.probe = nn.Parameter(torch.zeros_like(self.log_alpha)) # its gradient is that of the masks; its value never matters
         self.to(self.clip.logit_scale.device)
 
     def __getattr__(self, name): # what is no mask is the CLIP's: visual, logit_scale, context_length, ...
@@ -189,10 +200,6 @@ class MaskedCLIP(nn.Module):
         for m in self.clip.modules():
             if isinstance(m, Recomputed): m.recompute = enable
 
-    def head_dim(self, tower:str)->int: # Channels per head
-        "The head size of a tower"
-        return next((d.block for dims in self.layout.dims.values() for d in dims if d and d.axis.startswith(tower) and d.axis.endswith('.heads')), 1)
-
     def forward(self, image=None, text=None): return self.run('forward', image, text)
     def encode_image(self, image, normalize=False): return self.run('encode_image', image, normalize=normalize)
     def encode_text(self, text, normalize=False): return self.run('encode_text', text, normalize=normalize)
@@ -202,7 +209,7 @@ class MaskedCLIP(nn.Module):
         if method=='forward': return functional_call(self.clip, weights, args)
         return functional_call(Method(self.clip, method), {f'model.{k}':v for k,v in weights.items()}, args, kwargs)
 
-# %% ../nbs/06_masking.ipynb #1f15c1d8
+# %% ../nbs/06_masking.ipynb #0f2cacac
 def by_group(self,
     flat:Tensor, # `(total,)`
 )->dict: # group -> its part
@@ -227,6 +234,9 @@ def draw(self)->dict: # axis -> masks `(size,)`
     if self.hard: z = (z>0).float() + z-z.detach()
     return self.by_axis(self.by_group(z + self.probe-self.probe.detach()))
 
+MaskedCLIP.by_group,MaskedCLIP.by_axis,MaskedCLIP.draw = by_group, by_axis, draw
+
+# %% ../nbs/06_masking.ipynb #cc25635f
 class Scale(torch.autograd.Function):
     "`w * rows[:,None] * columns`: the largest products of folding, with as few passes over the matrix as possible"
     @staticmethod
@@ -257,7 +267,7 @@ def fold(self,
     if 'text.width' in masks: out[f'{self.table}.scale'] = masks['text.width']
     return out
 
-MaskedCLIP.by_group,MaskedCLIP.by_axis,MaskedCLIP.draw,MaskedCLIP.fold = by_group, by_axis, draw, fold
+MaskedCLIP.fold = fold
 
 # %% ../nbs/06_masking.ipynb #10a4b480
 def chances(self)->dict: # axis -> `(size,)`, 0..1, differentiable

@@ -97,7 +97,7 @@ class Stages:
         "Run all stages, or those that are left; returns a row per stage. See `run_stages`."
         return run_stages(self, resume)
 
-# %% ../nbs/11_stages.ipynb #a1e14791
+# %% ../nbs/11_stages.ipynb #81ae9828
 def distiller(
     job:Stages, # Teacher, pairs, settings
     number:int, # Of the stage, from 1
@@ -123,7 +123,10 @@ def go(
     try: return run.fit(steps, resume)
     finally: job.running = None
 
-def first_process()->bool: return int(os.environ.get('RANK', 0))==0 # before there is a process group, too
+# %% ../nbs/11_stages.ipynb #2150a7b7
+def first_process()->bool:
+    "Whether this process writes; also before there is a process group"
+    return int(os.environ.get('RANK', 0))==0
 
 def snapshot(
     job:Stages, # Knows the whole
@@ -140,6 +143,7 @@ def snapshot(
             write_json(tmp/'stage.json', dict(facts, share=share))
     if dist.is_available() and dist.is_initialized(): dist.barrier()
 
+# %% ../nbs/11_stages.ipynb #e33f55f8
 def mask_and_cut(
     job:Stages, # What to do
     number:int, # Of the stage, from 1
