@@ -51,7 +51,7 @@ def one(task, plan, share, seed, a, folder, masks=SHORT):
     else:
         rows = Stages(teacher, pairs(seed, a.batch), plan, folder, masks={**masks, 'weights_lr':a.weights_lr}, seed=seed, save_every=10**6, **settings).fit(resume=True)
         student = load(folder/f'stage-{len(plan)}'/'student').model
-        more = dict(keep=json.loads((folder/f'stage-{len(plan)}'/'student'/'keep.json').read_text()), at_cut=test(load(folder/f'stage-{len(plan)}'/'cut').model))
+        more = dict(keep=(folder/f'stage-{len(plan)}'/'student'/'keep.json').read_text(), at_cut=test(load(folder/f'stage-{len(plan)}'/'cut').model))
     towers = parameters(student)['towers']/parameters(teacher)['towers']
     return dict(kept=towers, seconds=time.perf_counter()-start, **test(student), **more)
 
