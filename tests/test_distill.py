@@ -161,27 +161,37 @@ def test_tensorboard(tmp_path):
 WORKER = '''
 import sys; sys.path.insert(0, {here!r})
 from test_distill import *
+from torch.nn.parallel import DistributedDataParallel
 rank,world = int(os.environ['RANK']),int(os.environ['WORLD_SIZE'])
 for name,objective in OBJECTIVES.items():
     folder = Path({folder!r})/name
-    run = lambda: job(pairs=Pairs(world=world, rank=rank), folder=folder, objective=objective, log_every=2)
+    run = lambda: job(pairs=Pairs(world=world, rank=rank), folder=folder, objective=objective, log_every=2, lr=1e-4)
     half = run(); half.listeners = [when('log', 4, half.stop)]
     assert half.fit(6).steps==4
-    r = run().fit(6, resume=True)
-    if rank==0: torch.save(r.student.state_dict(), folder/'student.pt')
+    assert run().fit(6, resume=True).finished
+    student = tiny(1)
+    found = gradients(student, DistributedDataParallel(student), objective, Pairs(world=world, rank=rank))
+    if rank==0: torch.save(found, folder/'gradients.pt')
 '''
 OBJECTIVES = dict(mimic='affinity', both=['affinity', 'contrastive']) # with affinity alone the logit scale gets no gradient
 
+def gradients(student, wrapped, objective, pairs):
+    step(wrapped.train(), tiny(0).eval(), next(pairs.epoch(0)), Objective(objective))['loss'].backward()
+    return {n:p.grad for n,p in student.named_parameters()}
+
 def test_two_processes_equal_one(tmp_path):
-    "Loss and weights, through a stop and a resume"
+    """Gradients to rounding, and losses through a stop and a resume. Later losses only roughly: where a gradient is all rounding,
+    Adam makes a whole step of it, of either sign, and how much is rounded depends on the machine."""
     (tmp_path/'worker.py').write_text(WORKER.format(here=str(Path(__file__).parent), folder=str(tmp_path)))
     out = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path/'worker.py')],
                          capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true'), timeout=300)
     assert out.returncode==0, out.stderr[-3000:]
     for name,objective in OBJECTIVES.items():
-        alone = job(objective=objective, folder=tmp_path/'one'/name, log_every=2).fit(6)
+        student = tiny(1)
+        alone,two = gradients(student, student, objective, Pairs()), torch.load(tmp_path/name/'gradients.pt', weights_only=True)
+        for n,g in alone.items(): assert (g-two[n]).norm() <= 1e-5*g.norm()+1e-6, n
+        job(objective=objective, folder=tmp_path/'one'/name, log_every=2, lr=1e-4).fit(6)
         one,two = [read_events(o/name, 'log') for o in (tmp_path/'one', tmp_path)]
         assert [e['step'] for e in one]==[e['step'] for e in two]==[1, 2, 4, 6]
-        assert max(abs(a['loss']-b['loss'])/a['loss'] for a,b in zip(one, two)) < 1e-5
-        weights = torch.load(tmp_path/name/'student.pt', weights_only=True)
-        assert max((v-weights[k]).abs().max().item() for k,v in alone.student.state_dict().items()) < 2e-5
+        assert abs(one[0]['loss']-two[0]['loss']) < 1e-6*one[0]['loss']
+        assert max(abs(a['loss']-b['loss'])/a['loss'] for a,b in zip(one, two)) < .05

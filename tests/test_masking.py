@@ -187,9 +187,9 @@ def test_two_processes_equal_one(tmp_path):
     assert out.returncode==0, out.stderr[-3000:]
     masked_job(folder=tmp_path/'one', lr=1e-3, weights_lr=1e-6).fit(4)
     one,two = [read_events(tmp_path/n, 'log') for n in ('one', 'two')]
-    for k,most in (('loss/affinity', 1e-4), ('loss/penalty', 1e-3), ('share/image', 1e-4)): assert max(abs(a[k]-b[k])/abs(a[k]) for a,b in zip(one, two, strict=True)) < most, k
+    for k,most in (('loss/affinity', 1e-3), ('loss/penalty', 1e-2), ('share/image', 1e-3)): assert max(abs(a[k]-b[k])/abs(a[k]) for a,b in zip(one, two, strict=True)) < most, k
     other = masked_job(folder=tmp_path/'other', lr=1e-3, weights_lr=1e-6, seed=1); other.fit(4) # other masks would show
-    assert abs(read_events(tmp_path/'other', 'log')[0]['loss/affinity']-one[0]['loss/affinity'])/one[0]['loss/affinity'] > 1e-3
+    assert abs(read_events(tmp_path/'other', 'log')[0]['loss/affinity']-one[0]['loss/affinity'])/one[0]['loss/affinity'] > 1e-2
 
 def resident()->int: # bytes
     return int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')
