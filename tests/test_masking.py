@@ -194,6 +194,7 @@ def test_two_processes_equal_one(tmp_path):
 def resident()->int: # bytes
     return int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')
 
+@pytest.mark.filterwarnings('ignore:After 200 steps the student still guesses')
 @pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='reads /proc')
 def test_memory_stays_flat_over_500_steps():
     marks = {}
