@@ -5,7 +5,7 @@
 import argparse, copy, statistics, time
 import open_clip, torch
 from tinyclip.core import Table, autocast, record_run, seed_everything
-from tinyclip.engine import features, parameter_groups
+from tinyclip.engine import features, make_optimizer
 from tinyclip.losses import Objective
 from tinyclip.masking import MaskedCLIP
 from tinyclip.measure import inputs
@@ -13,8 +13,8 @@ from tinyclip.sparsity import Sparsity
 
 def trainer(model, penalty, batch, precision, device, compiled):
     "A function that does one training step"
-    own = penalty.groups() if penalty else []
-    opt = torch.optim.AdamW(parameter_groups(model, .2, [p for g in own for p in g['params']])+own, lr=1e-5, fused=True)
+    opt = make_optimizer(model, .2, penalty=penalty)
+    for g in opt.param_groups: g['lr'] = g['lr'] or 1e-5
     run,objective = torch.compile(model) if compiled else model, Objective('contrastive')
     def step():
         with autocast(device, precision): loss = objective(features(run, *batch))['loss']

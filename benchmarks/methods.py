@@ -34,7 +34,8 @@ def cifar10(shared):
 def plans(share, total, mask_steps):
     "The ways to get to a share"
     leap = [Stage(share, mask_steps, total-mask_steps)]
-    staged = [Stage((1+share)/2 if share>.4 else 2*share, mask_steps//2, total//2-mask_steps//2), Stage(share, mask_steps//2, total-total//2-mask_steps//2)]
+    half = mask_steps//2
+    staged = [Stage(2*share, half, total//2-half), Stage(share, half, total-total//2-half)]
     return {'random start':'fresh', 'manual':'rule', 'automatic':leap} | ({'automatic, two stages':staged} if share<.4 else {})
 
 def one(task, plan, share, seed, a, folder, masks=SHORT):
@@ -49,7 +50,7 @@ def one(task, plan, share, seed, a, folder, masks=SHORT):
         student = Distiller(student, teacher, pairs(seed, a.batch), seed=seed, **settings).fit(a.steps).student
         more = {}
     else:
-        rows = Stages(teacher, pairs(seed, a.batch), plan, folder, masks={**masks, 'weights_lr':a.weights_lr}, seed=seed, save_every=10**6, **settings).fit(resume=True)
+        Stages(teacher, pairs(seed, a.batch), plan, folder, masks={**masks, 'weights_lr':a.weights_lr}, seed=seed, save_every=10**6, **settings).fit(resume=True)
         student = load(folder/f'stage-{len(plan)}'/'student').model
         more = dict(keep=(folder/f'stage-{len(plan)}'/'student'/'keep.json').read_text(), at_cut=test(load(folder/f'stage-{len(plan)}'/'cut').model))
     towers = parameters(student)['towers']/parameters(teacher)['towers']
@@ -60,6 +61,20 @@ def same_recipe(folder, recipe):
     file = folder/'recipe.json'
     if file.exists() and json.loads(file.read_text())!=json.loads(json.dumps(recipe)): raise SystemExit(f"'{folder}' holds runs of another recipe: {file.read_text()} Give another --work.")
     write_json(file, recipe)
+
+def row_of(place, make):
+    "The row of a finished run, or of one that is made now"
+    if not (place/'row.json').exists(): write_json(place/'row.json', dict(make(), commit=environment()['commit']))
+    return json.loads((place/'row.json').read_text())
+
+SHAPES = dict(steps=200, batch=64, lr=5e-4, weights_lr=3e-4) # of the drawn pictures, for the benchmarks that vary one thing
+FINISHED = Path('runs/methods/shapes')
+
+def finished(name, seed):
+    "A row that `python benchmarks/methods.py shapes` has left"
+    place = FINISHED/f'{name}-{seed}'
+    if not (place/'row.json').exists(): raise SystemExit('Run python benchmarks/methods.py shapes first: some of its rows are used here.')
+    return place
 
 def table(runs):
     "Mean, spread and every seed"
@@ -81,8 +96,7 @@ if __name__=='__main__':
         for share in a.shares:
             for name,plan in plans(share, a.steps, a.mask_steps).items():
                 place = a.work/a.data/f'{share}-{name.replace(" ", "-").replace(",", "")}-{seed}'
-                if not (place/'row.json').exists(): write_json(place/'row.json', dict(share=share, method=name, seed=seed, **one(task, plan, share, seed, a, place), commit=where['commit']))
-                runs.append(json.loads((place/'row.json').read_text()))
+                runs.append(row_of(place, lambda: dict(share=share, method=name, seed=seed, **one(task, plan, share, seed, a, place))))
                 print({k:runs[-1][k] for k in ('share', 'method', 'seed', 'kept', 'top1', 'seconds')}, flush=True)
     recipe = dict(data=a.data, steps=a.steps, mask_steps=a.mask_steps, batch_size=a.batch, lr=a.lr, weights_lr=a.weights_lr, masks=SHORT, teacher=task[2](task[0]))
     print(table(runs), record_run(f'methods-{a.data}', recipe, runs, a.seeds, where=where))
