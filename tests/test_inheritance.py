@@ -3,7 +3,7 @@ import open_clip, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from tinyclip.core import TinyclipError
 from tinyclip.inheritance import build, fresh, inherit
-from tinyclip.keep import Keep, is_depth, like, manual, student_sizes
+from tinyclip.keep import Keep, like, manual, student_sizes
 from tinyclip.architecture import architecture
 from tinyclip.towers import layout
 

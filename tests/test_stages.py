@@ -1,17 +1,15 @@
 "Progressive compression: killed and stopped in every phase, exact in size, refused in sentences"
-import signal, subprocess, sys
+import copy, signal, subprocess, sys
 from pathlib import Path
 import pytest, torch
-from test_distill import Pairs, different, tiny, when
+from test_distill import Pairs, different, tiny
 from tinyclip.core import TinyclipError
 from tinyclip.data import open_pairs
-from tinyclip.engine import step
 from tinyclip.keep import at_share
-from tinyclip.losses import Objective
 from tinyclip.measure import parameters
 from tinyclip.shapes import Shapes
 from tinyclip.sparsity import Sparsity
-from tinyclip.stages import SHORT, Stage, Stages, compare, laion400m, report, yfcc15m
+from tinyclip.stages import SHORT, Stage, Stages, compare, laion400m, yfcc15m
 from tinyclip.zoo import load
 
 PLAN = [Stage(.7, 4, 4), Stage(.4, 4, 4)]
@@ -129,9 +127,23 @@ def test_another_plan_does_not_go_on(tmp_path):
 def test_comparison_needs_the_same_total(tmp_path):
     with pytest.raises(TinyclipError, match='different numbers of steps'): compare(dict(a=[Stage(.5, 1, 1)], b=[Stage(.5, 1, 2)]), tiny(0), Pairs(), tmp_path)
 
-def test_the_rule_at_a_share(tmp_path):
-    teacher = load('shapes-teacher').model
+def test_comparison_looks_at_every_plan_first(tmp_path):
+    with pytest.raises(TinyclipError, match='one head and one neuron'): compare(dict(a=[Stage(.5, 1, 1)], b=[Stage(1e-4, 1, 1)]), tiny(0), Pairs(), tmp_path/'x', device='cpu', progress=False)
+    assert not (tmp_path/'x').exists()
+
+def test_a_half_precision_teacher_is_compressed_in_float32(tmp_path):
+    teacher = tiny(0, layers=2)
+    plan(tmp_path/'a', teacher=copy.deepcopy(teacher).bfloat16(), stages=PLAN[:1], precision='bf16').fit()
+    assert {p.dtype for p in load(tmp_path/'a'/'stage-1'/'student').model.parameters()}=={torch.float32}
+
+def test_a_tokenizer_that_must_be_saved_is_asked_for_at_once(tmp_path):
+    teacher = tiny(0, layers=2)
+    teacher.tokenizer_cfg = dict(hf_tokenizer_name='bert-base-uncased')
+    with pytest.raises(TinyclipError, match='pass it as tokenizer='): plan(tmp_path/'x', teacher=teacher)
+
+def test_the_rule_at_a_share():
     from tinyclip.inheritance import inherit
+    teacher = load('shapes-teacher').model
     for share in (.75, .5, .25): assert abs(parameters(inherit(teacher, at_share(teacher, share)))['towers']/parameters(teacher)['towers']-share) < .005
 
 def test_a_tower_may_stay_as_it_is(tmp_path):

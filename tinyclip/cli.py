@@ -48,7 +48,7 @@ def source_of(
     options = dict(classnames=args.classnames, image_column=args.image_column, caption_column=args.caption_column)
     return as_source(which or args.data, **{k:v for k,v in options.items() if v is not None})
 
-# %% ../nbs/14_cli.ipynb #790c6d5f
+# %% ../nbs/14_cli.ipynb #8b8498f3
 def student_options(p:argparse.ArgumentParser):
     "Options that say what is trained"
     p.add_argument('--student', metavar='CONFIG', help="a configuration: a name like TinyCLIP-ViT-40M-32-Text-19M, or a JSON file; without a teacher also a model folder")
@@ -57,7 +57,7 @@ def student_options(p:argparse.ArgumentParser):
     p.add_argument('--width-by', choices=CHOOSERS, default='leading', help='which channels, heads and neurons to keep')
     p.add_argument('--depth-by', choices=CHOOSERS, default='evenly_spaced', help='which layers to keep')
     p.add_argument('--share', type=float, action='append', metavar='SHARE', help='let masks learn what to keep, down to this share of the teacher; repeat for several stages')
-    p.add_argument('--mask-steps', type=int, metavar='STEPS', help='with --share: steps of each stage in which masks learn (default a fifth)')
+    p.add_argument('--mask-steps', type=int, metavar='STEPS', help='with --share: steps of each stage in which masks learn (default a fifth, at most 500)')
     p.add_argument('--uniform', action='store_true', help='with --share: equal layers, so that plain open_clip loads the student')
     p.add_argument('--random-start', action='store_true', help='the same shape with random weights: the control')
 
@@ -130,29 +130,7 @@ def _measure(args)->dict:
     if not args.json: print(compare(models, args.batch_size, args.precision)); return {}
     return dict(rows=[dict(model=n) | profile(m, args.batch_size, args.precision) for n,m in models.items()])
 
-# %% ../nbs/14_cli.ipynb #611484bf
-def _distill(args)->dict:
-    "Cut a student out of a teacher and train it; or train a CLIP from scratch"
-    out = Path(args.out)
-    teacher = load(args.teacher) if args.teacher else None
-    student = teacher if args.share else make_student(args, teacher)
-    check_stages(args)
-    drawn = isinstance(source_of(args), Drawn) # a random crop would make the drawn captions untrue
-    pairs = open_pairs(source_of(args), transforms(student.model)[1 if drawn else 0], student.tokenizer, args.batch_size, seed=args.seed, workers=args.workers)
-    test = source_of(args, args.eval_data, test=True) if args.eval_data else None
-    look = partial(evaluation, preprocess=student.preprocess, tokenizer=student.tokenizer, source=test, templates=args.templates or 'simple', workers=args.workers) if test else None
-    settings = dict(objective=args.objective or ['affinity' if teacher else 'contrastive'], lr=args.lr, warmup=args.warmup, weight_decay=args.weight_decay, precision=args.precision, device=args.device,
-                    save_every=args.save_every, evaluate=look, evaluate_every=args.eval_every, trackers=args.track)
-    if args.share: model,result = in_stages(args, teacher.model, pairs, settings)
-    else:
-        r = Distiller(student.model, teacher and teacher.model, pairs, seed=args.seed, folder=out, **settings).fit(args.steps, resume=args.resume)
-        model,result = r.student, dict(steps=r.steps, seconds=r.seconds, pairs_per_s=r.pairs_per_s, losses=r.losses, evaluation=r.evaluation, skipped_steps=r.skipped)
-    save(model, out/'student', tokenizer=student.tokenizer)
-    result |= dict(skipped_samples=dict(pairs.skipped), student=str(out/'student'), arguments={k:v for k,v in vars(args).items() if k not in ('command', 'json')})
-    write_json(out/'result.json', result)
-    if not args.json: print(result['stages'] if args.share else Table([result['evaluation']]) if result['evaluation'] else '', f'\nStudent: {out/"student"}')
-    return result
-
+# %% ../nbs/14_cli.ipynb #5a1862ca
 def check_stages(args):
     "Refuse options that do not go together"
     if not args.share:
@@ -166,15 +144,39 @@ def in_stages(
     args, # Of `tinyclip distill`
     teacher, # The CLIP to compress
     pairs, # To learn from
+    tokenizer, # The teacher's
     settings:dict, # Of the `Distiller`s
 )->tuple: # (student, what to report)
     "One stage per `--share`, the steps divided among them"
     steps = args.steps//len(args.share)
-    masks = max(1, steps//5) if args.mask_steps is None else args.mask_steps
+    masks = min(500, max(1, steps//5)) if args.mask_steps is None else args.mask_steps
     if masks>=steps: raise TinyclipError(f'--mask-steps {masks} leave nothing of the {steps} steps of a stage to distil in: raise --steps, or lower --mask-steps.')
     plan = [Stage(s, masks, steps-masks) for s in args.share]
-    stages = Stages(teacher, pairs, plan, args.out, masks={**SHORT, 'uniform':args.uniform}, seed=args.seed, **settings).fit(resume=args.resume)
+    stages = Stages(teacher, pairs, plan, args.out, masks={**SHORT, 'uniform':args.uniform}, tokenizer=tokenizer, seed=args.seed, **settings).fit(resume=args.resume)
     return load(Path(args.out)/f'stage-{len(plan)}'/'student').model, dict(steps=steps*len(plan), stages=stages)
+
+# %% ../nbs/14_cli.ipynb #979bb6ea
+def _distill(args)->dict:
+    "Cut a student out of a teacher and train it; or train a CLIP from scratch"
+    out = Path(args.out)
+    teacher = load(args.teacher) if args.teacher else None
+    student = teacher if args.share else make_student(args, teacher)
+    check_stages(args)
+    drawn = isinstance(source_of(args), Drawn) # a random crop would make the drawn captions untrue
+    pairs = open_pairs(source_of(args), transforms(student.model)[1 if drawn else 0], student.tokenizer, args.batch_size, seed=args.seed, workers=args.workers)
+    test = source_of(args, args.eval_data, test=True) if args.eval_data else None
+    look = partial(evaluation, preprocess=student.preprocess, tokenizer=student.tokenizer, source=test, templates=args.templates or 'simple', workers=args.workers) if test else None
+    settings = dict(objective=args.objective or ['affinity' if teacher else 'contrastive'], lr=args.lr, warmup=args.warmup, weight_decay=args.weight_decay, precision=args.precision, device=args.device,
+                    save_every=args.save_every, evaluate=look, evaluate_every=args.eval_every, trackers=args.track)
+    if args.share: model,result = in_stages(args, teacher.model, pairs, student.tokenizer, settings)
+    else:
+        r = Distiller(student.model, teacher and teacher.model, pairs, seed=args.seed, folder=out, **settings).fit(args.steps, resume=args.resume)
+        model,result = r.student, dict(steps=r.steps, seconds=r.seconds, pairs_per_s=r.pairs_per_s, losses=r.losses, evaluation=r.evaluation, skipped_steps=r.skipped)
+    save(model, out/'student', tokenizer=student.tokenizer)
+    result |= dict(skipped_samples=dict(pairs.skipped), student=str(out/'student'), arguments={k:v for k,v in vars(args).items() if k not in ('command', 'json')})
+    write_json(out/'result.json', result)
+    if not args.json: print(result['stages'] if args.share else Table([result['evaluation']]) if result['evaluation'] else '', f'\nStudent: {out/"student"}')
+    return result
 
 # %% ../nbs/14_cli.ipynb #65eb4e98
 def _training_options(p):

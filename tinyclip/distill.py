@@ -7,8 +7,8 @@ __all__ = ['PATIENCE', 'batches', 'takes', 'check_models', 'check_batch', 'defer
            'Run', 'aside', 'assess', 'write_run', 'read_run', 'check_settings', 'Distiller', 'newest', 'open_events',
            'advance', 'loop', 'train']
 
-# %% ../nbs/10_distill.ipynb #b5cc31be
-import contextlib, math, signal, threading, time, warnings
+# %% ../nbs/10_distill.ipynb #6d966c1f
+import contextlib, signal, threading, time, warnings
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint, step_seed
-from .core import TinyclipError, environment, evaluating, human, seed_everything, unknown
+from .core import TinyclipError, environment, evaluating, seed_everything, unknown
 from .engine import Engine, learning_rate, make_accelerator
 from .events import Events, Progress, plain, rewind
 from .losses import Objective

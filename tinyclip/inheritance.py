@@ -6,7 +6,7 @@
 __all__ = ['SlimAttention', 'Remainder', 'SlimBlock', 'build', 'slim_blocks', 'resize_trunk', 'cut_tensor', 'cut_state',
            'student_name', 'inherit', 'check_keep', 'check_sizes', 'carry_over', 'fresh']
 
-# %% ../nbs/05_inheritance.ipynb #75a58810
+# %% ../nbs/05_inheritance.ipynb #36292d09
 import copy, json
 from collections.abc import Mapping
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from open_clip.transformer import LayerScale
 from .architecture import architecture, create, static_cfg, with_sizes
 from .core import TinyclipError
-from .keep import Keep, after, is_depth, like, student_sizes
+from .keep import Keep, like, student_sizes
 from .towers import Layout, branch, has_attention, has_mlp, layout
 
 # %% ../nbs/05_inheritance.ipynb #61769a8b
@@ -120,14 +120,14 @@ def cut_tensor(
             t = (t.cpu().double()*v.view([-1 if j==i else 1 for j in range(t.ndim)])).to(t.device, t.dtype) # not every device has float64
     return t.clone()
 
-# %% ../nbs/05_inheritance.ipynb #1cfac77b
+# %% ../nbs/05_inheritance.ipynb #a867f522
 def cut_state(
     state:Mapping, # The teacher's state dict
     l:Layout, # The teacher's layout
     keep:Keep, # What stays
 )->dict: # The student's state dict: layers renumbered, empty branches gone
     "Cut a whole state dict"
-    names,out = after(keep), {}
+    out = {}
     for name,t in state.items():
         new = student_name(name, l, keep)
         empty = branch(name, l)

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'BRANCHES', 'Fill', 'OpenNorm', 'ScaledEmbedding', 'Recomput
            'shared_noise', 'Method', 'replace', 'prepare', 'MaskedCLIP', 'by_group', 'by_axis', 'draw', 'Scale', 'fold',
            'chances', 'open_counts', 'shares', 'sparsity', 'zeros', 'values', 'to_keep', 'cut']
 
-# %% ../nbs/06_masking.ipynb #b40512ca
+# %% ../nbs/06_masking.ipynb #e26fa703
 import copy
 from collections.abc import Mapping
 import torch
@@ -17,10 +17,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from open_clip.transformer import VisionTransformer
-from .core import Table, TinyclipError, unknown
+from .core import TinyclipError, unknown
 from .inheritance import inherit
 from .keep import Keep
-from .masks import LIMIT, Size, chance_open, eval_masks, expected_zeros, hard_concrete, soft_values
+from .masks import TOWERS, Size, chance_open, eval_masks, expected_zeros, hard_concrete
 from .towers import Layout, layout
 
 # %% ../nbs/06_masking.ipynb #6e4d63d2
@@ -91,7 +91,7 @@ class Recomputed(nn.Module):
         run = lambda x,*tensors: functional_call(self.block, dict(zip(names, tensors)), (x,), dict(attn_mask=attn_mask))
         return checkpoint(run, x, *tensors, use_reentrant=False)
 
-# %% ../nbs/06_masking.ipynb #9db0228b
+# %% ../nbs/06_masking.ipynb #698288fe
 KINDS = ('heads', 'ffn', 'width') # the paper's; besides them 'attention' and 'mlp': whole branches
 BRANCHES = {'attention':'heads', 'mlp':'ffn'} # a branch closes by closing all of these
 
@@ -100,6 +100,7 @@ def mask_groups(
     kinds=KINDS, # What to mask
 )->dict: # name -> how many masks; the name is an axis, or e.g. `'image.attention'` with a mask per layer
     "The groups of masks that a model can have"
+    kinds = (kinds,) if isinstance(kinds, str) else kinds
     for k in kinds:
         if k not in (*KINDS, *BRANCHES): raise unknown('kind of mask', k, (*KINDS, *BRANCHES))
     if not kinds: raise TinyclipError(f'There is nothing to mask: name some of {", ".join((*KINDS, *BRANCHES))} as kinds=.')
@@ -107,7 +108,7 @@ def mask_groups(
     if not isinstance(model.visual, VisionTransformer):
         raise TinyclipError(f'The image tower is a {type(model.visual).__name__}; masks learn on a ViT only (VisionTransformer). Shrink this one by rule: tinyclip.keep.manual.')
     groups = {a:n for a,n in l.sizes.items() if a.split('.')[-1] in kinds}
-    return groups | {f'{t}.{k}':l.sizes[f'{t}.layers'] for t in ('image', 'text') for k in BRANCHES if k in kinds}
+    return groups | {f'{t}.{k}':l.sizes[f'{t}.layers'] for t in TOWERS for k in BRANCHES if k in kinds}
 
 def gate_of(
     axis:str, # e.g. `'image.layers.3.heads'`
@@ -150,14 +151,14 @@ def replace(model, path, make):
     parent,_,name = path.rpartition('.')
     setattr(model.get_submodule(parent), name, make(model.get_submodule(path)))
 
-# %% ../nbs/06_masking.ipynb #6aed21c7
+# %% ../nbs/06_masking.ipynb #f5435634
 def prepare(
     clip:nn.Module, # Left alone
     l:Layout, # Its layout
     axes, # The masked axes
 )->tuple: # (a copy, {path of a norm: its masked axis}, path of the token table)
-    "A copy whose norms, token table and blocks can be told about masks"
-    new,norms = copy.deepcopy(clip), {p:a for p,a in l.norms.items() if a in axes}
+    "A copy whose norms, token table and blocks can be told about masks. All of it is trained, also where a teacher was frozen."
+    new,norms = copy.deepcopy(clip).requires_grad_(True), {p:a for p,a in l.norms.items() if a in axes}
     table = next(n for n in l.dims if n.endswith('token_embedding.weight')).removesuffix('.weight')
     for path in norms: replace(new, path, OpenNorm.of)
     replace(new, table, ScaledEmbedding.of)
@@ -169,7 +170,7 @@ def prepare(
         if isinstance(m, Recomputed): m.recompute = bool(own)
     return new, norms, table
 
-# %% ../nbs/06_masking.ipynb #775de94a
+# %% ../nbs/06_masking.ipynb #07e64c8d
 class MaskedCLIP(nn.Module):
     "A CLIP with learnable masks (TinyCLIP, section 3.2, automatic inheritance)"
     def __init__(self,
@@ -180,7 +181,6 @@ class MaskedCLIP(nn.Module):
         whole:Mapping|None=None, # Parameters that count as 100 %, see `masks.Size`; None for those of `clip`
     ):
         super().__init__()
-        if isinstance(clip, MaskedCLIP): raise TinyclipError('This model is masked already. Cut it first, masked.cut(), and mask the student that it gives.')
         self.groups,self.layout,self.size,self.hard = mask_groups(clip, kinds), layout(clip), Size(clip, whole), hard
         self.gates = {a:gate_of(a, self.groups) for a in self.layout.sizes}
         self.axes = [a for a in self.layout.sizes if a in self.groups or self.gates[a]]
@@ -269,7 +269,7 @@ def fold(self,
 
 MaskedCLIP.fold = fold
 
-# %% ../nbs/06_masking.ipynb #10a4b480
+# %% ../nbs/06_masking.ipynb #2e10c059
 def chances(self)->dict: # axis -> `(size,)`, 0..1, differentiable
     "How likely every head, neuron and channel is open"
     return self.by_axis(self.by_group(chance_open(self.log_alpha.float())))
@@ -286,7 +286,7 @@ def shares(self)->Tensor: # `(2,)`, image and text
 @torch.no_grad()
 def sparsity(self)->dict: # `image`, `text`, and `towers` for both together
     "Which share of each tower's parameters is closed, expected"
-    n,kept = self.size.whole, dict(zip(('image', 'text'), self.shares().tolist()))
+    n,kept = self.size.whole, dict(zip(TOWERS, self.shares().tolist()))
     kept['towers'] = sum(kept[t]*n[t] for t in n)/sum(n.values())
     return {t:1-s for t,s in kept.items()}
 

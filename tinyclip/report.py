@@ -104,7 +104,7 @@ h1{margin-bottom:.2rem}table{border-collapse:collapse;width:100%;font-variant-nu
 td:first-child,th:first-child{text-align:left}.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(210px,1fr));gap:1rem}figure{margin:0;font-size:.78rem}
 img{width:100%;image-rendering:pixelated;border-radius:6px}.say{margin-top:.25rem}.say b{display:block;color:#57606a;font-weight:600}s{color:#c0392b}pre{background:#f4f5f7;padding:.8rem;border-radius:6px;overflow:auto}.scroll{overflow-x:auto}"""
 
-# %% ../nbs/13_report.ipynb #dd2a9f9e
+# %% ../nbs/13_report.ipynb #aa8001c8
 def kept_by(
     models:dict, # name -> CLIP
 )->dict: # name -> `Keep`, for those that inherited
@@ -129,15 +129,14 @@ def write_report(
 )->Path: # `report.html`, which needs no network
     "Put table, curves, pictures and keeps on one page"
     keeps,masks = kept_by(models), [e for n in logs for e in logs[n] if e.get('phase')=='masks']
-    figures = [curves(logs, rows[0]['top1'])] + ([share_curve(masks)] if masks else []) + [keep_map(k, n) for n,k in keeps.items()] + [redundancy(k) for k in list(keeps.values())[-1:]]
-    drawn = iter([f.to_html(full_html=False, include_plotlyjs=i==0, config=dict(displayModeBar=False)) for i,f in enumerate(figures)])
-    shares = f'<p>While masks learn, their share follows its target:</p>{next(drawn)}' if (top := next(drawn)) and masks else ''
-    maps = ''.join(f'{next(drawn)}<details><summary>{html.escape(n)}, in numbers</summary><div class=scroll>{to_html(keep_table(k))}</div></details>' for n,k in keeps.items())
+    draw = lambda figure, script=False: figure.to_html(full_html=False, include_plotlyjs=script, config=dict(displayModeBar=False)) # the first one brings the script
+    top,shares = draw(curves(logs, rows[0]['top1']), True), f'<p>While masks learn, their share follows its target:</p>{draw(share_curve(masks))}' if masks else ''
+    maps = ''.join(f'{draw(keep_map(k, n))}<details><summary>{html.escape(n)}, in numbers</summary><div class=scroll>{to_html(keep_table(k))}</div></details>' for n,k in keeps.items())
     page = f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>tinyclip demo</title><style>{STYLE}</style>
 <h1>A CLIP of half the size</h1><p>{lead(rows)}</p><div class=scroll>{to_html(readable(rows))}</div><h2>While they trained</h2>{top}{shares}
 <h2>What they see</h2><p>Pictures of combinations never trained on, and what each model calls them among 640 names. Wrong words are struck out.</p>{what_they_see(models, tokenizer)}
 <h2>What they kept</h2><p>Dark stays. A rule keeps what leads; masks keep what they found to matter.</p>{maps}
-{'<p>How much of every layer the last one kept, beside its channels. The paper finds texts redundant in depth and images in width.</p>' + next(drawn) if keeps else ''}
+{'<p>How much of every layer the last one kept, beside its channels. The paper finds texts redundant in depth and images in width.</p>' + draw(redundancy(list(keeps.values())[-1])) if keeps else ''}
 <h2>Take it away</h2><pre>from tinyclip.zoo import load
 model, preprocess, tokenizer = load('{html.escape(str(folder/"student"))}')</pre></html>"""
     (folder/'report.html').write_text(page, encoding='utf-8')

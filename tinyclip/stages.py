@@ -61,7 +61,7 @@ class Later:
     def __getattr__(self, name): return getattr(self.pairs, name)
     def epoch(self, e, start=0): return self.pairs.epoch(e+self.first, start)
 
-# %% ../nbs/11_stages.ipynb #f2bafe79
+# %% ../nbs/11_stages.ipynb #8dc06691
 EPOCHS = 1000 # between the pairs of two phases: more than any phase takes
 
 class Stages:
@@ -73,20 +73,24 @@ class Stages:
         folder, # Everything is kept here: `stage-1/masks`, `stage-1/cut`, `stage-1/distil`, `stage-1/student`, ...
         *,
         masks:dict=SHORT, # Settings of `MaskedCLIP` (`kinds`, `start`, `hard`) and `Sparsity` (`towers`, `uniform`, `form`, `lr`, ...), and `weights_lr`, the weights' rate in mask phases
+        tokenizer=None, # Needed only for teachers with a Hugging Face tokenizer, as by `zoo.save`
         seed:int=0, # Every phase derives its own from it
         evaluate=None, # As for `Distiller`; asked after each cut, too
         listeners=(), # Called with every event of every phase, with `stage` and `phase` added
         **settings, # Other settings of `Distiller`: `lr`, `objective`, `save_every`, `device`, ...
     ):
-        self.teacher,self.pairs,self.stages,self.folder,self.seed,self.evaluate = teacher, pairs, check_plan(stages), Path(folder), seed, evaluate
+        self.teacher,self.pairs,self.stages,self.folder,self.tokenizer,self.seed,self.evaluate = teacher, pairs, check_plan(stages), Path(folder), tokenizer, seed, evaluate
         masks = dict(masks)
         self.weights = {'lr':masks.pop('weights_lr')} if 'weights_lr' in masks else {}
         self.clip_settings,self.masks,self.settings = {k:masks.pop(k) for k in ('kinds', 'start', 'hard') if k in masks}, masks, settings
         self.listeners,self.stopping,self.running = listeners, threading.Event(), None
         self.whole = Size(teacher).whole
-        masked = MaskedCLIP(teacher, **self.clip_settings)
+        if tokenizer is None and hasattr(teacher, 'tokenizer_cfg'): raise TinyclipError('This teacher uses a Hugging Face tokenizer; pass it as tokenizer=, so that the students of the way can be saved with it.')
+        masked = self.masked(teacher)
         for s in self.stages: Sparsity(masked, s.share, **masks) # what cannot be had is refused now, not at the last stage
         Distiller(masked, teacher, pairs, **settings)
+
+    def masked(self, clip)->MaskedCLIP: return MaskedCLIP(clip, whole=self.whole, **self.clip_settings).float() # trained in float32, whatever the teacher is stored in
 
     def stop(self):
         "From any thread: end after this step; `fit(resume=True)` goes on"
@@ -123,7 +127,7 @@ def go(
     try: return run.fit(steps, resume)
     finally: job.running = None
 
-# %% ../nbs/11_stages.ipynb #2150a7b7
+# %% ../nbs/11_stages.ipynb #ba4e4578
 def first_process()->bool:
     "Whether this process writes; also before there is a process group"
     return int(os.environ.get('RANK', 0))==0
@@ -139,11 +143,11 @@ def snapshot(
         n = parameters(model)
         share = {t:n[t]/job.whole[t] for t in job.whole} | dict(towers=n['towers']/sum(job.whole.values()))
         with atomic_folder(path) as tmp:
-            save(model, tmp)
+            save(model, tmp, tokenizer=job.tokenizer)
             write_json(tmp/'stage.json', dict(facts, share=share))
     if dist.is_available() and dist.is_initialized(): dist.barrier()
 
-# %% ../nbs/11_stages.ipynb #e33f55f8
+# %% ../nbs/11_stages.ipynb #72f3bce4
 def mask_and_cut(
     job:Stages, # What to do
     number:int, # Of the stage, from 1
@@ -152,7 +156,7 @@ def mask_and_cut(
 )->bool: # False where it was stopped
     "Learn masks on `before`, and leave the cut student in `cut`"
     stage,place = job.stages[number-1], job.folder/f'stage-{number}'
-    masked = MaskedCLIP(before, whole=job.whole, **job.clip_settings)
+    masked = job.masked(before)
     sparsity = Sparsity(masked, stage.share, **job.masks)
     if not go(job, distiller(job, number, 'masks', masked, penalty=sparsity, schedule='constant', **job.weights), stage.mask_steps, resume).finished: return False
     reached = {t:round(1-s, 4) for t,s in masked.sparsity().items()}
@@ -207,7 +211,7 @@ def report(
         rows.append(dict(stage=done['stage'], asked=done['asked'], masks_reached=cut['masks_reached']['towers'], kept=round(done['share']['towers'], 4), **scores))
     return rows
 
-# %% ../nbs/11_stages.ipynb #43ee6211
+# %% ../nbs/11_stages.ipynb #82825409
 def compare(
     plans:dict, # name -> list of `Stage`s
     teacher:nn.Module, # As for `Stages`
@@ -219,10 +223,11 @@ def compare(
     "Run several plans with the same total of steps"
     total = {n:sum(s.mask_steps+s.steps for s in check_plan(p)) for n,p in plans.items()}
     if len(set(total.values()))>1: raise TinyclipError(f'These plans take different numbers of steps: {total}. A comparison is fair only with the same total, mask steps included.')
-    done = {n:Stages(teacher, pairs, p, Path(folder)/n.replace(' ', '-'), **settings).fit(resume) for n,p in plans.items()}
+    jobs = {n:Stages(teacher, pairs, p, Path(folder)/n.replace(' ', '-'), **settings) for n,p in plans.items()} # all are checked before the first is run
+    done = {n:job.fit(resume) for n,job in jobs.items()}
     return Table(dict(plan=n, stages=len(plans[n]), steps=total[n]) | {k:v for k,v in t[-1].items() if k!='stage'} for n,t in done.items())
 
-# %% ../nbs/11_stages.ipynb #c9d365c3
+# %% ../nbs/11_stages.ipynb #2895894c
 @dataclass(frozen=True)
 class Recipe:
     "A plan and its settings: `Stages(teacher, pairs, r.stages, folder, masks=r.masks, **r.settings)`"
@@ -251,7 +256,7 @@ def laion400m(
     batch_size:int=4096, # Pairs per step, of all processes together
     small:bool=False, # The same in seconds, on any pairs
 )->Recipe:
-    "100 to 75 to 50 to 25 % in 6, 16 and 16 epochs (TinyCLIP, section 4.1)"
+    "100 to 75 to 50 to 25 % in 6, 16 and 16 epochs (TinyCLIP, ViT-B/32 on LAION-400M)"
     return in_epochs((.75, .5, .25), (6, 16, 16), pairs, batch_size, small)
 
 def yfcc15m(
@@ -259,5 +264,5 @@ def yfcc15m(
     batch_size:int=4096, # Pairs per step, of all processes together
     small:bool=False, # The same in seconds, on any pairs
 )->Recipe:
-    "100 to 50 to 10 % in 25 epochs each (TinyCLIP, section 4.1)"
+    "100 to 50 to 10 % in 25 epochs each (TinyCLIP, ViT-B/16 on YFCC-15M)"
     return in_epochs((.5, .1), (25, 25), pairs, batch_size, small)

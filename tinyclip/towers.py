@@ -280,13 +280,14 @@ def timm_layout(layout:Layout, visual:TimmModel):
         raise TinyclipError("The timm tower's head is not one linear projection without bias (timm_proj='linear'); it cannot be cut yet.")
     layout.dims['visual.head.proj.weight'] = (Dim('embed'), Dim(W))
 
-# %% ../nbs/02_towers.ipynb #6e7acc55
+# %% ../nbs/02_towers.ipynb #9b894fe3
 TOWERS = {VisionTransformer:vit_layout, ModifiedResNet:resnet_layout, TimmModel:timm_layout}
 
 def layout(
     model:nn.Module, # An `open_clip.CLIP` or `CustomTextCLIP`, or a student made by `inherit`
 )->Layout:
     "Which axis runs along which dimension of which tensor of `model`"
+    if hasattr(model, 'log_alpha'): raise TinyclipError('This model still has its masks: cut it, masked.cut(), and go on with the student that it gives.')
     if not hasattr(model, 'visual') or not (hasattr(model, 'text') or hasattr(model, 'token_embedding')):
         raise TinyclipError(f'{type(model).__name__} is not an open_clip CLIP. Load one with tinyclip.zoo.load or open_clip.create_model.')
     add = next((f for t,f in TOWERS.items() if isinstance(model.visual, t)), None)

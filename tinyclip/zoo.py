@@ -43,7 +43,7 @@ def preprocess_cfg(
     cfg = merge_preprocess_dict(cfg, getattr(model.visual, 'preprocess_cfg', {}))
     return cfg | dict(size=model.visual.image_size)
 
-# %% ../nbs/12_zoo.ipynb #fed55442
+# %% ../nbs/12_zoo.ipynb #91703be1
 def save(
     model:nn.Module, # A CLIP or a student
     folder, # Made if absent; an older model in it is replaced, file by file, each atomically
@@ -53,7 +53,6 @@ def save(
     "Write a model folder that `load` reads back, and open_clip too where its schema can hold the student"
     folder = Path(folder)
     if folder.is_file(): raise TinyclipError(f'{str(folder)!r} is a file; save needs a folder.')
-    if hasattr(model, 'log_alpha'): raise TinyclipError('This model still has its masks: save what masked.cut() gives.')
     cfg,own = architecture(model), getattr(model, 'tokenizer_cfg', None)
     if own:
         if tokenizer is None: raise TinyclipError('This model uses a Hugging Face tokenizer; pass it as save(..., tokenizer=tokenizer), so that the folder is complete.')
