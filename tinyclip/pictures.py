@@ -45,7 +45,7 @@ def layer_shares(
             rows.append(dict(tower=t, layer=i, heads=heads, ffn=ffn, width=width, size=width*(4*heads+2*ratio*ffn)/(4+2*ratio)))
     return rows
 
-# %% ../nbs/13_pictures.ipynb #609f960c
+# %% ../nbs/13_pictures.ipynb #c60bceb6
 SCALE = [[0, '#f1f3f6'], [1, '#1f4e9e']]
 
 def keep_map(
@@ -66,9 +66,9 @@ def keep_map(
             fig.update_yaxes(row=r, col=c, autorange='reversed', dtick=max(1, n//6), title_text='layer' if c==1 else None)
         fig.add_heatmap(z=[binned(keep, f'{t}.width', bins)], row=r, col=3, zmin=0, zmax=1, colorscale=SCALE, showscale=False, hovertemplate='channels %{x}: %{z:.0%} kept<extra></extra>')
         fig.update_yaxes(row=r, col=3, showticklabels=False)
-    return fig.update_xaxes(showticklabels=False).update_annotations(font_size=13).update_layout(height=400, margin=dict(l=50,r=10,t=60 if title else 30,b=20), title=title or None, plot_bgcolor='white')
+    return fig.update_xaxes(showticklabels=False).update_annotations(font_size=13).update_layout(height=420, margin=dict(l=50,r=10,t=80 if title else 55,b=20), title=title or None, plot_bgcolor='white')
 
-# %% ../nbs/13_pictures.ipynb #74270f03
+# %% ../nbs/13_pictures.ipynb #b40b1519
 def redundancy(
     keeps, # A keep, or several of the same teacher, e.g. of several seeds: their mean is drawn
 )->go.Figure:
@@ -80,4 +80,4 @@ def redundancy(
         n = layers(keeps[0], t)
         fig.add_bar(x=list(range(1, n+1)), y=[round(100*mean(t, i, 'size'), 2) for i in range(n)], name=f'{t}: parameters of the layer', marker_color=colour)
         fig.add_scatter(x=[.5, n+.5], y=[round(100*mean(t, 0, 'width'), 2)]*2, name=f'{t}: channels', mode='lines', line=dict(color=colour, dash='dot', width=2))
-    return fig.update_layout(height=340, barmode='group', xaxis=dict(title='layer', dtick=1), yaxis=dict(title='kept (%)', range=[0, 105]), margin=dict(l=55,r=10,t=30,b=45), legend=dict(orientation='h', y=1.15))
+    return fig.update_layout(height=340, barmode='group', xaxis=dict(title='layer', dtick=1), yaxis=dict(title='kept (%)', range=[0, 105]), margin=dict(l=55,r=10,t=40,b=45), legend=dict(orientation='h', y=-.25))
