@@ -6,7 +6,7 @@
 __all__ = ['data_options', 'source_of', 'student_options', 'read_cfg', 'make_student', 'evaluation', 'check_stages', 'in_stages',
            'parser', 'main']
 
-# %% ../nbs/14_cli.ipynb #d61ea989
+# %% ../nbs/14_cli.ipynb #c9594d28
 import argparse, json, sys
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from .inheritance import build, fresh, inherit
 from .keep import CHOOSERS, like, manual
 from .losses import LOSSES
 from .measure import compare, profile
+from .panels import write_replay
 from .shapes import Shapes
 from .sources import Drawn, as_source
 from .stages import SHORT, Stage, Stages
@@ -102,7 +103,7 @@ def evaluation(
     if source.classnames: return zero_shot(model, tokenizer, labelled(source, preprocess, 128, workers=workers), templates=templates, precision=precision)
     return retrieval(model, captioned(source, preprocess, tokenizer, 128, workers=workers), precision=precision)
 
-# %% ../nbs/14_cli.ipynb #72ebf8d2
+# %% ../nbs/14_cli.ipynb #4b9c2e55
 def _demo(args)->dict:
     "Compress a small CLIP offline and write a report"
     return run_demo(args.folder, args.steps, args.seed, progress=not args.json)
@@ -129,6 +130,12 @@ def _measure(args)->dict:
     models = {n:load(n, pick_device(args.device)).model for n in args.model}
     if not args.json: print(compare(models, args.batch_size, args.precision)); return {}
     return dict(rows=[dict(model=n) | profile(m, args.batch_size, args.precision) for n,m in models.items()])
+
+def _replay(args)->dict:
+    "A run as one HTML page to scrub through: curves, masks, layers"
+    page = write_replay(args.run, args.out, args.title or Path(args.run).name)
+    if not args.json: print(f'Replay: {page}')
+    return dict(page=str(page))
 
 # %% ../nbs/14_cli.ipynb #5a1862ca
 def check_stages(args):
@@ -178,7 +185,7 @@ def _distill(args)->dict:
     if not args.json: print(result['stages'] if args.share else Table([result['evaluation']]) if result['evaluation'] else '', f'\nStudent: {out/"student"}')
     return result
 
-# %% ../nbs/14_cli.ipynb #65eb4e98
+# %% ../nbs/14_cli.ipynb #5b88ab01
 def _training_options(p):
     "Options of `tinyclip distill` beside data and student"
     p.add_argument('--teacher', metavar='MODEL', help="a model folder, 'ViT-B-32:laion2b_s34b_b79k', 'hf-hub:...', or 'shapes-teacher'; none to train from scratch")
@@ -205,6 +212,7 @@ def parser()->argparse.ArgumentParser:
     p = command('distill', _distill); data_options(p); student_options(p); _training_options(p); p.add_argument('--seed', type=int, default=0); _machine_options(p, 'auto')
     p = command('eval', _eval); p.add_argument('model', nargs='+'); data_options(p); _machine_options(p)
     p = command('measure', _measure); p.add_argument('model', nargs='+'); p.add_argument('--batch-size', type=int, default=32); _machine_options(p)
+    p = command('replay', _replay); p.add_argument('run', help='the folder of a run, of a compression in stages, or of several runs'); p.add_argument('--out', default='replay.html', metavar='FILE'); p.add_argument('--title')
     return top
 
 def _machine_options(p, precision='fp32'):

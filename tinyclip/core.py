@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# %% ../nbs/00_core.ipynb #115e1499
+# %% ../nbs/00_core.ipynb #f20a6d5d
 class TinyclipError(ValueError):
     "Bad input. The message names what is wrong and what to do about it."
+    def _render_traceback_(self): return [f'\x1b[31m{self}\x1b[0m'] # IPython shows this in place of a stack of frames
 
 # %% ../nbs/00_core.ipynb #ebabd022
 def unknown(

@@ -7,7 +7,7 @@ __all__ = ['PATIENCE', 'batches', 'takes', 'check_models', 'check_batch', 'defer
            'Run', 'aside', 'assess', 'write_run', 'read_run', 'check_settings', 'Distiller', 'newest', 'open_events',
            'advance', 'loop', 'train']
 
-# %% ../nbs/10_distill.ipynb #6d966c1f
+# %% ../nbs/10_distill.ipynb #bbab1cb4
 import contextlib, signal, threading, time, warnings
 from collections import deque
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from .core import TinyclipError, environment, evaluating, seed_everything, unkno
 from .engine import Engine, learning_rate, make_accelerator
 from .events import Events, Progress, plain, rewind
 from .losses import Objective
+from .measure import memory_in_use
 
 # %% ../nbs/10_distill.ipynb #9a6a418f
 def batches(
@@ -129,7 +130,7 @@ def scores(
     try: return {str(k):float(v) for k,v in said.items()}
     except (AttributeError, TypeError, ValueError): raise TinyclipError(f'evaluate= must return a dict of numbers, and returned {said!r}.') from None
 
-# %% ../nbs/10_distill.ipynb #19139082
+# %% ../nbs/10_distill.ipynb #2a463b94
 class Run:
     "A run on its way: where it stands, what it says, and what it writes to stand there again"
     def __init__(self,
@@ -156,7 +157,7 @@ class Run:
         scale = {} if self.engine.scale is None else dict(scale=self.engine.scale.exp().item())
         parts = {f'loss/{k}':v for k,v in r.losses.items() if k!='loss'}
         penalty = self.engine.penalty.report() if self.engine.penalty else {}
-        self.emit('log', loss=r.losses['loss'], **parts, **penalty, lr=lr, **scale, r1=r1, chance=chance, pairs_per_s=rate, skipped=r.skipped, skipped_pairs=self.skipped_pairs())
+        self.emit('log', loss=r.losses['loss'], **parts, **penalty, lr=lr, **scale, r1=r1, chance=chance, pairs_per_s=rate, memory=memory_in_use(self.engine.accelerator.device), skipped=r.skipped, skipped_pairs=self.skipped_pairs())
         if self.engine.penalty: self.emit('masks', open=self.engine.penalty.picture())
         if tally['longest'] > self.max_skipped: raise TinyclipError(self.hopeless(tally['longest'], lr))
         self.recent.append((r1, chance))
@@ -340,7 +341,7 @@ def advance(
     if due(job.every['evaluate']): assess(run, job.evaluate)
     if due(job.every['save']): write_run(run)
 
-# %% ../nbs/10_distill.ipynb #ecd6ad22
+# %% ../nbs/10_distill.ipynb #be4f52d2
 def loop(
     run:Run, # From where it stands to its last step
     job:Distiller, # Until its `stop()`
@@ -354,7 +355,12 @@ def loop(
     try:
         with deferred_interrupt(note), contextlib.closing(batches(job.pairs, *run.place)) as stream:
             run.mark = time.perf_counter()
-            while run.result.steps<steps and not halt(): advance(run, job, stream)
+            while run.result.steps<steps:
+                start = time.perf_counter()
+                run.events.before_step()
+                run.mark += time.perf_counter()-start # what listeners do is no training
+                if halt(): break
+                advance(run, job, stream)
             write_run(run)
         if interrupted and run.result.steps<steps: raise KeyboardInterrupt(f'stopped after step {run.result.steps}')
     except BaseException as e:

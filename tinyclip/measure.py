@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['parameters', 'image_size', 'inputs', 'macs', 'flops', 'speeds', 'throughput', 'seconds', 'peak_memory', 'resident',
-           'file_size', 'profile', 'costs', 'compare']
+           'memory_in_use', 'file_size', 'profile', 'costs', 'compare']
 
 # %% ../nbs/09_measure.ipynb #e31c15c4
 import contextlib, copy, ctypes, os, statistics, sys, time
@@ -113,6 +113,15 @@ def peak_memory(
 def resident(key)->int:
     "A line of /proc/self/status, in bytes"
     return next(int(l.split()[1])*1024 for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(key+':'))
+
+# %% ../nbs/09_measure.ipynb #5ce690bc
+def memory_in_use(
+    device:torch.device|str='cpu', # Where the work is done
+)->int|None: # Bytes; None where the system does not tell
+    "On a GPU the most that torch had allocated so far, on Linux what the process holds now"
+    kind = torch.device(device).type
+    if kind=='cuda': return torch.cuda.max_memory_allocated(device)
+    return resident('VmRSS') if kind=='cpu' and sys.platform.startswith('linux') else None
 
 # %% ../nbs/09_measure.ipynb #efa583f4
 def file_size(

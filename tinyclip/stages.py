@@ -6,7 +6,7 @@
 __all__ = ['SHORT', 'EPOCHS', 'Stage', 'check_plan', 'Later', 'Stages', 'distiller', 'go', 'first_process', 'snapshot',
            'mask_and_cut', 'distil', 'run_stages', 'report', 'compare', 'Recipe', 'in_epochs', 'laion400m', 'yfcc15m']
 
-# %% ../nbs/11_stages.ipynb #4d248cfe
+# %% ../nbs/11_stages.ipynb #61ced5de
 import json, math, os, threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import nn
 from .checkpoint import atomic_folder, differences, step_seed
 from .core import Table, TinyclipError, write_json
 from .distill import Distiller, Result, scores
-from .events import plain
+from .events import Tagged, plain
 from .masking import MaskedCLIP
 from .masks import Size
 from .measure import parameters
@@ -61,7 +61,7 @@ class Later:
     def __getattr__(self, name): return getattr(self.pairs, name)
     def epoch(self, e, start=0): return self.pairs.epoch(e+self.first, start)
 
-# %% ../nbs/11_stages.ipynb #8dc06691
+# %% ../nbs/11_stages.ipynb #fe466a7b
 EPOCHS = 1000 # between the pairs of two phases: more than any phase takes
 
 class Stages:
@@ -77,13 +77,14 @@ class Stages:
         seed:int=0, # Every phase derives its own from it
         evaluate=None, # As for `Distiller`; asked after each cut, too
         listeners=(), # Called with every event of every phase, with `stage` and `phase` added
+        progress:bool=True, # Show progress bars
         **settings, # Other settings of `Distiller`: `lr`, `objective`, `save_every`, `device`, ...
     ):
         self.teacher,self.pairs,self.stages,self.folder,self.tokenizer,self.seed,self.evaluate = teacher, pairs, check_plan(stages), Path(folder), tokenizer, seed, evaluate
         masks = dict(masks)
         self.weights = {'lr':masks.pop('weights_lr')} if 'weights_lr' in masks else {}
         self.clip_settings,self.masks,self.settings = {k:masks.pop(k) for k in ('kinds', 'start', 'hard') if k in masks}, masks, settings
-        self.listeners,self.stopping,self.running = listeners, threading.Event(), None
+        self.listeners,self.progress,self.stopping,self.running = listeners, progress, threading.Event(), None
         self.whole = Size(teacher).whole
         if tokenizer is None and hasattr(teacher, 'tokenizer_cfg'): raise TinyclipError('This teacher uses a Hugging Face tokenizer; pass it as tokenizer=, so that the students of the way can be saved with it.')
         masked = self.masked(teacher)
@@ -101,7 +102,7 @@ class Stages:
         "Run all stages, or those that are left; returns a row per stage. See `run_stages`."
         return run_stages(self, resume)
 
-# %% ../nbs/11_stages.ipynb #81ae9828
+# %% ../nbs/11_stages.ipynb #11a79191
 def distiller(
     job:Stages, # Teacher, pairs, settings
     number:int, # Of the stage, from 1
@@ -111,9 +112,9 @@ def distiller(
 )->Distiller:
     "The run of one phase"
     i = 2*(number-1) + (phase=='distil')
-    tell = lambda e: [f(e | dict(stage=number, phase=phase)) for f in job.listeners]
+    told = [Tagged(f, stage=number, phase=phase) for f in job.listeners]
     place = job.folder/f'stage-{number}'/phase
-    return Distiller(student, job.teacher, Later(job.pairs, EPOCHS*i), folder=place, seed=step_seed(job.seed, i), listeners=[tell], evaluate=job.evaluate, **{**job.settings, **own})
+    return Distiller(student, job.teacher, Later(job.pairs, EPOCHS*i), folder=place, seed=step_seed(job.seed, i), listeners=told, progress=job.progress, evaluate=job.evaluate, **{**job.settings, **own})
 
 def go(
     job:Stages, # Can be stopped
