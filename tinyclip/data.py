@@ -107,7 +107,7 @@ def loader_speed(
     (t0,n0),(t1,n1) = marks[0],marks[-1]
     return (n1 - n0)/(t1 - t0) if n1>n0 else n1/(t1 - start)
 
-# %% ../nbs/07_data.ipynb #3fe4ef83
+# %% ../nbs/07_data.ipynb #932cf916
 def _as_stored(image): return image
 
 def _look(entries, order): # a Chunk of samples and PIL images, as stored
@@ -115,7 +115,10 @@ def _look(entries, order): # a Chunk of samples and PIL images, as stored
     return Chunk((good, images) if good else (), skips)
 
 def _features(teacher, fields, size=64): # unit rows of images and texts
-    device = next(teacher.parameters()).device
+    device,side,context = next(teacher.parameters()).device, getattr(getattr(teacher, 'visual', None), 'image_size', None), getattr(teacher, 'context_length', None)
+    want,have = (side, side) if isinstance(side, int) else side and tuple(side), tuple(fields[0].shape[-2:])
+    if want and want!=have: raise TinyclipError(f'The transform makes images of {have}, and this teacher takes {want}: use the transform that was loaded with it.')
+    if context and fields[1].shape[1]!=context: raise TinyclipError(f'The tokenizer makes texts of {fields[1].shape[1]} tokens, and this teacher takes {context}: use the tokenizer that was loaded with it.')
     with evaluating(teacher): parts = [(teacher.encode_image(i.to(device)), teacher.encode_text(t.to(device))) for i,t in zip(*(f.split(size) for f in fields))]
     return [F.normalize(torch.cat(p).float(), dim=-1).cpu() for p in zip(*parts)]
 

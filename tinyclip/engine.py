@@ -6,8 +6,8 @@
 __all__ = ['features', 'in_batch_r1', 'step', 'parameter_groups', 'learning_rate', 'Tally', 'on_device', 'make_optimizer',
            'Engine', 'update', 'make_accelerator']
 
-# %% ../nbs/10_engine.ipynb #5570303e
-import math
+# %% ../nbs/10_engine.ipynb #321122c5
+import math, os
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
@@ -190,7 +190,7 @@ def update(self:Engine,
 
 Engine.update = update
 
-# %% ../nbs/10_engine.ipynb #ceecf272
+# %% ../nbs/10_engine.ipynb #c218fb4d
 def make_accelerator(
     precision:str='auto', # As in `core.resolve_precision`
     device:str|None=None, # `'cpu'`, `'cuda'`, `'mps'`; None for the best there is
@@ -208,6 +208,8 @@ def make_accelerator(
     if AcceleratorState._shared_state: AcceleratorState._reset_state(reset_partial_state=True)
     found = PartialState(cpu=cpu).device
     if device is not None and torch.device(device).type!=found.type: raise TinyclipError(f"Device '{device}' was asked for, but accelerate works on '{found}' here.")
+    started = int(os.environ.get('WORLD_SIZE', 1))
+    if started>1 and PartialState().num_processes==1: raise TinyclipError(f"{started} processes were started, and each believes that it is alone, since there is no GPU to join them on: say device='cpu'.")
     precision = resolve_precision(precision, found)
     if precision=='fp16' and found.type=='cpu': raise TinyclipError("precision='fp16' needs a GPU; on a CPU use 'auto', 'bf16' or 'fp32'.")
     return Accelerator(cpu=cpu, mixed_precision='no' if precision=='fp32' else precision, log_with=list(trackers) or None, project_dir=folder)

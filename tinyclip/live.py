@@ -7,8 +7,8 @@ __all__ = ['SHOWS', 'RED', 'plan_for', 'parts_of', 'front_end', 'has_kernel', 'C
            'preformatted', 'first_target', 'Dashboard', 'update', 'trouble', 'look', 'cut', 'aim', 'show_in_cell',
            'figure', 'close', 'left_behind', 'settle', 'new_folder', 'watch', 'Replay', 'show_replay']
 
-# %% ../nbs/13_live.ipynb #452d5bb1
-import html, importlib.util, sys, threading, traceback
+# %% ../nbs/13_live.ipynb #58d91356
+import html, importlib.util, os, sys, threading, time, traceback
 from copy import deepcopy
 from pathlib import Path
 import numpy as np
@@ -172,7 +172,7 @@ class Dashboard:
 
     def __repr__(self): return repr(self.run)
 
-# %% ../nbs/13_live.ipynb #cd2092a3
+# %% ../nbs/13_live.ipynb #bc6db566
 def update(self:Dashboard):
     "Show how things stand"
     history = self.run.history()
@@ -189,11 +189,13 @@ def trouble(self)->str: # HTML
 
 def look(self):
     "The dashboard's thread"
-    over = False
+    over,cost = False,0.
     while not (over or self.closed.is_set()):
-        over = self.run.done.wait(1/self.rate) # asked before the last update, so that it shows the end
+        over = self.run.done.wait(max(1/self.rate, cost*100/os.cpu_count())) # asked before the last update, so that it shows the end
+        start = time.thread_time()
         try: self.update()
         except Exception: self.trace = traceback.format_exc() # drawing must not end a run; shown below the buttons
+        cost = .8*cost + .2*(time.thread_time()-start)
         if over: self.then()
         if self.trace: self.say(f'The figure could not be updated; training goes on.\n{self.trace}', bad=True)
 
