@@ -5,7 +5,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
 export PATH := $(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
-.PHONY: help demo test lab check docs refresh gpu
+.PHONY: help demo test lab check docs site refresh gpu
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -39,6 +39,9 @@ check: $(READY) ## what must hold before a commit: export, tests, nothing out of
 gpu: $(READY) ## the cells and tests that need a GPU or minutes
 	nbdev_test --n_workers 1 --flags 'cuda slow' && python -m pytest -q tests -m cuda
 
+site: $(READY) ## process the website into _proc and check it: links, outputs, titles; no quarto needed
+	python tools/site.py
+
 docs: $(READY) ## the website, into _docs; needs quarto on PATH (nbdev would try to sudo-install it)
 	@command -v quarto >/dev/null || { echo 'quarto is not on PATH: install it from quarto.org, then run make docs again'; exit 1; }
-	ln -sfn ../_quarto.yml nbs/_quarto.yml && rm -rf _proc && nbdev_docs
+	ln -sfn ../_quarto.yml nbs/_quarto.yml && rm -rf _proc && touch README.md && nbdev_docs # an older README would be written anew

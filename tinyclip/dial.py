@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['label', 'dial_values', 'content', 'structure', 'same', 'changed', 'rounded', 'filmed', 'Dial', 'live', 'control',
-           'widget', 'turned', 'work', 'show', 'put', 'mirror', 'bundle']
+           'widget', 'turned', 'work', 'show', 'put', 'widen', 'mirror', 'bundle']
 
 # %% ../nbs/13_dial.ipynb #bc251e80
 import html, inspect, json, threading, traceback
@@ -93,7 +93,7 @@ def filmed(
     slider = dict(active=active, steps=steps, currentvalue=dict(prefix=prefix, suffix=suffix, font=dict(size=13)), pad=dict(t=45, b=5), len=.9, x=.05)
     return go.Figure(data, layout | dict(sliders=[slider], height=layout.get('height', 450)+90), frames)
 
-# %% ../nbs/13_dial.ipynb #026651cc
+# %% ../nbs/13_dial.ipynb #b881f9a5
 class Dial:
     "A figure as a function of values that can be turned; display it, or ask `draw_at`"
     def __init__(self,
@@ -125,7 +125,9 @@ class Dial:
         return filmed([self.draw_at(**{name:v}) for v in values], [label(v) for v in values], f'{name} ', rest, values.index(self.start[name]))
 
     def _ipython_display_(self):
-        if live(): display(self.bundle(), raw=True)
+        if live():
+            display(self.bundle(), raw=True)
+            self.widen()
         else: display(self.figure())
 
 def live()->bool:
@@ -173,7 +175,7 @@ def work(self):
 
 Dial.widget,Dial.turned,Dial.work = widget, turned, work
 
-# %% ../nbs/13_dial.ipynb #260a034d
+# %% ../nbs/13_dial.ipynb #9d027974
 def show(self, values:dict):
     "Draw, or say what went wrong"
     try:
@@ -187,14 +189,21 @@ def put(self, fig):
     drawn = content(fig)
     if self.fig is None or structure(drawn)!=structure(self.drawn):
         self.fig = go.FigureWidget(fig)
-        if hasattr(self.fig, '_config'): self.fig._config = self.fig._config | dict(responsive=True) # as wide as the page
         self.box.children = (*self.box.children[:2], self.fig)
+        self.widen()
     else:
         with self.fig.batch_update():
             for trace,old,new in zip(self.fig.data, self.drawn[0], drawn[0]): trace.update(changed(old, new), overwrite=True)
             self.fig.layout.update(changed(self.drawn[1], drawn[1]), overwrite=True)
         mirror(self.fig)
     self.drawn = drawn
+
+def widen(self):
+    "As wide as the page: plotly has measured before there was one, and measures again when told that it may"
+    if self.fig is None or self.fig.layout.width: return
+    if hasattr(self.fig, '_config'): self.fig._config = self.fig._config | dict(responsive=True) # when the window changes
+    self.fig.layout.autosize = None
+    self.fig.layout.autosize = True
 
 def mirror(fig):
     "What a reloaded page will show: plotly keeps the state of creation there, and sends changes as messages"
@@ -209,4 +218,4 @@ def bundle(self)->dict: # MIME type -> data
         shown |= {'text/html':start.to_html(full_html=False, include_plotlyjs='cdn'), 'application/vnd.plotly.v1+json':json.loads(start.to_json())}
     return shown
 
-Dial.show,Dial.put,Dial.bundle = show, put, bundle
+Dial.show,Dial.put,Dial.widen,Dial.bundle = show, put, widen, bundle

@@ -24,7 +24,7 @@ def readme()->str:
     cells = json.loads((ROOT/'nbs'/'index.ipynb').read_text(encoding='utf-8'))['cells']
     parts = [text(c['source']) if c['cell_type']=='markdown' else shown(c) for c in cells]
     page = '\n\n'.join(p.strip() for p in parts if p.strip())
-    page = re.sub(r'\]\((?!https?:|#)([\w/]+)\.ipynb\)', r'](nbs/\1.ipynb)', page) # links between pages, seen from the repository's top
+    page = re.sub(r'\]\((?!https?:|#)([\w/]+\.(?:ipynb|png))\)', r'](nbs/\1)', page) # links between pages, seen from the repository's top
     return f'<!-- made from nbs/index.ipynb by tools/readme.py -->\n\n{page}\n'
 
 if __name__=='__main__':
