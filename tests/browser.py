@@ -24,8 +24,8 @@ def copy_notebook(nb, to, **changes):
 
 class Lab:
     "A running JupyterLab"
-    def __init__(self, address, root, log): self.address,self.root,self.log = address, Path(root), Path(log)
-    def complaints(self): return [l for l in self.log.read_text().splitlines() if 'Traceback' in l or 'ERROR' in l or 'Error' in l.split(':')[0]]
+    def __init__(self, address, root, log): self.address,self.root,self.log,self.said = address, Path(root), log, [] # `said`: errors of its pages
+    def complaints(self): return [l for l in self.log.read_text().splitlines() if 'Traceback' in l or 'ERROR' in l]
 
 @contextmanager
 def jupyterlab(root, home, settings={}, **env):
@@ -86,7 +86,7 @@ window.T = {
 class Notebook:
     "A notebook in a page; a cell is named by a piece of its code"
     def __init__(self, browser, lab, name):
-        self.browser,self.lab,self.name,self.said,self.page = browser, lab, name, [], None
+        self.browser,self.lab,self.name,self.page = browser, lab, name, None
         self.open()
 
     def open(self):
@@ -95,8 +95,8 @@ class Notebook:
             self.page = self.browser.new_page(viewport=dict(width=1400, height=1400))
             self.page.set_default_timeout(90_000)
             self.page.add_init_script(SCRIPT)
-            self.page.on('console', lambda m: self.said.append(m.text) if m.type=='error' else None)
-            self.page.on('pageerror', lambda e: self.said.append(str(e)))
+            self.page.on('console', lambda m: self.lab.said.append(m.text) if m.type=='error' else None)
+            self.page.on('pageerror', lambda e: self.lab.said.append(str(e)))
         self.page.goto(f'{self.lab.address}/doc/tree/{self.name}')
         self.until('T.ready()')
         return self
@@ -110,7 +110,7 @@ class Notebook:
     def until(self, script, arg=None):
         "Wait until a script comes true; what the page said goes into the error"
         try: self.page.wait_for_function(script, arg=arg)
-        except Exception as e: raise AssertionError(f'{script} with {arg} did not come true; the page says {self.said}, cells say {self.get("T.errors()")}') from e
+        except Exception as e: raise AssertionError(f'{script} with {arg} did not come true; the page says {self.lab.said}, cells say {self.get("T.errors()")}') from e
     def command(self, name): self.page.evaluate('n => { window.jupyterapp.commands.execute(n) }', name) # braces: do not wait
     def save(self): self.page.evaluate('T.nb().context.save()')
 

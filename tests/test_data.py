@@ -338,6 +338,13 @@ def test_check(tmp_path):
     json.dumps(report.numbers())
     assert report._repr_html_().count('<img') == 12
 
+def test_check_refuses_a_teacher_that_reads_otherwise():
+    class Other(KnowsGreys):
+        context_length = 77
+    with pytest.raises(TinyclipError, match='texts of 12 tokens, and this teacher takes 77'): check('shapes', VAL, TOKENIZER, Other(), seconds=.1)
+    other = KnowsGreys(); other.visual = torch.nn.Identity(); other.visual.image_size = 224
+    with pytest.raises(TinyclipError, match=r'this teacher takes \(224, 224\)'): check('shapes', VAL, TOKENIZER, other, seconds=.1)
+
 def test_check_reports_what_it_met(tmp_path):
     source = shard(tmp_path/'a.tar', [sample(0, txt='<b>'), sample(1, txt='long '*30), {'jpg':b'no', 'txt':'x'}, {'jpg':picture()}])
     report = check(source, VAL, TOKENIZER, seconds=.1)

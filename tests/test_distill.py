@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tinyclip.checkpoint import checkpoints
 from tinyclip.core import TinyclipError
 from tinyclip.distill import Distiller
-from tinyclip.engine import step
+from tinyclip.engine import make_accelerator, step
 from tinyclip.events import read_events
 from tinyclip.losses import Objective
 
@@ -195,3 +195,8 @@ def test_two_processes_equal_one(tmp_path):
         assert [e['step'] for e in one]==[e['step'] for e in two]==[1, 2, 4, 6]
         assert abs(one[0]['loss']-two[0]['loss']) < 1e-6*one[0]['loss']
         assert max(abs(a['loss']-b['loss'])/a['loss'] for a,b in zip(one, two)) < .05
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU joins the processes')
+def test_processes_that_cannot_join_are_refused(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(TinyclipError, match="2 processes were started, and each believes that it is alone.*device='cpu'"): make_accelerator()

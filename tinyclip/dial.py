@@ -175,7 +175,7 @@ def work(self):
 
 Dial.widget,Dial.turned,Dial.work = widget, turned, work
 
-# %% ../nbs/13_dial.ipynb #9d027974
+# %% ../nbs/13_dial.ipynb #a4dbffd2
 def show(self, values:dict):
     "Draw, or say what went wrong"
     try:
@@ -188,9 +188,10 @@ def put(self, fig):
     "Change the figure into another, in place where they are of one structure"
     drawn = content(fig)
     if self.fig is None or structure(drawn)!=structure(self.drawn):
-        self.fig = go.FigureWidget(fig)
+        old,self.fig = self.fig, go.FigureWidget(fig)
         self.box.children = (*self.box.children[:2], self.fig)
         self.widen()
+        if old is not None: old.close()
     else:
         with self.fig.batch_update():
             for trace,old,new in zip(self.fig.data, self.drawn[0], drawn[0]): trace.update(changed(old, new), overwrite=True)

@@ -22,6 +22,7 @@ def shown(cell)->str:
 def readme()->str:
     "The whole page"
     cells = json.loads((ROOT/'nbs'/'index.ipynb').read_text(encoding='utf-8'))['cells']
+    cells = [c for c in cells if not text(c['source']).startswith('<!-- site -->')] # says something of a figure that only the site can show
     parts = [text(c['source']) if c['cell_type']=='markdown' else shown(c) for c in cells]
     page = '\n\n'.join(p.strip() for p in parts if p.strip())
     page = re.sub(r'\]\((?!https?:|#)([\w/]+\.(?:ipynb|png))\)', r'](nbs/\1)', page) # links between pages, seen from the repository's top
