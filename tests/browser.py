@@ -110,7 +110,7 @@ class Notebook:
     def until(self, script, arg=None):
         "Wait until a script comes true; what the page said goes into the error"
         try: self.page.wait_for_function(script, arg=arg)
-        except Exception as e: raise AssertionError(f'{script} with {arg} did not come true; the page says {self.lab.said}, cells say {self.get("T.errors()")}') from e
+        except Exception as e: raise AssertionError(f'{script} with {arg} did not come true; the page says {set(self.lab.said)}, cells say {self.get("T.errors()")}') from None
     def command(self, name): self.page.evaluate('n => { window.jupyterapp.commands.execute(n) }', name) # braces: do not wait
     def save(self): self.page.evaluate('T.nb().context.save()')
 

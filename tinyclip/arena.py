@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['Arena', 'widgets', 'read_form', 'place', 'over', 'keep', 'show_arena']
 
-# %% ../nbs/13_arena.ipynb #7ce61dd0
+# %% ../nbs/13_arena.ipynb #9b66db55
 import html
 import plotly.graph_objects as go
 from .bench import Bench, bench
 from .contest import Contest, by_masks, by_rule
 from .core import Table, TinyclipError
-from .live import RED, close_all, front_end, has_kernel, new_folder, responsive, watch
+from .live import front_end, new_folder, watch
 from .pictures import keep_map
 from .report import kept_by, to_html
+from .widgets import close_all, red, widen
 
 # %% ../nbs/13_arena.ipynb #78f6e022
 class Arena:
@@ -55,7 +56,7 @@ class Arena:
 
     def over(self): pass
 
-# %% ../nbs/13_arena.ipynb #11978764
+# %% ../nbs/13_arena.ipynb #c58f9fbe
 def widgets(self:Arena):
     "The form, a place for the dashboard, and one for the results"
     import ipywidgets as W
@@ -80,17 +81,18 @@ def read_form(self):
         self.setting,self.share = new, self.target.value
         self.start()
         self.said.value = ''
-    except TinyclipError as e: self.said.value = RED.format(html.escape(str(e)))
+    except TinyclipError as e: self.said.value = red(e)
 
 def place(self):
     "Show the dashboard of the present contest"
     for w in self.results.children: close_all(w)
     self.results.children = ()
     self.stage.children = [self.live.box] if self.live.box else []
+    if self.live.box: widen(self.live.figure_widget)
 
 for f in (widgets, read_form, place): setattr(Arena, f.__name__, f)
 
-# %% ../nbs/13_arena.ipynb #c1e75ff3
+# %% ../nbs/13_arena.ipynb #93652e39
 def over(self:Arena):
     "After the last step: table, pictures, and buttons to take a student away"
     if not (self.box and self.contest.students): return
@@ -100,18 +102,21 @@ def over(self:Arena):
         b = W.Button(description=f'Save {name}')
         b.on_click(lambda _: self.keep(name, folder.value))
         return b
-    maps = [responsive(go.FigureWidget(f)) for f in self.pictures()]
+    maps = [go.FigureWidget(f) for f in self.pictures()]
     self.results.children = [W.HTML(to_html(self.table())), *maps, W.HBox([folder, *map(button, self.contest.students)])]
+    for m in maps: widen(m)
 
 def keep(self, name, folder):
     "What a save button does"
     try: self.said.value = f'saved: {html.escape(str(self.save(name, f"{folder}/{name}")))}'
-    except (TinyclipError, OSError) as e: self.said.value = RED.format(html.escape(str(e)))
+    except (TinyclipError, OSError) as e: self.said.value = red(str(e))
 
 def show_arena(self, **_):
     "How IPython displays it"
     from IPython.display import display
-    if has_kernel() and front_end()=='widgets': display(self.box or self.widgets())
+    if front_end()=='widgets':
+        display(self.box or self.widgets())
+        if self.live: widen(self.live.figure_widget)
     elif self.live: display(self.live)
     else: print('The form needs Jupyter; without it: Arena(bench(...)).start().')
 

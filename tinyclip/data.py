@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['recall_at_1', 'verdict', 'Report', 'loader_speed', 'check']
 
-# %% ../nbs/07_data.ipynb #1c0de7b3
+# %% ../nbs/07_data.ipynb #05ee64e7
 import base64, html, io, time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 import torch
 import torch.nn.functional as F
-from .core import evaluating, human
+from .core import TinyclipError, evaluating, human
 from .pairs import (Batch, Chunk, Finite, Pairs, Tally, captioned, cook, drawn_caption, labelled, open_pairs, pictures, stream, transforms,
     try_out, with_caption, with_captions, worker_count)
 from .sources import Order, Skip, as_source
