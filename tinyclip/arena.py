@@ -16,7 +16,7 @@ from .pictures import keep_map
 from .report import kept_by, to_html
 from .widgets import close_all, red, widen
 
-# %% ../nbs/13_arena.ipynb #78f6e022
+# %% ../nbs/13_arena.ipynb #287476e9
 class Arena:
     "Two students of one size under one budget"
     def __init__(self,
@@ -29,7 +29,7 @@ class Arena:
     def start(self)->'Arena':
         "Begin; what trained before is stopped"
         b = self.setting
-        ways = dict(manual=by_rule(self.share, b.steps), automatic=by_masks(self.share, b.steps))
+        ways = dict(automatic=by_masks(self.share, b.steps), manual=by_rule(self.share, b.steps)) # first the one that has masks to watch
         self.contest = Contest(ways, b.teacher, b.pairs, new_folder(self.folder), share=self.share, seed=b.seed, evaluate=b.evaluate, evaluate_every=max(1, b.steps//4),
                                lr=5e-4, log_every=max(1, b.steps//100), save_every=max(1, b.steps//4), device=str(b.device))
         self.live = watch(self.contest, show=self.show)
@@ -92,7 +92,7 @@ def place(self):
 
 for f in (widgets, read_form, place): setattr(Arena, f.__name__, f)
 
-# %% ../nbs/13_arena.ipynb #93652e39
+# %% ../nbs/13_arena.ipynb #85808d14
 def over(self:Arena):
     "After the last step: table, pictures, and buttons to take a student away"
     if not (self.box and self.contest.students): return
@@ -103,7 +103,7 @@ def over(self:Arena):
         b.on_click(lambda _: self.keep(name, folder.value))
         return b
     maps = [go.FigureWidget(f) for f in self.pictures()]
-    self.results.children = [W.HTML(to_html(self.table())), *maps, W.HBox([folder, *map(button, self.contest.students)])]
+    self.results.children = [W.HTML(f'<style>.tc td,.tc th{{padding:.2rem .9rem;text-align:right}}</style><div class=tc>{to_html(self.table())}</div>'), *maps, W.HBox([folder, *map(button, self.contest.students)])]
     for m in maps: widen(m)
 
 def keep(self, name, folder):

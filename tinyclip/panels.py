@@ -238,7 +238,7 @@ def write_replay(
     with atomic_path(path) as tmp: tmp.write_text(PAGE.format(title=html.escape(title), facts=said, figure=figure), encoding='utf-8')
     return Path(path)
 
-# %% ../nbs/13_panels.ipynb #280a4bbd
+# %% ../nbs/13_panels.ipynb #e27f7ed9
 def still(
     history:History, # What was told so far
     plan:Plan, # What to show
@@ -256,9 +256,10 @@ def polylines(
     lines, # Pairs of a `Curve` and its points
     wide=280, high=120, # Pixels
 )->str: # SVG
-    "Curves without axes: the highest and the lowest value stand beside them"
+    "Curves without axes: top and bottom stand beside them"
     there = [(c, d) for c,d in lines if len(d['x'])]
-    top,low,far = (f(f(v) for v in a) for f,a in ((max, [d['y'] for _,d in there]), (min, [d['y'] for _,d in there]), (max, [d['x'] for _,d in there])))
+    top,far = (max(max(d[k]) for _,d in there) for k in 'yx')
+    low,top = min(0., *(min(d['y']) for _,d in there)), 100. if there[0][0].factor==100 else top
     place = lambda x,y: f'{wide*x/max(far, 1):.1f},{high-(high-4)*(y-low)/((top-low) or 1)-2:.1f}'
     body = ''.join(f'<polyline fill="none" stroke="{c.colour}" stroke-width="2"{"" if c.dash=="solid" else " stroke-dasharray=3"} points="{" ".join(map(place, d["x"], d["y"]))}"/>' for c,d in there)
     return f'<svg width="{wide+50}" height="{high}" role="img">{body}<text x="{wide+4}" y="12" font-size="11" fill="gray">{top:.3g}</text><text x="{wide+4}" y="{high-3}" font-size="11" fill="gray">{low:.3g}</text></svg>'
