@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Arena', 'widgets', 'read_form', 'place', 'over', 'keep', 'show_arena']
 
-# %% ../nbs/13_arena.ipynb #9b66db55
+# %% ../nbs/13_arena.ipynb #042a922a
 import html
 import plotly.graph_objects as go
-from .bench import Bench, bench
+from .bench import Bench
 from .contest import Contest, by_masks, by_rule
 from .core import Table, TinyclipError
 from .live import front_end, new_folder, watch
@@ -56,19 +56,19 @@ class Arena:
 
     def over(self): pass
 
-# %% ../nbs/13_arena.ipynb #c58f9fbe
+# %% ../nbs/13_arena.ipynb #20196e89
 def widgets(self:Arena):
     "The form, a place for the dashboard, and one for the results"
     import ipywidgets as W
     b,wide = self.setting, dict(layout=dict(width='420px'), style=dict(description_width='90px'))
-    self.teacher,self.data = W.Text(b.name, description='teacher', **wide), W.Text('shapes', description='data', placeholder='train-*.tar, pairs.csv, a folder, or shapes', **wide)
-    self.held_out = W.Text('', description='held out', placeholder='val-*.tar; empty for drawn pictures', **wide)
-    self.device = W.Dropdown(options=['best', 'cpu', 'cuda', 'mps'], value='best', description='device', **wide)
+    field = lambda name,hint: W.Text(g if isinstance(g := b.given[name.replace(' ', '_')], str) else '', description=name, placeholder=hint, **wide)
+    self.fields = dict(teacher=field('teacher', 'a name or a model folder'), data=field('data', 'as above; or train-*.tar, pairs.csv, a folder, shapes'), held_out=field('held out', 'as above; or val-*.tar, ...'))
+    self.device = W.Dropdown(options=list(dict.fromkeys([b.given['device'] or 'best', 'best', 'cpu', 'cuda', 'mps'])), description='device', **wide)
     self.target = W.FloatSlider(value=self.share, min=.1, max=.9, step=.05, description='share', readout_format='.0%', **wide)
     self.steps = W.BoundedIntText(b.steps, min=5, max=10**7, description='steps each', **wide)
     self.run,self.said,self.stage,self.results = W.Button(description='Run both', button_style='primary'), W.HTML(), W.VBox(), W.VBox()
     self.run.on_click(lambda _: self.read_form())
-    self.box = W.VBox([W.HBox([W.VBox([self.teacher, self.data, self.held_out]), W.VBox([self.device, self.target, self.steps])]), self.run, self.said, self.stage, self.results])
+    self.box = W.VBox([W.HBox([W.VBox([*self.fields.values()]), W.VBox([self.device, self.target, self.steps])]), self.run, self.said, self.stage, self.results])
     if self.live: self.place()
     return self.box
 
@@ -76,9 +76,8 @@ def read_form(self):
     "What the button does"
     self.said.value = 'looking at teacher and data ...'
     try:
-        device = None if self.device.value=='best' else self.device.value
-        new = bench(self.teacher.value, self.data.value or None, self.held_out.value or None, device=device, steps=self.steps.value, seed=self.setting.seed)
-        self.setting,self.share = new, self.target.value
+        named = {k:f.value.strip() for k,f in self.fields.items() if f.value.strip()}
+        self.setting,self.share = self.setting.again(**named, device=None if self.device.value=='best' else self.device.value, steps=self.steps.value), self.target.value
         self.start()
         self.said.value = ''
     except TinyclipError as e: self.said.value = red(e)

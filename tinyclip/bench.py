@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['START', 'Few', 'few', 'Spaced', 'Exam', 'Bench', 'usable', 'bench']
 
-# %% ../nbs/13_bench.ipynb #8a4f6273
+# %% ../nbs/13_bench.ipynb #2d3237f4
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -85,7 +85,7 @@ class Exam:
         what = 'zero-shot top-1' if self.metric=='top1' else 'image-to-text R@1'
         return f'{what} on {len(self.source) if isinstance(self.source, Listing) else f"at most {self.n}"} of {self.source!r}'
 
-# %% ../nbs/13_bench.ipynb #de5d94d4
+# %% ../nbs/13_bench.ipynb #614d31d1
 START = dict(cpu=dict(batch_size=32, steps=60, workers=0), cuda=dict(batch_size=256, steps=2000, workers=None)) # by device; any other as cpu
 
 @dataclass(repr=False)
@@ -102,6 +102,7 @@ class Bench:
     steps:int # Of a training run
     seed:int # Of orders, captions and crops
     workers:int|None = 0 # Loader processes; None for one per core
+    given:dict = field(default_factory=dict) # What `bench` was called with
 
     metric = property(lambda self: self.evaluate and self.evaluate.metric) # The name of what `evaluate` returns
     def pairs(self, seed:int|None=None, batch_size:int|None=None)->Pairs: # For a `Distiller`
@@ -120,6 +121,9 @@ class Bench:
         "Unit features of a batch under the teacher or a student"
         device = next(model.parameters()).device
         with evaluating(model): return Features(*(t.cpu() for t in features(model, batch.image.to(device), batch.text.to(device))))
+    def again(self, **changes)->'Bench': # As `bench` makes it
+        "The same with other arguments"
+        return bench(**self.given | changes)
     def facts(self)->dict:
         "What there is, in words"
         size = parameters(self.teacher)
@@ -128,7 +132,7 @@ class Bench:
     def __repr__(self): return '\n'.join(f'{k:<11} {v}' for k,v in self.facts().items())
     def _repr_markdown_(self): return '| | |\n|:--|:--|\n' + '\n'.join(f'| **{k}** | '+v.replace('|', r'\|')+' |' for k,v in self.facts().items())
 
-# %% ../nbs/13_bench.ipynb #b6e8d482
+# %% ../nbs/13_bench.ipynb #65724a87
 def usable(
     device=None, # As in `pick_device`
 )->torch.device: # It has just held a number
@@ -153,6 +157,7 @@ def bench(
     **options, # For your data: `caption_column`, `image_column`, `classnames`, `templates`
 )->Bench:
     "Load the teacher, open the data, and look at a sample of each, so that a wrong name is said now and not at the first step"
+    given = dict(teacher=teacher, data=data, held_out=held_out, batch_size=batch_size, steps=steps, n=n, device=device, seed=seed, workers=workers, **options)
     if not isinstance(teacher, (str, Path)): raise TinyclipError(f'teacher is a {type(teacher).__name__}; give a name or a model folder (tinyclip.zoo.save writes one).')
     for k,v in (('batch_size', batch_size), ('steps', steps), ('n', n)):
         if v is not None and v<1: raise TinyclipError(f'{k}={v}: give 1 or more, or leave it out.')
@@ -166,7 +171,7 @@ def bench(
     except Exception as e: raise TinyclipError(f'The teacher {str(teacher)!r} cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0][:150]}).') from e
     exam = None if test is None else Exam(test, preprocess, tokenizer, n or 1000, '{}' if isinstance(test, Drawn) else options.get('templates') or 'simple')
     name = Path(teacher).name if Path(teacher).is_dir() else str(teacher)
-    b = Bench(name, model.to(device).requires_grad_(False), preprocess, tokenizer, device, source, exam, start['batch_size'], start['steps'], seed, start['workers'])
+    b = Bench(name, model.to(device).requires_grad_(False), preprocess, tokenizer, device, source, exam, start['batch_size'], start['steps'], seed, start['workers'], given)
     b.pairs(); b.batch(1)
     if exam is not None: few(test, preprocess, tokenizer, 1)
     return b
