@@ -85,9 +85,10 @@ class Exam:
         what = 'zero-shot top-1' if self.metric=='top1' else 'image-to-text R@1'
         return f'{what} on {len(self.source) if isinstance(self.source, Listing) else f"at most {self.n}"} of {self.source!r}'
 
-# %% ../nbs/13_bench.ipynb #614d31d1
+# %% ../nbs/13_bench.ipynb #731acb14
 START = dict(cpu=dict(batch_size=32, steps=60, workers=0), cuda=dict(batch_size=256, steps=2000, workers=None)) # by device; any other as cpu
 
+# %% ../nbs/13_bench.ipynb #ad9e735a
 @dataclass(repr=False)
 class Bench:
     "What a lab works on; `bench` makes one"
