@@ -1,5 +1,5 @@
 "JupyterLab as a user has it: a server of its own, Debian's chromium, and a notebook whose buttons are pressed and whose page is read"
-import json, os, shutil, socket, subprocess, sys, time, urllib.request
+import json, os, re, shutil, socket, subprocess, sys, time, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,6 +9,7 @@ SETTINGS = { # <folder of user settings>/<package>/<plugin>.jupyterlab-settings
     '@jupyterlab/apputils-extension/notification':dict(fetchNews='false', checkForUpdates=False, doNotDisturbMode=True),
     '@jupyterlab/notebook-extension/tracker':dict(windowingMode='none'), # cells off the screen can be read, too
     '@jupyterlab/docmanager-extension/plugin':dict(autosave=False)}
+GONE = re.compile(r'Task exception was never retrieved\nfuture: [^\n]*WebSocketProtocol13.*?\ntornado\.websocket\.WebSocketClosedError\n', re.S) # tornado, of a page that was closed while the server wrote to it
 
 def copy_notebook(nb, to, **changes):
     "Copy a notebook without its outputs; `changes` replace pieces of its code, each of which must be there"
@@ -25,7 +26,7 @@ def copy_notebook(nb, to, **changes):
 class Lab:
     "A running JupyterLab"
     def __init__(self, address, root, log): self.address,self.root,self.log,self.said = address, Path(root), log, [] # `said`: errors of its pages
-    def complaints(self): return [l for l in self.log.read_text().splitlines() if 'Traceback' in l or 'ERROR' in l]
+    def complaints(self): return [l for l in GONE.sub('', self.log.read_text()).splitlines() if 'Traceback' in l or 'ERROR' in l]
 
 @contextmanager
 def jupyterlab(root, home, settings={}, **env):
@@ -72,7 +73,8 @@ window.T = {
   run: text => { const c = find(text); c.model.executionCount = null; nb().content.activeCellIndex = nb().content.widgets.indexOf(c); window.jupyterapp.commands.execute('notebook:run-cell') },
   ran: text => find(text).model.executionCount!==null,
   errors: () => coded().flatMap(c => c.model.outputs.toJSON()).filter(o => o.output_type==='error').map(o => o.ename+': '+o.evalue),
-  add: source => { const m = nb().content.model.sharedModel; m.insertCell(m.cells.length, {cell_type:'code', source}) },
+  add: source => { const m = nb().content.model.sharedModel; m.insertCell(m.cells.length, {cell_type:'code', source, metadata:{added:true}}) },
+  tidy: () => { const m = nb().content.model.sharedModel; for (let i = m.cells.length-1; i>=0; i--) if (m.cells[i].getMetadata('added')) m.deleteCell(i) },
   words: text => [...find(text).node.querySelectorAll('.widget-html-content')].map(e => e.innerText.trim()),
   facts: text => T.words(text).find(w => /^(not started|training|paused|stopped|finished|failed)/.test(w)) ?? '',
   step: text => +(T.facts(text).match(/step (\\d+)/)?.[1] ?? 0),
@@ -115,8 +117,9 @@ class Notebook:
     def save(self): self.page.evaluate('T.nb().context.save()')
 
     def run_all(self):
-        "Run all cells; an error in one is raised here"
+        "Run all cells but those that `add` added, which go; an error in one is raised here"
         self.idle()
+        self.get('T.tidy()')
         self.get('T.coded().forEach(c => c.model.executionCount = null)')
         self.command('notebook:run-all-cells')
         self.until('T.errors().length || T.coded().every(c => c.model.executionCount!==null)')

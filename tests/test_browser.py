@@ -9,7 +9,8 @@ RULES = dict(default={}, disabled={'@jupyterlab/apputils-extension/kernels-setti
 LONG = {'b = bench()':'b = bench(steps=2000, batch_size=8)', 'b.steps//100':'1', 'warmup=.6':'warmup=.005', 'feel=.15':'feel=.005'} # the target arrives within 20 steps, and every step is told
 BOTH = {'b = bench()':'b = bench(steps=190, batch_size=8, n=64)'}
 KNOWN = ( # what pages may say, and why
-    "Error setting state: Cannot read properties of undefined (reading 'length')", # plotly: a figure that goes on being updated after its cell was cleared, until the cell's next run closes it
+    "Error setting state: Cannot read properties of undefined (reading 'length')", # plotly: the figure of a cell that was cleared is updated until the cell's next run closes it
+    'no comm channel defined', # plotly: the answer to an update that came just before the figure was closed
 )
 
 @pytest.fixture(scope='module')
@@ -188,7 +189,6 @@ def test_a_mistake_in_a_cell_costs_one_sentence(masks, code, says):
     said, = nb.outputs(code)
     assert says in said and len(said.strip().splitlines())==1 and 'Traceback' not in said
     nb.shot(code, f'mistake-{nb.lab.rule}')
-    nb.get('t => { const m = T.nb().content.model.sharedModel; m.deleteCell(T.index(t)) }', code)
 
 FORM = 'arena = Arena('
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Arena', 'widgets', 'read_form', 'place', 'over', 'keep', 'show_arena']
 
-# %% ../nbs/13_arena.ipynb #042a922a
+# %% ../nbs/13_arena.ipynb #bea6bc55
 import html
 import plotly.graph_objects as go
 from .bench import Bench
@@ -14,7 +14,7 @@ from .core import Table, TinyclipError
 from .live import front_end, new_folder, watch
 from .pictures import keep_map
 from .report import kept_by, to_html
-from .widgets import close_all, red, widen
+from .widgets import Canvas, close_all, red, widen
 
 # %% ../nbs/13_arena.ipynb #287476e9
 class Arena:
@@ -91,7 +91,7 @@ def place(self):
 
 for f in (widgets, read_form, place): setattr(Arena, f.__name__, f)
 
-# %% ../nbs/13_arena.ipynb #85808d14
+# %% ../nbs/13_arena.ipynb #1d864a65
 def over(self:Arena):
     "After the last step: table, pictures, and buttons to take a student away"
     if not (self.box and self.contest.students): return
@@ -101,7 +101,7 @@ def over(self:Arena):
         b = W.Button(description=f'Save {name}')
         b.on_click(lambda _: self.keep(name, folder.value))
         return b
-    maps = [go.FigureWidget(f) for f in self.pictures()]
+    maps = [Canvas(f) for f in self.pictures()]
     self.results.children = [W.HTML(f'<style>.tc td,.tc th{{padding:.2rem .9rem;text-align:right}}</style><div class=tc>{to_html(self.table())}</div>'), *maps, W.HBox([folder, *map(button, self.contest.students)])]
     for m in maps: widen(m)
 
@@ -114,6 +114,7 @@ def show_arena(self, **_):
     "How IPython displays it"
     from IPython.display import display
     if front_end()=='widgets':
+        if self.box and self.live and self.live.box: self.live.renew() # shown before
         display(self.box or self.widgets())
         if self.live: widen(self.live.figure_widget)
     elif self.live: display(self.live)

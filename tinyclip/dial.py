@@ -6,14 +6,14 @@
 __all__ = ['label', 'dial_values', 'content', 'structure', 'same', 'changed', 'rounded', 'filmed', 'Dial', 'control', 'widget',
            'turned', 'work', 'show', 'put', 'bundle']
 
-# %% ../nbs/13_dial.ipynb #1c8c8d13
+# %% ../nbs/13_dial.ipynb #4b8a4778
 import inspect, json, threading, traceback
 import numpy as np
 import plotly.graph_objects as go
 from IPython.display import display
 from plotly.basedatatypes import BaseFigure
 from .core import TinyclipError, unknown
-from .widgets import can_show_widgets, has_kernel, mirror, red, widen
+from .widgets import Canvas, can_show_widgets, has_kernel, mirror, red, widen
 try: import ipywidgets
 except ImportError: ipywidgets = None
 
@@ -92,7 +92,7 @@ def filmed(
     slider = dict(active=active, steps=steps, currentvalue=dict(prefix=prefix, suffix=suffix, font=dict(size=13)), pad=dict(t=45, b=5), len=.9, x=.05)
     return go.Figure(data, layout | dict(sliders=[slider], height=layout.get('height', 450)+90), frames)
 
-# %% ../nbs/13_dial.ipynb #e1c8f292
+# %% ../nbs/13_dial.ipynb #7e4347a0
 class Dial:
     "A figure as a function of values that can be turned; display it, or ask `draw_at`"
     def __init__(self,
@@ -125,6 +125,7 @@ class Dial:
 
     def _ipython_display_(self):
         if has_kernel() and can_show_widgets():
+            if self.fig is not None: self.put(go.Figure(*self.drawn), new=True) # shown before: plotly goes on drawing in a cell that was cleared, fails there, and no other view of that figure hears of it
             display(self.bundle(), raw=True)
             if self.fig is not None: widen(self.fig)
         else: display(self.figure())
@@ -170,7 +171,7 @@ def work(self):
 
 Dial.widget,Dial.turned,Dial.work = widget, turned, work
 
-# %% ../nbs/13_dial.ipynb #c1f3a51a
+# %% ../nbs/13_dial.ipynb #2974061e
 def show(self, values:dict):
     "Draw, or say what went wrong"
     try:
@@ -178,11 +179,11 @@ def show(self, values:dict):
         self.note.value = ''
     except Exception as e: self.note.value = red(e, traceback.format_exc())
 
-def put(self, fig):
-    "Change the figure into another, in place where they are of one structure"
+def put(self, fig, new=False):
+    "Change the figure into another, in place where they are of one structure and nothing speaks for a `new` one"
     drawn = content(fig)
-    if self.fig is None or structure(drawn)!=structure(self.drawn):
-        old,self.fig = self.fig, go.FigureWidget(fig)
+    if new or self.fig is None or structure(drawn)!=structure(self.drawn):
+        old,self.fig = self.fig, Canvas(fig)
         self.box.children = (*self.box.children[:2], self.fig)
         widen(self.fig)
         if old is not None: old.close()
