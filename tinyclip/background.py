@@ -228,7 +228,7 @@ def result(self,
 
 for f in (wait, result): setattr(Background, f.__name__, f)
 
-# %% ../nbs/13_background.ipynb #27cd1166
+# %% ../nbs/13_background.ipynb #9c4637a8
 def interrupted(*_):
     "What an interrupt does while no cell runs: stop what trains"
     if Background.live: Background.live.stop()
@@ -255,11 +255,11 @@ class Reader:
 def heed(
     run:Background, # Live
     kernel=None, # None for the one that this is
-)->bool: # False where there is none, as in a script
+)->bool: # False where it cannot: in a script, in kernels other than ipykernel
     "Let interrupts stop a run, whichever thread has started it"
     kernel = kernel or this_kernel()
-    if kernel is None: return False
-    handlers = kernel.shell_handlers
+    handlers,loop = getattr(kernel, 'shell_handlers', {}), getattr(getattr(kernel, 'io_loop', None), 'asyncio_loop', None)
+    if 'comm_msg' not in handlers or loop is None: return False # not ipykernel: the words and the buttons stop a run all the same
     if not isinstance(handlers['comm_msg'], Reader): handlers['comm_msg'] = Reader(handlers['comm_msg'])
-    asyncio.run_coroutine_threadsafe(heed_interrupts(run), kernel.io_loop.asyncio_loop)
+    asyncio.run_coroutine_threadsafe(heed_interrupts(run), loop)
     return True
