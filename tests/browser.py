@@ -112,19 +112,27 @@ class Notebook:
     def until(self, script, arg=None):
         "Wait until a script comes true; what the page said goes into the error"
         try: self.page.wait_for_function(script, arg=arg)
-        except Exception as e: raise AssertionError(f'{script} with {arg} did not come true; the page says {set(self.lab.said)}, cells say {self.get("T.errors()")}') from None
+        except Exception:
+            (ROOT/'test-artefacts').mkdir(exist_ok=True)
+            self.page.screenshot(path=ROOT/'test-artefacts'/'failed.png')
+            cell = arg[0] if isinstance(arg, list) else arg
+            shown = [self.step(cell), self.points(cell), *self.get('t => T.words(t)', cell)] if cell and self.get('t => T.index(t)>=0', cell) else ''
+            raise AssertionError(f'{script} with {arg} did not come true; the cell shows {shown}, the page says {set(self.lab.said)}, cells say {self.get("T.errors()")}') from None
     def command(self, name): self.page.evaluate('n => { window.jupyterapp.commands.execute(n) }', name) # braces: do not wait
     def save(self): self.page.evaluate('T.nb().context.save()')
 
     def run_all(self):
         "Run all cells but those that `add` added, which go; an error in one is raised here"
-        self.idle()
-        self.get('T.tidy()')
+        self.tidy()
         self.get('T.coded().forEach(c => c.model.executionCount = null)')
         self.command('notebook:run-all-cells')
         self.until('T.errors().length || T.coded().every(c => c.model.executionCount!==null)')
         assert not (e := self.get('T.errors()')), e
         self.idle()
+    def tidy(self):
+        "Take away the cells that were added"
+        self.idle()
+        self.get('T.tidy()')
     def run(self, cell, wait=True):
         "Run one cell"
         self.get('t => T.run(t)', cell)

@@ -26,10 +26,13 @@ def lab(request, tmp_path_factory):
         lab.rule = request.param
         yield lab
 
+once = pytest.mark.parametrize('lab', ['default'], indirect=True) # the rule is about messages to the kernel; these tests send none
+
 def opened(name):
     @pytest.fixture(scope='module')
     def notebook(browser, lab):
         nb = Notebook(browser, lab, f'{name}.ipynb')
+        nb.run_all()
         yield nb
         nb.close()
     return notebook
@@ -46,9 +49,10 @@ def nothing_complains(lab):
 
 CELL = 'live = watch('
 
-def rerun(nb):
-    "Everything from the top: a run in its own folder, which trains when this returns"
-    nb.run_all()
+def fresh(nb):
+    "Another run in its own folder, which trains when this returns"
+    nb.tidy()
+    for c in ('masked = MaskedCLIP(', CELL): nb.run(c)
     nb.until_kernel('live.run.step()>0')
     return nb.lab.root/nb.value('str(run.folder)')
 
@@ -60,8 +64,8 @@ def checkpoints(folder): return sorted(int(p.name.split('-')[1]) for p in folder
 def told(folder): return [e for e in map(json.loads, (folder/'events.jsonl').read_text().splitlines()) if e['event']=='log']
 
 def test_masks_are_watched_and_steered(masks):
-    nb = masks
-    folder = rerun(nb)
+    nb = masks # all its cells have run
+    folder = nb.lab.root/nb.value('str(run.folder)')
     nb.grows(CELL)
     nb.until('t => T.line(t, "image: target").at(-1)===50', CELL)
     nb.slide(CELL, *['ArrowLeft']*3)
@@ -98,11 +102,11 @@ def test_masks_are_watched_and_steered(masks):
 
 def test_the_stop_square_stops_the_run(masks):
     nb = masks
-    folder = rerun(nb)
+    folder = fresh(nb)
     nb.interrupt() # no cell runs
     nb.shows(CELL, 'stopped')
     assert checkpoints(folder)==[nb.value('live.run.step()')]
-    folder = rerun(nb)
+    folder = fresh(nb)
     nb.add('live.run.result().finished', wait=False)
     nb.until("T.status()==='busy'")
     nb.interrupt() # this cell waits
@@ -114,9 +118,10 @@ def test_the_stop_square_stops_the_run(masks):
 def test_running_a_cell_again_leaves_one_trainer(masks):
     nb = masks
     trainers = "sum(t.name=='tinyclip-trainer' for t in __import__('threading').enumerate())"
-    first = rerun(nb)
+    first = fresh(nb)
     nb.ask('before = live')
-    second = rerun(nb)
+    nb.run_all()
+    second = nb.lab.root/nb.value('str(run.folder)')
     assert first!=second and nb.value(trainers)==1 and nb.value('[before.run.state(), live.run.state()]')==['stopped', 'training']
     nb.run(CELL) # the same job: it goes on
     nb.grows(CELL)
@@ -124,9 +129,10 @@ def test_running_a_cell_again_leaves_one_trainer(masks):
     nb.ask('live.run.stop(); live.run.wait()')
     assert [e['step'] for e in told(second)]==[*range(1, checkpoints(second)[-1]+1)]
 
+@once
 def test_a_dashboard_shown_twice_is_alive_in_both_cells(masks):
     nb = masks
-    rerun(nb)
+    fresh(nb)
     again = 'live # once more'
     nb.add(again)
     nb.grows(again)
@@ -135,9 +141,10 @@ def test_a_dashboard_shown_twice_is_alive_in_both_cells(masks):
     nb.grows(CELL)
     nb.ask('live.run.stop(); live.run.wait()')
 
+@once
 def test_figures_are_as_wide_as_the_page(masks):
     nb = masks
-    rerun(nb)
+    fresh(nb)
     wide = 't => [...T.find(t).node.querySelectorAll(".js-plotly-plot")].every(g => g._fullLayout.width===g.clientWidth && g.clientWidth>1000)'
     nb.until(wide, CELL)
     nb.ask('live.run.stop(); live.run.wait()')
@@ -147,7 +154,7 @@ def test_figures_are_as_wide_as_the_page(masks):
 
 def test_the_page_is_reloaded_closed_and_opened_again(masks):
     nb = masks
-    folder = rerun(nb)
+    folder = fresh(nb)
     nb.grows(CELL)
     nb.save()
     nb.open() # a reload
@@ -167,9 +174,10 @@ def test_the_page_is_reloaded_closed_and_opened_again(masks):
     nb.until('([t, n]) => T.line(t, "loss").length===n', [CELL, end])
     nb.shot(CELL, f'reloaded-{nb.lab.rule}')
 
+@once
 def test_without_widgets_a_picture_is_updated(masks):
     nb = masks
-    rerun(nb)
+    fresh(nb)
     nb.add(nb.source('masked = MaskedCLIP(') + "\npage = watch(run, b.steps, show='html')\npage")
     cell = 'page = watch('
     text = lambda: ' '.join(nb.outputs(cell))
@@ -180,6 +188,7 @@ def test_without_widgets_a_picture_is_updated(masks):
     nb.shot(cell, f'html-{nb.lab.rule}')
     nb.ask('page.run.stop(); page.run.wait()')
 
+@once
 @pytest.mark.parametrize('code, says', [("bench('nowhere/model')", "no model folder 'nowhere/model'"), ("bench(data='nowhere-*.tar')", 'nowhere-*.tar')])
 def test_a_mistake_in_a_cell_costs_one_sentence(masks, code, says):
     nb = masks
@@ -194,7 +203,6 @@ FORM = 'arena = Arena('
 
 def test_two_ways_are_watched_from_a_form(both):
     nb = both
-    nb.run_all()
     nb.grows(FORM)
     assert nb.cell(FORM).locator('input').first.is_visible()
     nb.press(FORM, 'Pause')
@@ -224,6 +232,7 @@ def test_two_ways_are_watched_from_a_form(both):
     nb.shows(FORM, 'stopped')
     assert checkpoints(nb.lab.root/nb.value('str(arena.contest.folder)'))
 
+@once
 def test_a_finished_contest_shows_a_table_and_saves(both, tmp_path):
     from tinyclip.measure import parameters
     from tinyclip.zoo import load
