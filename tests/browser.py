@@ -183,5 +183,8 @@ class Notebook:
     def shot(self, cell, name):
         "Keep a picture of a cell in `test-artefacts`"
         (ROOT/'test-artefacts').mkdir(exist_ok=True)
+        box = self.cell(cell).bounding_box()
+        self.page.set_viewport_size(dict(width=1400, height=max(1400, int(box['height'])+200)))
         self.page.mouse.move(0, 0)
         self.cell(cell).screenshot(path=ROOT/'test-artefacts'/f'{name}.png')
+        self.page.set_viewport_size(dict(width=1400, height=1400))

@@ -1,6 +1,5 @@
 "A dial under bad luck: drawings that fail, change their structure, take long, or have nobody to look at them."
 import threading, time
-from types import SimpleNamespace
 import plotly.graph_objects as go
 import pytest
 import tinyclip.dial as module
@@ -100,13 +99,17 @@ def test_without_a_kernel_a_page_gets_frames(shown):
     assert fig.layout.sliders[0].active==2 and '(mood draws)' in fig.layout.sliders[0].currentvalue.suffix
 
 def test_with_a_kernel_the_widget_and_a_picture_for_viewers_without(shown, monkeypatch):
-    monkeypatch.setattr(module, 'get_ipython', lambda: SimpleNamespace(kernel=1))
+    monkeypatch.setattr(module, 'has_kernel', lambda: True)
     dial = Dial(moody, x=range(5), mood=MOODS)
     dial._ipython_display_()
     assert {'application/vnd.jupyter.widget-view+json', 'text/html', 'application/vnd.plotly.v1+json'} <= set(shown[0])
-    monkeypatch.setattr(module, 'ipywidgets', None)
+    before = dial.fig
+    turn(dial, x=3)
+    dial._ipython_display_() # its cell was run again: another figure, at the same place
+    assert dial.fig is not before and dial.fig.layout.title.text=='x is 3' and before.comm is None and dial.box.children[2] is dial.fig
+    monkeypatch.setattr(module, 'can_show_widgets', lambda: False)
     dial._ipython_display_()
-    assert isinstance(shown[1], go.Figure)
+    assert isinstance(shown[2], go.Figure)
 
 def test_a_page_shows_errors_as_a_cell_does():
     with pytest.raises(TinyclipError, match='refused'): Dial(moody, x=range(3), mood=(MOODS, 'refuses')).figure()
