@@ -1,11 +1,12 @@
 "Against recorded outputs of the released TinyCLIP code: pytest tests/test_reference.py --vectors DIR"
 import json, re
-import pytest, torch
-from safetensors.torch import load_file
+import open_clip, pytest, torch
+from safetensors.torch import load_file, save_file
 from tinyclip.inheritance import build, inherit
 from tinyclip.losses import affinity_mimicking, contrastive
 from tinyclip.masking import MaskedCLIP
 from tinyclip.masks import Constraint, chance_open, eval_masks, hard_concrete, released_count, soft_values, target_share
+from tinyclip.zoo import load, save
 
 def relative(got, want): return ((got-want).norm()/want.norm()).item()
 
@@ -91,3 +92,59 @@ def test_masked(vectors, case):
         assert relative(ours, want) <= 1e-4, kind
         assert (dense-ours).abs().max() <= 1e-5*ours.abs().max(), kind
         assert relative(io[f'pruned_{kind}_features'], want) > .01, 'the released cut is another model; ours is not'
+
+# --- the released layouts, through zoo.load
+ENCODERS = dict(visual='_image_encoder.', logit='_logit_scale.')
+
+def under(state, form):
+    "The recorded names in another released layout"
+    plain = strip({k:v for k,v in state.items() if 'without_ddp' not in k})
+    tower = lambda k: ENCODERS.get(k.split('.')[0].split('_')[0], '_text_encoder.')
+    if form=='as recorded': return state
+    if form=='plain': return plain
+    if form=='module.': return {f'module.{k}':v for k,v in plain.items()}
+    if form=='_image_encoder.': return {tower(k)+k:v for k,v in plain.items()}
+    if form=='_image_encoder.module.': return {f'{tower(k)}module.{k}':v for k,v in plain.items()}
+    if form=='_logit_scale.module.module.': return {f'{tower(k)}module.{"module." if "logit" in k else ""}{k}':v for k,v in plain.items()}
+    if form=='without_ddp only': return {(tower(k)[1:-1]+'_without_ddp.' if 'logit' not in k else '_logit_scale.')+k:v for k,v in plain.items()}
+    if form=='module._image_encoder. and duplicates': return {f'module.{tower(k)}{k}':v for k,v in plain.items()} | {f'module.{tower(k)[1:-1]}_without_ddp.{k}':v.clone() for k,v in plain.items() if 'logit' not in k}
+
+FORMS = ['as recorded', 'plain', 'module.', '_image_encoder.', '_image_encoder.module.', '_logit_scale.module.module.', 'without_ddp only', 'module._image_encoder. and duplicates']
+FILES = {'safetensors':lambda state,path: save_file(state, path), 'bare.pt':lambda state,path: torch.save(state, path),
+         'checkpoint.pt':lambda state,path: torch.save(dict(epoch=32, name='x', state_dict=state, optimizer=dict(state={}, param_groups=[dict(lr=1e-3, params=[0])])), path)}
+
+def same_features(model, io, who):
+    for kind in ('image', 'text'):
+        with torch.no_grad(): ours = getattr(model, f'encode_{kind}')(io[kind])
+        want = io[f'{who}_{kind}_features']
+        assert (ours-want).abs().max() <= 1e-5*want.abs().max(), kind
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('case', range(3))
+def test_pruned_through_the_zoo(vectors, tmp_path, case, form):
+    "The released pruned checkpoints are another model than the masked one; as they stand, we load just that model"
+    cfg,io = json.loads((vectors/'meta.json').read_text())['masked'][case], load_file(vectors/f'masked_{case}_io.safetensors')
+    state = under(load_file(vectors/f'masked_{case}_pruned.safetensors'), form)
+    for name,write in FILES.items():
+        path = tmp_path/f'x.{name}'
+        write(state, path)
+        same_features(load(path, config=cfg).model, io, 'pruned')
+
+@pytest.mark.parametrize('form', FORMS[1:])
+@pytest.mark.parametrize('case', range(4))
+def test_manual_through_the_zoo(vectors, tmp_path, case, form):
+    cfg,io = json.loads((vectors/'meta.json').read_text())['manual'][case], load_file(vectors/f'manual_{case}_io.safetensors')
+    for who in ('teacher', 'student'):
+        state = under(load_file(vectors/f'manual_{case}_{who}.safetensors'), form)
+        for name,write in FILES.items():
+            write(state, tmp_path/f'{who}.{name}')
+            same_features(load(tmp_path/f'{who}.{name}', config=cfg[who]).model, io, who)
+
+def test_pruned_by_the_name_of_what_it_was_cut_from(vectors, tmp_path, monkeypatch):
+    "ARCHITECTURE:FILE, and a folder that save writes from it, in one go"
+    cfg,io = json.loads((vectors/'meta.json').read_text())['masked'][2], load_file(vectors/'masked_2_io.safetensors')
+    (tmp_path/'Recorded.json').write_text(json.dumps(cfg))
+    open_clip.add_model_config(tmp_path/'Recorded.json')
+    model = load(f"Recorded:{vectors/'masked_2_pruned.safetensors'}").model
+    same_features(model, io, 'pruned')
+    same_features(load(save(model, tmp_path/'student')).model, io, 'pruned')

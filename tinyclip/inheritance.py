@@ -143,7 +143,7 @@ def student_name(name, l, keep):
             return f'{path}.{keep[axis].index(int(i))}.{rest}' if int(i) in keep[axis] else None
     return name
 
-# %% ../nbs/05_inheritance.ipynb #44000cbd
+# %% ../nbs/05_inheritance.ipynb #bd379301
 def inherit(
     teacher:nn.Module, # An open_clip CLIP, or a student of one
     keep, # A `Keep`; or a student's configuration: a registered name, or a dict
@@ -184,6 +184,7 @@ def carry_over(teacher, student):
     for n in ('preprocess_cfg', 'image_mean', 'image_std'):
         if hasattr(teacher.visual, n): setattr(student.visual, n, copy.deepcopy(getattr(teacher.visual, n)))
     if hasattr(teacher, 'tokenizer_cfg'): student.tokenizer_cfg = dict(teacher.tokenizer_cfg)
+    if hasattr(teacher, 'merges'): student.merges = teacher.merges # a shortened vocabulary
     student.output_dict = teacher.output_dict
 
 # %% ../nbs/05_inheritance.ipynb #ce74f8dc

@@ -156,7 +156,7 @@ def describe(index, total)->str: # e.g. `'all'`, `'first 32'`, `'0 2 4'`
 Keep.__repr__ = lambda self: f'{keep_table(self)!r}'
 Keep._repr_markdown_ = lambda self: keep_table(self)._repr_markdown_()
 
-# %% ../nbs/04_keep.ipynb #99160070
+# %% ../nbs/04_keep.ipynb #442487e9
 def to_json(self)->str: # Exact: floats keep every bit
     "This keep as JSON; runs of indices are written as `[[start, stop], ...]`"
     return json.dumps(dict(sizes=self.sizes, axes={a:runs(v) for a,v in self.axes.items()}, values={a:list(v) for a,v in self.values.items()}))
@@ -165,8 +165,11 @@ def from_json(text:str)->Keep: # From `Keep.to_json`
     "Read a keep back"
     try:
         d = json.loads(text)
+        for a,v in d['axes'].items(): # before they are written out: a run can claim to be of any length
+            if not 0 <= d['sizes'][a] <= 2**26 or any(not 0 <= lo <= hi <= d['sizes'][a] for lo,hi in v) or len(v)>d['sizes'][a]: raise ValueError(f'{a} has runs beyond its size')
         return Keep(d['sizes'], {a:[i for lo,hi in v for i in range(lo, hi)] for a,v in d['axes'].items()}, d.get('values', {}))
-    except (json.JSONDecodeError, KeyError, TypeError) as e: raise TinyclipError(f'This is not a keep written by Keep.to_json: {e!r}.') from e
+    except TinyclipError: raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e: raise TinyclipError(f'This is not a keep written by Keep.to_json: {e!r}.') from e
 
 def runs(index)->list: # `[[start, stop], ...]`
     "Increasing indices as half-open runs"
