@@ -16,6 +16,8 @@ setup(
     long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path']+'.*']),
     package_data={cfg['lib_path']: ['assets/**/*']},
-    install_requires=words('requirements'), extras_require={'dev': words('dev_requirements')},
+    install_requires=words('requirements'),
+    extras_require={'export': words('export_requirements'), 'eval': words('eval_requirements'),
+                    'dev': words('dev_requirements') + words('export_requirements') + words('eval_requirements')},
     entry_points={'console_scripts': words('console_scripts'),
                   'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]})

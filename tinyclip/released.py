@@ -5,13 +5,11 @@
 # %% auto #0
 __all__ = ['BASE', 'released', 'published', 'tower_sizes', 'slim_cfg', 'adopt', 'fetch', 'load_released']
 
-# %% ../nbs/12_released.ipynb #85d2d255
+# %% ../nbs/12_released.ipynb #0092654c
 import json, re
 from math import isqrt
 from pathlib import Path
 import tinyclip
-import torch
-from torch import nn
 from .architecture import config, static_cfg, with_sizes
 from .core import Table, TinyclipError, unknown
 from .download import cache_folder, download
