@@ -8,11 +8,12 @@ transformers = pytest.importorskip('transformers', reason="transformers is optio
 import open_clip
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from safetensors.torch import load_file, save_file
-from tinyclip import huggingface
+from tinyclip import from_huggingface, huggingface
 from tinyclip.architecture import architecture
 from tinyclip.core import TinyclipError
-from tinyclip.folders import preprocess_cfg
-from tinyclip.huggingface import FILES, MODELLING, describe, from_transformers, obstacle, to_transformers
+from tinyclip.folders import finish, preprocess_cfg
+from tinyclip.from_huggingface import from_transformers
+from tinyclip.huggingface import FILES, MODELLING, describe, obstacle, to_transformers
 from tinyclip.inheritance import build, inherit
 from tinyclip.keep import choose, manual
 from tinyclip.masking import MaskedCLIP
@@ -142,7 +143,7 @@ def test_images_are_prepared_as_open_clip_does(shared, mode, interpolation, tmp_
         odd = images[3].crop((0, 0, 128, 80))
         got = processor_of(tmp_path/'m')(images=odd, return_tensors='pt')['pixel_values'][0]
         assert torch.equal(got[...,1:], again.preprocess(odd)[...,:-1])
-    assert torch.equal(want, torch.stack([huggingface.finish(model, architecture(model), preprocess_cfg(model)).preprocess(i) for i in images]))
+    assert torch.equal(want, torch.stack([finish(model, architecture(model), preprocess_cfg(model)).preprocess(i) for i in images]))
 
 def test_captions_of_people_have_the_same_tokens(shared):
     model,_,tokenizer = load('shapes-teacher')
@@ -402,9 +403,11 @@ def test_without_transformers(tmp_path, monkeypatch):
     refuse(r"pip install 'tinyclip\[export\]'", to_transformers, model, tmp_path/'n')
     assert architecture(from_transformers(tmp_path/'m').model)==architecture(model) # reading needs nothing
 
-def test_transformers_is_not_imported_with_the_module():
-    names = {a.name for o in ast.parse(Path(huggingface.__file__).read_text()).body if isinstance(o, ast.Import) for a in o.names}
-    assert names and 'transformers' not in names and not [o for o in ast.parse(Path(huggingface.__file__).read_text()).body if isinstance(o, ast.ImportFrom) and o.module.startswith('transformers')]
+@pytest.mark.parametrize('module', [huggingface, from_huggingface], ids=lambda m: m.__name__)
+def test_transformers_is_not_imported_with_the_module(module):
+    body = ast.parse(Path(module.__file__).read_text()).body
+    names = {a.name for o in body if isinstance(o, ast.Import) for a in o.names}
+    assert names and 'transformers' not in names and not [o for o in body if isinstance(o, ast.ImportFrom) and o.module.startswith('transformers')]
 
 def test_images_that_open_clip_cannot_prepare(tmp_path):
     to_transformers(short(tiny()), tmp_path)

@@ -3,16 +3,19 @@ import io, json, os, pickle, random, shutil, struct, subprocess, sys, threading,
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import pytest, torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tinyclip import folders, zoo
+from tinyclip.architecture import config
 from tinyclip.core import TinyclipError
 from tinyclip.download import download
-from tinyclip.folders import CONFIG, KEEP, WEIGHTS
+from tinyclip.folders import BPE, CONFIG, KEEP, WEIGHTS
 from tinyclip.huggingface import to_transformers
 from tinyclip.inheritance import build, inherit
 from tinyclip.keep import choose
 from tinyclip.measure import resident
 from tinyclip.released import fetch, released
+from tinyclip.vocabulary import shorten
 
 CFG = dict(embed_dim=8, vision_cfg=dict(image_size=8, layers=2, width=16, patch_size=4, head_width=8),
            text_cfg=dict(context_length=6, vocab_size=40, width=16, heads=2, layers=2))
@@ -211,14 +214,110 @@ def test_hostile_tokenizers(room, watched, change, said):
     with pytest.raises(TinyclipError, match=said): zoo.load(folder)
 
 # --- interruption
-def test_an_interrupted_save_is_not_loaded(tmp_path, monkeypatch):
+@pytest.fixture(scope='module')
+def versions():
+    "Two students of the same shapes; weights, keep and vocabulary of each are its own"
+    made = []
+    for i,texts in enumerate((['a red circle'], ['two blue dogs'])):
+        torch.manual_seed(i)
+        teacher = build({**CFG, 'text_cfg':CFG['text_cfg']|dict(vocab_size=49408)}).eval()
+        made.append(shorten(inherit(teacher, choose(teacher, {'image.layers.0.heads':[i]})), texts)[0])
+    return made
+
+def which(folder, models):
+    "The model that lies in a folder, every part of it"
+    got = zoo.load(folder).model
+    same = [m.keep==got.keep and m.merges==got.merges and all(torch.equal(v, got.state_dict()[k]) for k,v in m.state_dict().items()) for m in models]
+    assert sum(same)==1
+    return same.index(True)
+
+def test_an_interrupted_save_is_not_loaded(versions, tmp_path, monkeypatch):
     "A first save that breaks off leaves nothing to load; a second one leaves the first"
+    old,new = versions
     def full(*args, **kwargs): raise OSError(28, 'No space left on device')
+    folders.save(old, tmp_path/'old')
+    for part in ('save_file', 'write_json'): # the first file that is written, and the last
+        with monkeypatch.context() as m:
+            m.setattr(folders, part, full)
+            for n in ('new', 'old'):
+                with pytest.raises(OSError): folders.save(new, tmp_path/n)
+        with pytest.raises(TinyclipError, match='There is no model folder'): zoo.load(tmp_path/'new')
+        assert which(tmp_path/'old', versions)==0
+    assert [p.name for p in tmp_path.iterdir()]==['old'] and len(list((tmp_path/'old').iterdir()))==4
+
+@pytest.mark.parametrize('stop', range(9))
+def test_a_save_that_breaks_off_between_two_files_leaves_no_mixture(versions, tmp_path, monkeypatch, stop):
+    "Four files go, four come; stopped anywhere in between, there is no model"
+    old,new = versions
+    folder,done = folders.save(old, tmp_path/'m'), []
+    (folder/'README.md').write_text('mine')
+    def stopping(f):
+        def step(self, *args, **kwargs):
+            if folder in (self.parent, *(Path(a).parent for a in args)):
+                if len(done)==stop: raise KeyboardInterrupt
+                done.append(self.name)
+            return f(self, *args, **kwargs)
+        return step
     with monkeypatch.context() as m:
-        m.setattr(folders, 'save_file', full)
-        with pytest.raises(OSError): folders.save(student(), tmp_path/'new')
-    with pytest.raises(TinyclipError, match='holds no model'): zoo.load(tmp_path/'new')
-    assert not list((tmp_path/'new').iterdir())
+        for n in ('unlink', 'replace'): m.setattr(Path, n, stopping(getattr(Path, n)))
+        if stop==8: folders.save(new, folder)
+        else:
+            with pytest.raises(KeyboardInterrupt): folders.save(new, folder)
+    assert len(done)==stop and [p.name for p in tmp_path.iterdir()]==['m'] and not list(folder.glob('.*'))
+    assert (folder/'README.md').read_text()=='mine'
+    if stop in (0, 8): assert which(folder, versions)==stop//8
+    else:
+        with pytest.raises(TinyclipError, match='holds no model'): zoo.load(folder)
+
+def test_what_belonged_to_an_older_model_goes(versions, tmp_path):
+    folder = folders.save(versions[0], tmp_path/'m')
+    assert {KEEP, BPE} <= {p.name for p in folder.iterdir()}
+    plain = build(CFG).eval()
+    folders.save(plain, folder)
+    assert {p.name for p in folder.iterdir()}=={CONFIG, WEIGHTS} and torch.equal(zoo.load(folder).model.visual.proj, plain.visual.proj)
+
+class Words:
+    "A Hugging Face tokenizer, as far as saving goes"
+    def __init__(self, text): self.text = text
+    def save_pretrained(self, folder):
+        for n in ('tokenizer.json', 'templates/chat.txt'):
+            path = Path(folder)/n
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(self.text)
+        if self.text=='broken': raise OSError('disk full')
+
+def test_the_files_of_a_tokenizer_come_along(tmp_path):
+    model = student()
+    model.tokenizer_cfg = dict(hf_tokenizer_name='some/tokenizer')
+    with pytest.raises(TinyclipError, match='tokenizer=tokenizer'): folders.save(model, tmp_path/'m')
+    assert not list(tmp_path.iterdir())
+    for text,want in (('first', 'first'), ('second', 'second'), ('broken', 'second')):
+        if text=='broken':
+            with pytest.raises(OSError): folders.save(model, tmp_path/'m', tokenizer=Words(text))
+        else: folders.save(model, tmp_path/'m', tokenizer=Words(text))
+        files = {str(p.relative_to(tmp_path/'m')):p for p in (tmp_path/'m').rglob('*') if p.is_file()}
+        assert set(files)=={CONFIG, WEIGHTS, KEEP, 'tokenizer.json', 'templates/chat.txt'} and files['templates/chat.txt'].read_text()==files['tokenizer.json'].read_text()==want
+        assert json.loads(files[CONFIG].read_text())['model_cfg']['text_cfg']['hf_tokenizer_name']=='some/tokenizer'
+
+def test_replacing_folders_of_every_kind(tmp_path, monkeypatch):
+    "New, below folders that are not there, the working folder, a link; everyone may read what comes, whatever the mask"
+    (tmp_path/'there').mkdir(); (tmp_path/'here').mkdir()
+    (tmp_path/'link').symlink_to(tmp_path/'there')
+    monkeypatch.chdir(tmp_path/'here')
+    mask = os.umask(0o077)
+    try:
+        for folder in (tmp_path/'new', tmp_path/'a'/'b', Path('.'), 'name', tmp_path/'link'):
+            for text in ('1', '2'):
+                with folders.replacing(folder, ('sign', 'rest')) as tmp:
+                    assert not list(tmp.iterdir()) and tmp.stat().st_dev==tmp_path.stat().st_dev
+                    (tmp/'sign').write_text(text)
+                    if text=='1': (tmp/'rest').write_text(text)
+            assert {p.name:p.read_text() for p in Path(folder).iterdir() if p.is_file()}=={'sign':'2'} and (Path(folder)/'sign').stat().st_mode&0o777==0o644
+    finally: os.umask(mask)
+    assert (tmp_path/'new').stat().st_mode&0o777==0o755 and (tmp_path/'link').is_symlink()
+    for folder in (tmp_path/'new'/'sign', tmp_path/'new'/'sign'/'below'/'it'):
+        with pytest.raises(TinyclipError, match="sign' is a file"): folders.save(student(), folder)
+    assert not list(tmp_path.rglob('*.tmp'))
 
 @pytest.fixture
 def server(tmp_path):
@@ -249,7 +348,6 @@ def server(tmp_path):
 def test_a_killed_download_goes_on(server, tmp_path, monkeypatch):
     "kill -9 in the middle: no file; the next load fetches the rest and loads"
     name = 'TinyCLIP-ViT-8M-16-Text-3M-YFCC15M'
-    from tinyclip.architecture import config
     torch.manual_seed(0)
     state = build({**config('TinyCLIP-ViT-8M-16-Text-3M')}).half().state_dict()
     torch.save(dict(epoch=1, state_dict={f'module.{k}':v for k,v in state.items()}), server.root/f'{name}.pt')
@@ -271,6 +369,28 @@ def test_a_killed_download_goes_on(server, tmp_path, monkeypatch):
     assert server.asked[-1]==got and not part.exists()
     assert torch.equal(model.visual.proj, state['visual.proj'].float())
     n = len(server.asked); zoo.load(name); assert len(server.asked)==n # once is enough
+
+def test_an_auto_inherited_model_by_name(tmp_path, monkeypatch):
+    "A stand-in of the released size and layout, made of a random ViT-B/32: head size, patch and activation are not in the file"
+    name = 'TinyCLIP-auto-ViT-22M-32-Text-10M-LAION400M'
+    torch.manual_seed(0)
+    teacher = build(config('ViT-B-32')).eval()
+    keep = {'image.width':384, 'text.width':300, **{f'image.layers.{i}.heads':[4, 6, 0, 9][i%4] or [] for i in range(12)}, **{f'text.layers.{i}.ffn':[700, 0, 900][i%3] or [] for i in range(12)}}
+    student = inherit(teacher, choose(teacher, keep))
+    tower = lambda k: '_image_encoder.' if k.startswith('visual.') else '_logit_scale.' if k.startswith('logit') else '_text_encoder.'
+    dropped = lambda k: k.endswith(('attn.out_proj.bias', 'mlp.c_proj.bias')) and k.replace('.bias', '.weight') not in student.state_dict() # the released code drops these biases, too
+    state = {f'{tower(k)}module.{k}':v.half() for k,v in student.state_dict().items() if not dropped(k)}
+    torch.save(dict(epoch=6, name=name, state_dict=state), tmp_path/f'{name}.pt')
+    monkeypatch.setenv('TINYCLIP_CACHE', str(tmp_path))
+    model,preprocess,tokenizer = zoo.load(name)
+    for k,v in student.state_dict().items():
+        if dropped(k): student.get_parameter(k).data.zero_()
+        else: v.copy_(v.half())
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(model.encode_image(x), student.encode_image(x))
+        assert torch.equal(model.encode_text(tokenizer(['a photo of a cat'])), student.encode_text(tokenizer(['a photo of a cat'])))
+    assert tokenizer.context_length==77 and tuple(preprocess(Image.new('RGB', (300, 200))).shape)==(3, 224, 224)
 
 def test_a_damaged_download_says_so(server, tmp_path, monkeypatch):
     name = 'TinyCLIP-ViT-8M-16-Text-3M-YFCC15M'

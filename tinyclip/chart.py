@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AXES', 'AROUND', 'COLOURS', 'SYMBOLS', 'SINGLE', 'EDGES', 'PICTURES', 'value', 'scale', 'overlap', 'along',
-           'label_options', 'label_places', 'check_rows', 'write_names', 'chart', 'save_chart']
+           'label_options', 'label_places', 'check_rows', 'write_names', 'chart', 'chart_kind', 'save_chart']
 
 # %% ../nbs/13_chart.ipynb #aa976f53
 import html, importlib.util, math, numbers
@@ -166,19 +166,26 @@ def chart(
     return fig.update_layout(width=size[0], height=size[1], margin=EDGES, title=dict(text=html.escape(title), x=0, xref='paper', y=.98, yanchor='top', font_size=16),
                              plot_bgcolor='white', paper_bgcolor='white', legend=dict(orientation='h', y=1.01, yanchor='bottom', x=0))
 
-# %% ../nbs/13_chart.ipynb #7584a146
+# %% ../nbs/13_chart.ipynb #56dd17fb
 PICTURES = ('.png', '.svg', '.pdf', '.webp', '.jpg', '.jpeg')
+
+def chart_kind(
+    path, # Where a chart shall be written
+)->str: # Its suffix
+    "Refuse a file that cannot be written here, before anything is computed for it"
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in ('.html', *PICTURES): raise unknown('kind of chart file', kind or path.name, ['.html', *PICTURES])
+    if kind!='.html' and not importlib.util.find_spec('kaleido'):
+        raise TinyclipError(f"{path.name} needs plotly's exporter: pip install 'kaleido>=1' (it draws with Chrome or Chromium), or save the chart as .html.")
+    return kind
 
 def save_chart(
     fig:go.Figure, # Any plotly figure
     path, # `.html` for a page that can be hovered; or one of `PICTURES`
 )->Path: # The file
     "Write a figure to a file"
-    path = Path(path)
-    kind = path.suffix.lower()
-    if kind not in ('.html', *PICTURES): raise unknown('kind of chart file', kind or path.name, ['.html', *PICTURES])
-    if kind!='.html' and not importlib.util.find_spec('kaleido'):
-        raise TinyclipError(f"{path.name} needs plotly's exporter: pip install 'kaleido>=1' (it draws with Chrome or Chromium), or save the chart as .html.")
+    path,kind = Path(path),chart_kind(path)
     with atomic_path(path) as tmp:
         if kind=='.html':
             title = html.escape(html.unescape(fig.layout.title.text or 'tinyclip'))

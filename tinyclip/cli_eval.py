@@ -7,13 +7,13 @@ __all__ = ['data_options', 'source_of', 'machine_options', 'open_model', 'evalua
            'answers_to', 'layers_of', 'kept_layers', 'cost_of', 'printable', 'run_eval', 'run_measure',
            'measure_options']
 
-# %% ../nbs/14_cli_eval.ipynb #9c501d80
+# %% ../nbs/14_cli_eval.ipynb #edeaf58f
 import argparse
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from .agreement import agreement, answers
-from .chart import chart, save_chart
+from .chart import chart, chart_kind, save_chart
 from .clip_benchmark import benchmark
 from .core import PRECISIONS, Table, TinyclipError, pick_device
 from .data import captioned, labelled, transforms
@@ -87,13 +87,14 @@ def evaluation(
     if source.classnames: return zero_shot(model, tokenizer, bar(batches), source.classnames, templates, precision)
     return retrieval(model, bar(batches), precision)
 
-# %% ../nbs/14_cli_eval.ipynb #cc1c2f24
+# %% ../nbs/14_cli_eval.ipynb #61eff91b
 def eval_options(p:argparse.ArgumentParser):
     "Options of `tinyclip eval`"
     p.add_argument('model', nargs='+', help='a folder, a name (tinyclip zoo), or a folder of ONNX files (with :int8 for the 8-bit ones)')
     data_options(p)
     p.add_argument('--set', metavar='NAME', help=f'--data is a standard test set, as published: {", ".join(SETS)}')
     p.add_argument('--clip-benchmark', metavar='NAME', help="--data is the folder of a data set of CLIP_benchmark, e.g. 'vtab/pets' or 'wds/...'")
+    p.add_argument('--download', action='store_true', help='with --clip-benchmark: fetch what is missing')
     p.add_argument('--split', help="of --set flickr30k and coco, or of --clip-benchmark (default: test)")
     p.add_argument('--annotations', metavar='FILE', help='of --set flickr30k and coco: the JSON file of the Karpathy split')
     p.add_argument('--part', action='store_true', help='with --set: take what is there of an incomplete set')
@@ -109,12 +110,13 @@ def check_options(args):
     "Refuse options that do not go together"
     special = [f'--{k.replace("_", "-")}' for k in ('set', 'clip_benchmark', 'probe') if getattr(args, k)]
     if len(special)>1: raise TinyclipError(f'{special[0]} and {special[1]} ask for different things; give one of them.')
+    if args.chart: chart_kind(args.chart)
     if bool(args.probe)!=bool(args.train): raise TinyclipError('--probe learns from --train, so they go together; --data is for the test.')
     if special and (args.teacher or args.layers): raise TinyclipError(f'--teacher and --layers ask about plain --data, not with {special[0]}.')
-    for name,wants in (('annotations', 'set'), ('part', 'set'), ('split', 'set or --clip-benchmark')):
-        if getattr(args, name) and not (args.set or name=='split' and args.clip_benchmark): raise TinyclipError(f'--{name} belongs to --{wants}.')
+    for name,wants in (('annotations', 'set'), ('part', 'set'), ('download', 'clip-benchmark'), ('split', 'set or --clip-benchmark')):
+        if getattr(args, name) and not (args.set and name!='download' or args.clip_benchmark and name in ('split', 'download')): raise TinyclipError(f'--{name} belongs to --{wants}.')
 
-# %% ../nbs/14_cli_eval.ipynb #9be4d992
+# %% ../nbs/14_cli_eval.ipynb #d91f694d
 def ask(
     loaded:Loaded, # A model
     args, # Of `tinyclip eval`
@@ -124,7 +126,7 @@ def ask(
     if args.set:
         test = standard(args.set, args.data, templates=args.templates, annotations=args.annotations, split=args.split, part=args.part)
         return evaluate_on(*loaded, test, progress=progress, **options)
-    if args.clip_benchmark: return benchmark(*loaded, args.clip_benchmark, args.data, args.split or 'test', templates=args.templates, progress=progress, **options)
+    if args.clip_benchmark: return benchmark(*loaded, args.clip_benchmark, args.data, args.split or 'test', templates=args.templates, progress=progress, download=args.download, **options)
     if args.probe:
         train,test = (labelled(source_of(args, which, test=which is None), loaded.preprocess, 128, workers=args.workers) for which in (args.train, None))
         return linear_probe(loaded.model, train, test, protocol=args.probe, precision=args.precision, progress=progress)

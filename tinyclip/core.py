@@ -17,7 +17,7 @@ class TinyclipError(ValueError):
     "Bad input. The message names what is wrong and what to do about it."
     def _render_traceback_(self): return [f'\x1b[31m{self}\x1b[0m'] # IPython shows this in place of a stack of frames
 
-# %% ../nbs/00_core.ipynb #ebabd022
+# %% ../nbs/00_core.ipynb #afe73a89
 def unknown(
     what:str, # The kind of thing, e.g. `'loss'`
     name:str, # What the user wrote
@@ -29,7 +29,8 @@ def unknown(
     lower = {o.lower():o for o in options}
     near = [lower[n] for n in difflib.get_close_matches(str(name).lower(), lower, n=3, cutoff=.5)]
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ''
-    known = f" Known: {', '.join(options)}." if options and (len(options)<=show or not near) else ''
+    many = len(options)>40
+    known = f" Known: {', '.join(options)}." if options and (len(options)<=show or not near and not many) else f' There are {len(options)} others.' if many and not near else ''
     return TinyclipError(f'There is no {what} named {str(name)!r}.{hint}{known}')
 
 # %% ../nbs/00_core.ipynb #c6deb1b9

@@ -36,7 +36,7 @@ def ask(
     length = response.headers.get('Content-Length')
     return response, start, None if length is None else start+int(length), response.headers.get('ETag', '')
 
-# %% ../nbs/12_download.ipynb #e9bdb7a5
+# %% ../nbs/12_download.ipynb #9f27bbd1
 def fetch_rest(url, part, tag_file, progress, timeout)->int|None:
     "Append what is missing to `part`; the file's total size, where the server tells"
     have = part.stat().st_size if part.is_file() else 0
@@ -48,13 +48,19 @@ def fetch_rest(url, part, tag_file, progress, timeout)->int|None:
         f.flush(); os.fsync(f.fileno())
     return total
 
-def check_sum(path, sha256, url):
-    "Refuse a file that is not what it should be"
-    with open(path, 'rb') as f: got = hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read()).hexdigest()
+# %% ../nbs/12_download.ipynb #83fca5b9
+def check_sum(
+    path:Path, # A file; deleted if it is another
+    sha256:str, # What it should be, in hexadecimal
+    url:str, # Where it came from, for the error
+):
+    "Refuse a file that is not what was published"
+    with open(path, 'rb') as f: got = hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read()).hexdigest() # Python 3.10 has none
     if got==sha256: return
     path.unlink()
     raise TinyclipError(f'What came from {url} is not the file that was published (its SHA-256 begins with {got[:12]}, not {sha256[:12]}); it was deleted. Try again, or get it from elsewhere.')
 
+# %% ../nbs/12_download.ipynb #c199d1e9
 def download(
     url:str, # http or https
     path, # Where the file shall stand; if it stands there already, nothing is done

@@ -7,7 +7,7 @@ __all__ = ['LOSSES', 'check_rows', 'at_least_float32', 'logits', 'affinity', 'so
            'contrastive', 'cross_modal', 'same_width', 'uni_modal', 'others', 'feature', 'Features', 'Loss',
            'Objective', 'gather']
 
-# %% ../nbs/01_losses.ipynb #9e613d30
+# %% ../nbs/01_losses.ipynb #66f68a19
 import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 from .core import TinyclipError, unknown
+from .tiling import mean_of_all, processes, share, tile_size, tiled_cross_entropy, tiled_log_sum_exp
 
 # %% ../nbs/01_losses.ipynb #08f085f7
 def check_rows(
@@ -64,7 +65,7 @@ def soft_cross_entropy(
     if student.shape!=teacher.shape: raise TinyclipError(f'Beliefs of shape {tuple(student.shape)} and {tuple(teacher.shape)} cannot be compared.')
     return -(teacher.exp() * student).sum(-1).mean()
 
-# %% ../nbs/01_losses.ipynb #48eee59f
+# %% ../nbs/01_losses.ipynb #68400dd6
 def affinity_mimicking(
     student_image:Tensor, # Unit rows `(n, d)`
     student_text:Tensor, # Unit rows `(n, d)`
@@ -72,24 +73,38 @@ def affinity_mimicking(
     teacher_text:Tensor, # Unit rows `(n, e)`
     student_scale:float|Tensor=50., # Inverse temperature of the student
     teacher_scale:float|Tensor=50., # Inverse temperature of the teacher
+    tile:int|str|None='auto', # Tiles of so many rows and columns; None for whole tables; `'auto'` for tiles where tables are large
+    shared:bool=False, # The features were gathered and are the same on every process: each takes its share of the tiles
 )->tuple: # `(i2t, t2i)`, two scalars; their sum is the loss
     "Match the teacher's image-to-text and text-to-image beliefs (TinyCLIP, section 3.1)"
     check_rows(student_image=student_image, student_text=student_text, teacher_image=teacher_image, teacher_text=teacher_text)
-    i2t = soft_cross_entropy(affinity(student_image, student_text, student_scale), affinity(teacher_image, teacher_text, teacher_scale))
-    t2i = soft_cross_entropy(affinity(student_text, student_image, student_scale), affinity(teacher_text, teacher_image, teacher_scale))
-    return i2t, t2i
+    n = len(student_image)
+    if tile := tile_size(n, n, tile, student_image.device):
+        own = share(n) if shared else slice(n)
+        i2t,t2i = tiled_cross_entropy(student_image[own], student_text, teacher_image[own], teacher_text, student_scale, teacher_scale, tile, shared=shared and processes()>1)
+        return mean_of_all(i2t, n, shared), t2i.mean()
+    s,t = logits(student_image, student_text, student_scale), logits(teacher_image, teacher_text, teacher_scale)
+    return soft_cross_entropy(s.log_softmax(1), t.log_softmax(1)), soft_cross_entropy(s.log_softmax(0).T, t.log_softmax(0).T)
 
-# %% ../nbs/01_losses.ipynb #f4d36405
+# %% ../nbs/01_losses.ipynb #32740d56
 def contrastive(
     image:Tensor, # Unit rows `(n, d)`
     text:Tensor, # Unit rows `(n, d)`; row i belongs to image i
     scale:float|Tensor, # Inverse temperature, usually the model's own
+    tile:int|str|None='auto', # As in `affinity_mimicking`
+    shared:bool=False, # As in `affinity_mimicking`
 )->Tensor: # Mean of both directions, a scalar
     "CLIP's loss: every image should find its caption among all, and the reverse (Radford et al., 2021)"
     check_rows(image=image, text=text)
-    return -(affinity(image, text, scale).diagonal().mean() + affinity(text, image, scale).diagonal().mean())/2
+    n = len(image)
+    if tile := tile_size(n, n, tile, image.device):
+        i2t,t2i = tiled_log_sum_exp(image[share(n) if shared else slice(n)], text, scale, tile=tile, shared=shared and processes()>1)
+        own = scale*(at_least_float32(image)*at_least_float32(text)).sum(1).mean() # the logit of the pair
+        return (mean_of_all(i2t, n, shared) + t2i.mean())/2 - own
+    z = logits(image, text, scale)
+    return -(z.log_softmax(1).diagonal().mean() + z.log_softmax(0).diagonal().mean())/2
 
-# %% ../nbs/01_losses.ipynb #722ca4c4
+# %% ../nbs/01_losses.ipynb #514d14e2
 def cross_modal(
     student_image:Tensor, # Unit rows `(n, d)`
     student_text:Tensor, # Unit rows `(n, d)`
@@ -97,13 +112,23 @@ def cross_modal(
     teacher_text:Tensor, # Unit rows `(n, d)`
     student_scale:float|Tensor=50., # Inverse temperature where the student takes part
     teacher_scale:float|Tensor=50., # Inverse temperature of the teacher
+    tile:int|str|None='auto', # As in `affinity_mimicking`
+    shared:bool=False, # As in `affinity_mimicking`
 )->tuple: # `(image, text)`, two scalars
     "Student images against teacher texts, and student texts against teacher images"
     check_rows(student_image=student_image, student_text=student_text, teacher_image=teacher_image, teacher_text=teacher_text)
     same_width(student_image, teacher_image, 'cross_modal')
-    image = soft_cross_entropy(affinity(student_image, teacher_text, student_scale), affinity(teacher_image, teacher_text, teacher_scale))
-    text = soft_cross_entropy(affinity(student_text, teacher_image, student_scale), affinity(teacher_text, teacher_image, teacher_scale))
-    return image, text
+    return tuple(_one_way(s, to, t, to, student_scale, teacher_scale, tile, shared) for s,t,to in ((student_image, teacher_image, teacher_text), (student_text, teacher_text, teacher_image)))
+
+def _one_way(a, b, c, d, student_scale, teacher_scale, tile, shared, apart=False)->Tensor:
+    "What rows pay, without the columns; `apart` leaves the diagonal out"
+    n = len(a)
+    if tile := tile_size(n, n, tile, a.device):
+        own = share(n) if shared else slice(0, n)
+        rows,_ = tiled_cross_entropy(a[own], b, c[own], d, student_scale, teacher_scale, tile, columns=False, apart=own.start if apart else None)
+        return mean_of_all(rows, n, shared)
+    if apart: return soft_cross_entropy(others(a, student_scale), others(c, teacher_scale))
+    return soft_cross_entropy(affinity(a, b, student_scale), affinity(c, d, teacher_scale))
 
 def same_width(student, teacher, loss):
     "Refuse a loss that needs one embedding width for both"
@@ -111,7 +136,7 @@ def same_width(student, teacher, loss):
         raise TinyclipError(f'The loss {loss!r} compares features of the student (width {student.shape[-1]}) with features of the teacher (width {teacher.shape[-1]}), which needs '
                             "equal widths. 'affinity', 'uni_modal' and 'contrastive' work with any.")
 
-# %% ../nbs/01_losses.ipynb #da8fc342
+# %% ../nbs/01_losses.ipynb #11a0e4db
 def uni_modal(
     student_image:Tensor, # Unit rows `(n, d)`
     student_text:Tensor, # Unit rows `(n, d)`
@@ -119,15 +144,17 @@ def uni_modal(
     teacher_text:Tensor, # Unit rows `(n, e)`
     student_scale:float|Tensor=50., # Inverse temperature of the student
     teacher_scale:float|Tensor=50., # Inverse temperature of the teacher
+    tile:int|str|None='auto', # As in `affinity_mimicking`
+    shared:bool=False, # As in `affinity_mimicking`
 )->tuple: # `(image, text)`, two scalars
     "Match the teacher's beliefs among images and among texts"
     check_rows(student_image=student_image, student_text=student_text, teacher_image=teacher_image, teacher_text=teacher_text)
-    return tuple(soft_cross_entropy(others(s, student_scale), others(t, teacher_scale)) for s,t in ((student_image, teacher_image), (student_text, teacher_text)))
+    if len(student_image)<2: raise TinyclipError('Affinity among images or among texts needs at least 2 rows; use a larger batch.')
+    return tuple(_one_way(s, s, t, t, student_scale, teacher_scale, tile, shared, apart=True) for s,t in ((student_image, teacher_image), (student_text, teacher_text)))
 
 def others(x, scale)->Tensor: # Log-probabilities `(n, n-1)`
     "How each row spreads its belief over the other rows"
     n = len(x)
-    if n<2: raise TinyclipError('Affinity among images or among texts needs at least 2 rows; use a larger batch.')
     return logits(x, x, scale).flatten()[1:].view(n-1, n+1)[:,:-1].reshape(n, n-1).log_softmax(-1) # all but the diagonal
 
 # %% ../nbs/01_losses.ipynb #07f03059
@@ -142,7 +169,7 @@ def feature(
     same_width(student_image, teacher_image, 'feature')
     return tuple((at_least_float32(s)-at_least_float32(t)).square().sum(-1).mean() for s,t in ((student_image, teacher_image), (student_text, teacher_text)))
 
-# %% ../nbs/01_losses.ipynb #b3ac4456
+# %% ../nbs/01_losses.ipynb #e0ed171b
 class Features(NamedTuple):
     "What a model makes of a batch"
     image:Tensor # Unit rows `(n, d)`
@@ -154,23 +181,25 @@ class Loss(NamedTuple):
     parts:Callable # (student, teacher, student_scale, teacher_scale) -> one scalar or a pair
     pick:int|None = None # Only this part of a pair
     needs_teacher:bool = True
+    tiles:bool = True # Whether `parts` takes `tile` and `shared`, too
 
-def _affinity(s, t, *scales): return affinity_mimicking(s.image, s.text, t.image, t.text, *scales)
-def _cross(s, t, *scales): return cross_modal(s.image, s.text, t.image, t.text, *scales)
-def _uni(s, t, *scales): return uni_modal(s.image, s.text, t.image, t.text, *scales)
+def _affinity(s, t, *scales, **how): return affinity_mimicking(s.image, s.text, t.image, t.text, *scales, **how)
+def _cross(s, t, *scales, **how): return cross_modal(s.image, s.text, t.image, t.text, *scales, **how)
+def _uni(s, t, *scales, **how): return uni_modal(s.image, s.text, t.image, t.text, *scales, **how)
 def _feature(s, t, *scales): return feature(s.image, s.text, t.image, t.text)
-def _contrastive(s, t, *scales): return contrastive(s.image, s.text, s.scale)
+def _contrastive(s, t, *scales, **how): return contrastive(s.image, s.text, s.scale, **how)
 
 LOSSES = dict(affinity=Loss(_affinity), affinity_i2t=Loss(_affinity, 0), affinity_t2i=Loss(_affinity, 1), contrastive=Loss(_contrastive, needs_teacher=False),
-              cross_modal=Loss(_cross), uni_modal=Loss(_uni), feature=Loss(_feature))
+              cross_modal=Loss(_cross), uni_modal=Loss(_uni), feature=Loss(_feature, tiles=False))
 
-# %% ../nbs/01_losses.ipynb #f488585b
+# %% ../nbs/01_losses.ipynb #e732f79e
 class Objective:
     "A weighted sum of named losses; called with what student and teacher make of a batch"
     def __init__(self,
         spec='affinity', # A name of `LOSSES`, a list of names (weight 1 each), or name -> weight
         student_scale:float|str=50., # Inverse temperature of the student in the teacher's losses; `'own'` for its (learned) logit scale
         teacher_scale:float|str=50., # Inverse temperature of the teacher; `'own'` for its logit scale
+        tile:int|str|None='auto', # As in `affinity_mimicking`
     ):
         self.weights = {spec:1.} if isinstance(spec, str) else {k:float(v) for k,v in spec.items()} if isinstance(spec, Mapping) else {k:1. for k in spec}
         if len(self.weights)!=(1 if isinstance(spec, str) else len(spec)): raise TinyclipError(f'{spec} names a loss twice; give it a weight instead.')
@@ -180,17 +209,18 @@ class Objective:
             if not (math.isfinite(w) and w>0): raise TinyclipError(f'The weight of {name!r} is {w}; give a positive number, or leave the loss out.')
         for n,v in (('student_scale', student_scale), ('teacher_scale', teacher_scale)):
             if v!='own' and (isinstance(v, str) or not v>0): raise TinyclipError(f"{n}={v!r}: give a positive number (one over the temperature), or 'own' for the model's logit scale.")
-        self.student_scale,self.teacher_scale = student_scale, teacher_scale
+        tile_size(1, 1, tile) # refuses what is no tile
+        self.student_scale,self.teacher_scale,self.tile = student_scale, teacher_scale, tile
         self.needs_teacher = any(LOSSES[n].needs_teacher for n in self.weights)
 
-    def __call__(self, student:Features, teacher:Features|None=None)->dict:
-        "Every loss by name, unweighted, and `'loss'`, their weighted sum"
+    def __call__(self, student:Features, teacher:Features|None=None, shared:bool=False)->dict:
+        "Every loss by name, unweighted, and `'loss'`, their weighted sum; `shared` as in `affinity_mimicking`"
         if self.needs_teacher and teacher is None: raise TinyclipError(f'The objective {self} compares with a teacher; give one.')
         scales = [f.scale if v=='own' and f else v for v,f in ((self.student_scale, student), (self.teacher_scale, teacher))]
         done,out = {}, {}
         for name in self.weights:
-            parts,pick,_ = LOSSES[name]
-            if parts not in done: done[parts] = parts(student, teacher, *scales)
+            parts,pick,_,tiles = LOSSES[name]
+            if parts not in done: done[parts] = parts(student, teacher, *scales, **(dict(tile=self.tile, shared=shared) if tiles else {}))
             value = done[parts]
             out[name] = value[pick] if pick is not None else sum(value) if isinstance(value, tuple) else value
         return {'loss':sum(w*out[n] for n,w in self.weights.items()), **out}

@@ -5,20 +5,19 @@
 # %% auto #0
 __all__ = ['OPSETS', 'OPSET', 'ONE_FILE', 'IO', 'DTYPES', 'ONNX_CONFIG', 'FILES', 'TOLERANCE', 'need', 'quiet', 'check_model',
            'float_copy', 'sample_inputs', 'Tower', 'export_tower', 'forget_origins', 'session', 'run_rows', 'apart',
-           'quantise_table', 'quantise', 'forget_origins_keep_facts', 'delivered', 'onnx_config', 'check_input',
-           'parity', 'save_tokenizer', 'Parity', 'to_onnx', 'read_onnx_config', 'OnnxCLIP', 'onnx_report']
+           'quantise_table', 'quantise', 'forget_origins_keep_facts', 'onnx_config', 'check_input', 'parity',
+           'save_tokenizer', 'Parity', 'to_onnx', 'read_onnx_config', 'OnnxCLIP', 'onnx_report']
 
-# %% ../nbs/12_onnx.ipynb #07a77297
-import contextlib, copy, importlib, json, logging, os, tempfile, warnings
+# %% ../nbs/12_onnx.ipynb #f0f70bda
+import contextlib, copy, importlib, json, logging, tempfile, warnings
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import nn, Tensor
-from .checkpoint import atomic_folder
 from .core import Table, TinyclipError, evaluating, unknown, write_json
 from .evaluate import finite, retrieval, zero_shot
-from .folders import preprocess_cfg
+from .folders import preprocess_cfg, replacing
 from .measure import image_size
 from .vocabulary import ShortTokenizer, tokenizer_of
 
@@ -197,27 +196,10 @@ def forget_origins_keep_facts(proto, source):
     forget_origins(proto)
     need('onnx')[0].helper.set_model_props(proto, facts)
 
-# %% ../nbs/12_onnx.ipynb #7c86c9cf
+# %% ../nbs/12_onnx.ipynb #a5662348
 ONNX_CONFIG = 'onnx_config.json'
-FILES = [f'{k}{q}.onnx' for k in IO for q in ('', '.int8')]
+FILES = (ONNX_CONFIG, *(f'{k}{q}.onnx{d}' for k in IO for q in ('', '.int8') for d in ('', '.data'))) # of an export; others are left alone
 
-@contextlib.contextmanager
-def delivered(
-    folder:Path, # Where the files shall stand; may exist, with other things in it
-): # Yields an empty folder for them
-    "Write an export all or nothing"
-    if not folder.exists():
-        with atomic_folder(folder) as tmp: yield tmp
-        return
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.onnx.', suffix='.tmp') as tmp:
-        yield Path(tmp)
-        files = sorted(Path(tmp).iterdir(), key=lambda p: p.name==ONNX_CONFIG)
-        for p in files:
-            with open(p, 'rb') as f: os.fsync(f.fileno())
-        for n in (ONNX_CONFIG, *FILES, *(f'{n}.data' for n in FILES)): (folder/n).unlink(missing_ok=True)
-        for p in files: os.replace(p, folder/p.name)
-
-# %% ../nbs/12_onnx.ipynb #31abdc39
 def onnx_config(model, opset)->dict:
     "What a program needs besides the files"
     image,text = (dict(input=i, output=o) for i,o in IO.values())
@@ -253,7 +235,7 @@ def save_tokenizer(model, tokenizer, folder)->str|None:
     tokenizer.save_pretrained(str(folder))
     return 'huggingface'
 
-# %% ../nbs/12_onnx.ipynb #e67a51fb
+# %% ../nbs/12_onnx.ipynb #de114c5b
 TOLERANCE = 1e-4 # Largest relative difference between torch and a float32 file
 
 class Parity(Table):
@@ -273,13 +255,12 @@ def to_onnx(
     need('onnx', 'onnxscript', 'onnxruntime')
     check_model(model)
     folder = Path(folder).expanduser()
-    if folder.is_file(): raise TinyclipError(f'{str(folder)!r} is a file; an export needs a folder.')
     m,rows = float_copy(model), Parity()
     given,config = dict(zip(IO, sample_inputs(m))), onnx_config(m, opset)
     given |= {k:v for k,v in dict(image=images, text=texts).items() if v is not None}
     for k,x in given.items(): check_input(config, k, x)
     given = {k:torch.as_tensor(x).detach().to('cpu', DTYPES[k]) for k,x in given.items()}
-    with delivered(folder) as tmp:
+    with replacing(folder, FILES) as tmp:
         for kind,x in given.items():
             with torch.no_grad(): want = finite(Tower(m, kind)(x)).numpy() # before the export, which may leave its traces
             path,about = tmp/f'{kind}.onnx', {k:config[k] for k in (kind, 'logit_scale', 'logit_bias')}

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'ASSETS', 'load_file', 'load_named', 'load_hub', 'is_path', 'is_transformers', 'load']
 
-# %% ../nbs/12_zoo.ipynb #2a2747cf
+# %% ../nbs/12_zoo.ipynb #b069d335
 from pathlib import Path
 import open_clip
 import tinyclip
 import torch
 from .core import TinyclipError, unknown
 from .folders import CONFIG, WEIGHTS, Loaded, finish, load_folder, save
-from .huggingface import from_transformers
+from .from_huggingface import from_transformers
 from .released import adopt, load_released, released
 from .weights import read_weights
 
@@ -29,7 +29,7 @@ def load_file(
     model,cfg = adopt(read_weights(path), base, repr(str(path)))
     return finish(model, cfg, {})
 
-# %% ../nbs/12_zoo.ipynb #838a9718
+# %% ../nbs/12_zoo.ipynb #63fdc491
 EMBEDDED = 'shapes-teacher'
 ASSETS = Path(tinyclip.__file__).parent/'assets'
 
@@ -39,7 +39,9 @@ def load_named(
     "Load an open_clip model by architecture and weights, downloading them if needed"
     arch,_,tag = name.partition(':')
     arch = arch.replace('/', '-')
-    if arch not in open_clip.list_models(): raise unknown('model', arch, [*open_clip.list_models(), *released(), EMBEDDED], show=0)
+    if arch not in open_clip.list_models():
+        e = unknown('model', arch, [*open_clip.list_models(), *released(), EMBEDDED], show=0)
+        raise TinyclipError(f'{e} Names are what open_clip.list_models() and `tinyclip zoo` list; or give a folder or a file.')
     tags = open_clip.list_pretrained_tags_by_model(arch)
     if not tag: raise TinyclipError(f'{name!r} does not say which weights. Write {arch}:TAG' + (f'; known for {arch}: {", ".join(tags)}.' if tags else ' with a weights file as TAG; open_clip has none for it.'))
     if tag not in tags and Path(tag).is_file(): return load_file(tag, arch)
