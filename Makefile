@@ -23,7 +23,8 @@ demo: $(READY) ## compress a small CLIP, offline, in minutes: demo/report.html
 
 test: $(READY) ## every notebook cell that is not flagged, then pytest: CPU, no network
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
-	OMP_NUM_THREADS=2 python -m pytest -q tests
+	OMP_NUM_THREADS=1 python -m pytest -q tests --ignore=tests/test_browser.py -n 2 --dist loadfile
+	OMP_NUM_THREADS=2 python -m pytest -q tests/test_browser.py
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	jupyter lab nbs

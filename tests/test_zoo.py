@@ -1,5 +1,5 @@
 "Checkpoints from strangers: whatever they hold, a model or one clear sentence comes out, and nothing else happens"
-import io, json, os, pickle, random, shutil, struct, subprocess, sys, threading, zipfile
+import gc, io, json, os, pickle, random, shutil, struct, subprocess, sys, threading, zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import pytest, torch
@@ -38,6 +38,7 @@ sys.addaudithook(_audit)
 def watched(tmp_path):
     "Loads a path and checks that only our error comes out and that nothing happens on the way"
     count = dict(refused=0, loaded=0)
+    gc.collect() # or temporary folders of earlier tests are removed while we watch
     before = resident('VmRSS')
     def attempt(path, **options):
         WATCH.update(on=True, seen=[])
@@ -197,13 +198,13 @@ def test_damaged_folders_of_transformers(tmp_path, watched):
     rng,folder = random.Random(5), tmp_path/'hub'
     to_transformers(build({**CFG, 'text_cfg':CFG['text_cfg']|dict(vocab_size=49408)}), folder)
     clean = {n:(folder/n).read_bytes() for n in ('config.json', 'preprocessor_config.json', 'tokenizer.json', 'model.safetensors')}
-    for i in range(240):
+    for i in range(120):
         name = list(clean)[i%4]
         if name in ('config.json', 'preprocessor_config.json') and rng.random()<.7: (folder/name).write_text(mutate_json(json.loads(clean[name]), rng))
         else: (folder/name).write_bytes(mutate(clean[name], rng))
         watched(folder)
         restore(folder, clean)
-    assert watched.count['refused']>100
+    assert watched.count['refused']>50
 
 @pytest.mark.parametrize('change,said', [
     (dict(hf_tokenizer_name='../..'), 'cannot be made'), (dict(hf_tokenizer_name='x', tokenizer_kwargs=dict(trust_remote_code=True)), 'runs code of its own')])
