@@ -93,6 +93,10 @@ def test_every_loss_is_the_same_in_tiles(name, n, tile):
     (values,grads),(right,slopes) = run(loss(tile), x), run(loss(None), x)
     for g,r in zip([*values, *grads], [*right, *slopes]): torch.testing.assert_close(g, r, rtol=1e-9, atol=1e-10)
 
+def test_a_plain_number_is_as_exact_as_a_tensor():
+    x = [unit(20, 6, seed=i) for i in range(4)]
+    for f in (lambda tile: sum(affinity_mimicking(*x, 50.1, 33.3, tile=tile)), lambda tile: contrastive(*x[:2], 14.3, tile=tile)): torch.testing.assert_close(f(8), f(None), rtol=1e-13, atol=0)
+
 def test_equals_open_clip():
     s,t,own = [unit(50, 6, seed=i) for i in (0, 1)], [unit(50, 9, seed=i) for i in (2, 3)], torch.tensor(20., dtype=torch.float64)
     theirs = DistillClipLoss()(*s, own, *t, torch.tensor(50.), output_dict=True)
@@ -111,6 +115,23 @@ def test_a_teacher_that_is_not_trained_costs_nothing():
     for i in (0, 1): x[i].requires_grad_()
     sum(v.sum() for v in tiled_cross_entropy(*x, tile=8)).backward()
     assert all(v.grad is None for v in x[2:])
+
+def sharp(n): # pairs so certain that next to nothing is paid
+    for i in range(2):
+        image = unit(n, 64, seed=i)
+        yield from (image, F.normalize(image + .9*unit(n, 64, seed=i+5), dim=-1))
+
+def test_little_is_lost_where_the_student_is_certain():
+    exact = [*sharp(300), torch.tensor(50., dtype=torch.float64)]
+    def f(kind, tile):
+        x = [v.clone().to(kind).requires_grad_(i in (0, 1, 4)) for i,v in enumerate(exact)]
+        loss = sum(affinity_mimicking(*x, 50., tile=tile))
+        loss.backward()
+        return loss.detach(), [x[i].grad for i in (0, 1, 4)]
+    (right,slopes),(_,whole),(loss,grads) = f(torch.float64, None), f(torch.float32, None), f(torch.float32, 64)
+    assert 1e-5 < right < 1e-3 # tiny, and yet
+    assert (loss-right).abs() < 1e-6 # nats
+    for g,w,e in zip(grads, whole, slopes): assert far(g, e) < 3*far(w, e) # as good as whole tables are
 
 def test_far_apart_logits_neither_overflow_nor_vanish():
     a = torch.eye(4)
@@ -160,7 +181,7 @@ def test_shares_are_the_whole():
         for world in range(1, 6): assert [i for r in range(world) for i in range(n)[share(n, r, world)]]==list(range(n))
     assert processes()==1
 
-WORLD,N = 2,9 # nine pairs: shares are uneven
+WORLD,SIZES = 2,(9, 1) # of nine pairs the shares are uneven; of one pair the first process has none
 SPEC = dict(affinity=1., affinity_i2t=.7, contrastive=.5, uni_modal=.3, cross_modal=.2, feature=.1)
 
 def loss_and_grads(spec, tile, rank=None, shared=False, scale='own'):
@@ -173,13 +194,14 @@ def loss_and_grads(spec, tile, rank=None, shared=False, scale='own'):
     out['loss'].backward()
     return {k:v.detach() for k,v in out.items()}, [torch.zeros_like(p) if p.grad is None else p.grad for p in w]
 
-def uneven(rank):
+def uneven(rank, N):
     "Rows given to the tiles directly, nine over two processes: what the columns say, and the gradient of everything"
     a,b,c,d = (unit(N, 5, seed=i).requires_grad_(i<2) for i in range(4))
     own = share(N) if rank is not None else slice(None)
     rows,columns = tiled_cross_entropy(a[own], b, c[own], d, 30., 50., tile=2, shared=rank is not None)
     (rows.sum() + (columns*torch.arange(N)).sum()/(1 if rank is None else WORLD)).backward() # over all processes the columns count once
-    return columns.detach(), a.grad, b.grad
+    whole = Objective(['cross_modal', 'affinity', 'contrastive'], tile=2)(Features(a, b, 9.), Features(c, d, 9.), shared=rank is not None)['loss'].detach()
+    return torch.cat([columns.detach(), whole[None]]), a.grad, b.grad
 
 CASES = [(spec, tile, shared) for spec in (SPEC, *SPEC) for tile in (1, 3, None) for shared in (False, True)]
 
@@ -192,9 +214,10 @@ def worker(rank, port, out):
         losses,grads = loss_and_grads(spec, tile, rank, shared)
         for g in grads: dist.all_reduce(g); g /= WORLD # what data-parallel training does
         results.append((losses, grads))
-    columns,*grads = uneven(rank)
-    for g in grads: dist.all_reduce(g)
-    torch.save((results, (columns, *grads)), out/f'{rank}.pt')
+    direct = [uneven(rank, n) for n in SIZES]
+    for _,*grads in direct:
+        for g in grads: dist.all_reduce(g)
+    torch.save((results, direct), out/f'{rank}.pt')
     dist.barrier(); dist.destroy_process_group()
 
 def test_two_processes_equal_one(tmp_path):
@@ -206,4 +229,5 @@ def test_two_processes_equal_one(tmp_path):
             right,slopes = loss_and_grads(spec, None)
             for k in right: torch.testing.assert_close(losses[k], right[k], rtol=1e-5, atol=1e-6, msg=f'{k} {spec} {tile} {shared}')
             for g,e in zip(grads, slopes): torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-5, msg=f'{spec} {tile} {shared}')
-        for g,r in zip(direct, uneven(None)): torch.testing.assert_close(g, r)
+        for n,out in zip(SIZES, direct):
+            for g,r in zip(out, uneven(None, n)): torch.testing.assert_close(g, r)

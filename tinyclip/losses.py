@@ -7,7 +7,7 @@ __all__ = ['LOSSES', 'check_rows', 'at_least_float32', 'logits', 'affinity', 'so
            'contrastive', 'cross_modal', 'same_width', 'uni_modal', 'others', 'feature', 'Features', 'Loss',
            'Objective', 'gather']
 
-# %% ../nbs/01_losses.ipynb #66f68a19
+# %% ../nbs/01_losses.ipynb #7f3e6305
 import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 from .core import TinyclipError, unknown
-from .tiling import mean_of_all, processes, share, tile_size, tiled_cross_entropy, tiled_log_sum_exp
+from .tiling import mean_of_all, share, tile_size, tiled_cross_entropy, tiled_log_sum_exp
 
 # %% ../nbs/01_losses.ipynb #08f085f7
 def check_rows(
@@ -65,7 +65,7 @@ def soft_cross_entropy(
     if student.shape!=teacher.shape: raise TinyclipError(f'Beliefs of shape {tuple(student.shape)} and {tuple(teacher.shape)} cannot be compared.')
     return -(teacher.exp() * student).sum(-1).mean()
 
-# %% ../nbs/01_losses.ipynb #68400dd6
+# %% ../nbs/01_losses.ipynb #db76926a
 def affinity_mimicking(
     student_image:Tensor, # Unit rows `(n, d)`
     student_text:Tensor, # Unit rows `(n, d)`
@@ -81,12 +81,12 @@ def affinity_mimicking(
     n = len(student_image)
     if tile := tile_size(n, n, tile, student_image.device):
         own = share(n) if shared else slice(n)
-        i2t,t2i = tiled_cross_entropy(student_image[own], student_text, teacher_image[own], teacher_text, student_scale, teacher_scale, tile, shared=shared and processes()>1)
+        i2t,t2i = tiled_cross_entropy(student_image[own], student_text, teacher_image[own], teacher_text, student_scale, teacher_scale, tile, shared=shared)
         return mean_of_all(i2t, n, shared), t2i.mean()
     s,t = logits(student_image, student_text, student_scale), logits(teacher_image, teacher_text, teacher_scale)
     return soft_cross_entropy(s.log_softmax(1), t.log_softmax(1)), soft_cross_entropy(s.log_softmax(0).T, t.log_softmax(0).T)
 
-# %% ../nbs/01_losses.ipynb #32740d56
+# %% ../nbs/01_losses.ipynb #b1ce1dac
 def contrastive(
     image:Tensor, # Unit rows `(n, d)`
     text:Tensor, # Unit rows `(n, d)`; row i belongs to image i
@@ -98,13 +98,13 @@ def contrastive(
     check_rows(image=image, text=text)
     n = len(image)
     if tile := tile_size(n, n, tile, image.device):
-        i2t,t2i = tiled_log_sum_exp(image[share(n) if shared else slice(n)], text, scale, tile=tile, shared=shared and processes()>1)
+        i2t,t2i = tiled_log_sum_exp(image[share(n) if shared else slice(n)], text, scale, tile=tile, shared=shared)
         own = scale*(at_least_float32(image)*at_least_float32(text)).sum(1).mean() # the logit of the pair
         return (mean_of_all(i2t, n, shared) + t2i.mean())/2 - own
     z = logits(image, text, scale)
     return -(z.log_softmax(1).diagonal().mean() + z.log_softmax(0).diagonal().mean())/2
 
-# %% ../nbs/01_losses.ipynb #514d14e2
+# %% ../nbs/01_losses.ipynb #c9c41064
 def cross_modal(
     student_image:Tensor, # Unit rows `(n, d)`
     student_text:Tensor, # Unit rows `(n, d)`
@@ -125,7 +125,7 @@ def _one_way(a, b, c, d, student_scale, teacher_scale, tile, shared, apart=False
     n = len(a)
     if tile := tile_size(n, n, tile, a.device):
         own = share(n) if shared else slice(0, n)
-        rows,_ = tiled_cross_entropy(a[own], b, c[own], d, student_scale, teacher_scale, tile, columns=False, apart=own.start if apart else None)
+        rows,_ = tiled_cross_entropy(a[own], b, c[own], d, student_scale, teacher_scale, tile, False, own.start if apart else None, shared)
         return mean_of_all(rows, n, shared)
     if apart: return soft_cross_entropy(others(a, student_scale), others(c, teacher_scale))
     return soft_cross_entropy(affinity(a, b, student_scale), affinity(c, d, teacher_scale))

@@ -7,9 +7,9 @@ __all__ = ['REMEDIES', 'PATIENCE', 'transforms', 'own_rng', 'try_out', 'tokenise
            'with_caption', 'with_captions', 'with_label', 'cook', 'Tally', 'stream', 'Batch', 'rebatch', 'worker_count',
            'Pairs', 'open_pairs', 'Finite', 'labelled', 'captioned']
 
-# %% ../nbs/07_pairs.ipynb #932ae824
+# %% ../nbs/07_pairs.ipynb #e31e98dc
 import contextlib, os, random, sys, warnings
-from collections import Counter
+from collections import Counter, deque
 from functools import partial
 from typing import NamedTuple
 import numpy as np
@@ -19,6 +19,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from .core import TinyclipError
+from .jpeg import opener
 from .sources import Listing, Order, Skip, as_source, decode, stable_hash
 
 # %% ../nbs/07_pairs.ipynb #34d0016b
@@ -83,32 +84,35 @@ def tokenise(
     longer = tokenizer([captions[i] for i in full], context_length=context+1)
     return tokens, int((longer!=pad).all(1).sum())
 
-# %% ../nbs/07_pairs.ipynb #a9edd109
+# %% ../nbs/07_pairs.ipynb #7f4278bb
 class Chunk(NamedTuple):
     "What a worker hands over"
     fields:tuple # Tensors with one row per sample (texts may have several); empty when nothing was usable
     skips:list # `Skip`s
     captions:int = 0 # Captions tokenised
     cut:int = 0 # of these, longer than the context
+    worker:int = 0 # Who made it
 
-# %% ../nbs/07_pairs.ipynb #ccde5e4d
+# %% ../nbs/07_pairs.ipynb #936eada0
 def pictures(
     entries:list, # `Sample`s and `Skip`s
     order, # An `Order`: its seed and epoch steer the random transforms
     preprocess, # Function on PIL images
     labels:bool=False, # Is a sample of use only with a label?
+    reduced:bool=False, # Decode large JPEGs no larger than `preprocess` needs them?
 )->tuple: # (usable samples, what `preprocess` made of each, Skips)
     "Decode and transform what can be decoded"
     good,images,skips = [],[],[]
+    opened = opener(preprocess) if reduced else lambda image: (decode(image), preprocess)
     with own_rng():
         for s in entries:
             if isinstance(s, Skip): skips.append(s); continue
             if labels and s.label is None: skips.append(Skip('no label', s.key, s.where)); continue
-            try: image = decode(s.image)
+            _reseed(stable_hash(order.seed, order.epoch, s.where, s.key))
+            try: image,rest = opened(s.image)
             except Exception as e: # Pillow raises a dozen kinds
                 skips.append(Skip('broken image', s.key, s.where, f'{type(e).__name__}: {str(e).split(" <")[0]}'[:100])); continue
-            _reseed(stable_hash(order.seed, order.epoch, s.where, s.key))
-            good.append(s); images.append(preprocess(image))
+            good.append(s); images.append(rest(image))
     return good, images, skips
 
 # %% ../nbs/07_pairs.ipynb #89872844
@@ -134,22 +138,23 @@ def with_label(samples, order):
     "Class numbers"
     return (torch.tensor([s.label for s in samples]),), 0, 0
 
-# %% ../nbs/07_pairs.ipynb #e393c24c
+# %% ../nbs/07_pairs.ipynb #4cd25a44
 def cook(
     entries:list, # `Sample`s and `Skip`s
     order, # An `Order`
     preprocess, # PIL image -> float (3,h,w)
     beside, # `with_caption`, `with_captions` or `with_label`, with its tokenizer
     labels:bool=False, # Is a sample of use only with a label?
+    reduced:bool=False, # Decode large JPEGs no larger than `preprocess` needs them?
 )->Chunk: # Ready for the model
     "A chunk of samples as tensors"
     with _one_thread():
-        good,images,skips = pictures(entries, order, preprocess, labels)
+        good,images,skips = pictures(entries, order, preprocess, labels, reduced)
         if not good: return Chunk((), skips)
         fields,captions,cut = beside(good, order)
         return Chunk((torch.stack(images), *fields), skips, captions, cut)
 
-# %% ../nbs/07_pairs.ipynb #2d97661f
+# %% ../nbs/07_pairs.ipynb #6bbab373
 REMEDIES = {
     'no caption':'Name the column or json key of the captions with caption_column=.',
     'missing image':'Image paths count from the table; choose the column with image_column=.',
@@ -167,6 +172,7 @@ class Tally:
     ):
         self.source,self.named,self.skipped,self.culprits = source,named,Counter(),{}
         self.used = self.captions = self.cut = 0
+        self.taken = [] # chunks of the present epoch so far, by worker
         for s in source.notes: self.skip(s)
     def skip(self, s):
         self.skipped[s.kind] += 1
@@ -175,21 +181,27 @@ class Tally:
         for s in chunk.skips: self.skip(s)
         self.used += len(chunk.fields[0]) if chunk.fields else 0
         self.captions += chunk.captions; self.cut += chunk.cut
+        self.taken += [0]*(chunk.worker+1-len(self.taken)); self.taken[chunk.worker] += 1
+    def state(self): # all of it, for `load`
+        return dict(used=self.used, captions=self.captions, cut=self.cut, skipped=dict(self.skipped), culprits={k:list(v) for k,v in self.culprits.items()}, taken=list(self.taken))
+    def load(self, state): vars(self).update(Tally(self.source, self.named).state() | state | dict(skipped=Counter(state['skipped'])))
     def __str__(self):
         return '; '.join(f'{n} x {kind} ({self.culprits[kind][0]}{", ..." if n>1 else ""})' for kind,n in self.skipped.most_common())
     def nothing_usable(self):
         remedy = next((REMEDIES[k] for k,_ in self.skipped.most_common() if k in REMEDIES), '')
         return TinyclipError(f'Nothing usable in {self.source!r}: {self or "no samples at all"}. {remedy}'.strip())
 
-# %% ../nbs/07_pairs.ipynb #642a6620
+# %% ../nbs/07_pairs.ipynb #ead2a042
 PATIENCE = 1000 # unusable samples before the first usable one
 
 class _Chunks(IterableDataset):
-    def __init__(self, source, order, cook): self.source,self.order,self.cook = source,order,cook
+    def __init__(self, source, order, cook, passed): self.source,self.order,self.cook,self.passed = source,order,cook,passed
     def __iter__(self):
         info = get_worker_info()
         worker,workers = (info.id, info.num_workers) if info else (0, 1)
-        for entries in self.source.chunks(self.order, worker, workers): yield self.cook(entries, self.order)
+        passed = self.passed[worker] if worker<len(self.passed) else 0
+        for _ in range(passed): yield None # the loader asks its workers in turn: this keeps the turns
+        for entries in self.source.after(passed, self.order, worker, workers): yield self.cook(entries, self.order)._replace(worker=worker)
 
 def _same(x): return x
 
@@ -199,14 +211,16 @@ def stream(
     cook, # (entries, order) -> Chunk
     workers:int, # Loader processes; 0: none
     tally, # A `Tally`: counts what passes
+    passed=(), # Chunks to leave out at the beginning, by worker: they are not decoded
 ): # Yields the fields of one chunk after the other
     "Samples as tensors, in order, counted"
     context = 'fork' if workers and sys.platform=='linux' else None
-    loader = DataLoader(_Chunks(source, order, cook), batch_size=None, collate_fn=_same, num_workers=workers,
+    loader = DataLoader(_Chunks(source, order, cook, passed), batch_size=None, collate_fn=_same, num_workers=workers,
         multiprocessing_context=context, generator=torch.Generator()) # its own: torch's would lose a number to it
     used = tally.used
     try:
         for chunk in loader:
+            if chunk is None: continue
             tally.add(chunk)
             if chunk.fields: yield chunk.fields
             elif tally.used==used and tally.skipped.total() >= PATIENCE: break
@@ -214,7 +228,7 @@ def stream(
         if 'DataLoader worker' not in str(e): raise
         raise TinyclipError('A loader worker died, most often for lack of memory or of shared memory (/dev/shm). '
             'Use fewer workers, or workers=0.') from e
-    if tally.used==used: raise tally.nothing_usable()
+    if tally.used==used and not any(passed): raise tally.nothing_usable()
 
 # %% ../nbs/07_pairs.ipynb #a8c499f9
 class Batch(NamedTuple):
@@ -222,7 +236,7 @@ class Batch(NamedTuple):
     image:torch.Tensor # (n,3,h,w) float32, normalised
     text:torch.Tensor # (n,context) int64
 
-# %% ../nbs/07_pairs.ipynb #2d96aa5b
+# %% ../nbs/07_pairs.ipynb #14032ec4
 def rebatch(
     chunks, # Iterator of tuples of tensors with equally many rows
     size:int, # Rows per batch
@@ -230,11 +244,12 @@ def rebatch(
     "Chunks of any length as batches of one length"
     parts,n = [],0
     for fields in chunks:
-        parts.append(fields); n += len(fields[0])
-        if n < size: continue
-        whole = [torch.cat(p) for p in zip(*parts)]
-        for i in range(0, n - n%size, size): yield tuple(w[i:i+size] for w in whole)
-        parts,n = [tuple(w[n - n%size:] for w in whole)], n%size
+        while n+len(fields[0]) >= size: # every row is copied once, and not at all where a batch lies within a chunk
+            parts.append(tuple(f[:size-n] for f in fields))
+            fields = tuple(f[size-n:] for f in fields)
+            yield tuple(torch.cat(p) if len(p)>1 else p[0] for p in zip(*parts))
+            parts,n = [],0
+        if len(fields[0]): parts.append(fields); n += len(fields[0])
 
 # %% ../nbs/07_pairs.ipynb #2b285879
 def _processes(): # (rank, world)
@@ -260,7 +275,21 @@ def worker_count(
     if usable < workers: warnings.warn(f'{source!r} can keep {usable} loader workers busy: {usable} are used, not {workers}.', stacklevel=3)
     return usable
 
-# %% ../nbs/07_pairs.ipynb #2b55d23a
+# %% ../nbs/07_pairs.ipynb #4dbe7e36
+class _Trail: # follows the chunks of an epoch, and knows which were used up when a batch ended
+    def __init__(self, tally, size, start=0, rest=0): # begins `rest` rows before batch `start` ended
+        self.tally,self.size,self.drop = tally,size,rest
+        self.ends = deque([(start*size-rest, tally.state())]) # rows of this epoch up to here, and all counts
+    def watch(self, chunks):
+        for fields in chunks:
+            self.ends.append((self.ends[-1][0]+len(fields[0]), self.tally.state()))
+            if self.drop < len(fields[0]): yield tuple(f[self.drop:] for f in fields)
+            self.drop = max(0, self.drop-len(fields[0]))
+    def mark(self, n): # after batch n
+        while len(self.ends)>1 and self.ends[1][0]<=n*self.size: self.ends.popleft()
+        return dict(batch=n, rest=n*self.size-self.ends[0][0], tally=self.ends[0][1])
+
+# %% ../nbs/07_pairs.ipynb #3bfe39d2
 class Pairs:
     "Image-text pairs in batches, epoch by epoch; `open_pairs` makes one"
     def __init__(self,
@@ -272,7 +301,7 @@ class Pairs:
         shuffle:bool=True, # False: as stored
     ):
         self.source,self.cook,self.batch_size,self.seed,self.workers,self.shuffle = source,cook,batch_size,seed,workers,shuffle
-        self.tally = Tally(source)
+        self.tally,self.marks,self.recalled = Tally(source),deque(maxlen=64),None
     skipped = property(lambda self: self.tally.skipped) # Counter of samples left out so far, by kind
     culprits = property(lambda self: self.tally.culprits) # kind -> the first of them, by name
     truncated = property(lambda self: self.tally.cut) # captions cut by the tokenizer so far
@@ -282,19 +311,33 @@ class Pairs:
         if not isinstance(self.source, Listing): raise TypeError(_unknown_length(self.source))
         return len(self.source)//_processes()[1]//self.batch_size
 
+    def mark(self, e:int, n:int):
+        "Where batch number `n` of epoch `e` ended (one of the last few), for a checkpoint; None where that is not known"
+        return next((m for m in self.marks if (m['epoch'], m['batch'])==(e, n)), None)
+    def recall(self, mark:dict|None):
+        "Let `epoch` continue from a `mark` without decoding what came before; None, or one made with other settings, changes nothing"
+        self.recalled = mark
+
     def epoch(self, e:int, start:int=0):
         "Batches of epoch `e` from number `start` on; the last incomplete one is dropped"
         order,before = self._order(e),self.tally.used
-        fields = stream(self.source, order, self.cook, worker_count(self.workers, self.source, order), self.tally)
-        n = 0
-        for n,batch in enumerate(rebatch(fields, self.batch_size), 1):
+        workers = worker_count(self.workers, self.source, order)
+        about,at,self.recalled = dict(epoch=e, setup=[repr(self.source), self.batch_size, workers, *order]), self.recalled, None
+        if at and {k:at[k] for k in ('batch', *about)} != dict(about, batch=start): at = None
+        self.tally.taken = []
+        if at: self.tally.load(at['tally'])
+        n = first = start if at else 0 # batches before those of the loader
+        trail = _Trail(self.tally, self.batch_size, first, at['rest'] if at else 0)
+        fields = stream(self.source, order, self.cook, workers, self.tally, list(self.tally.taken))
+        for n,batch in enumerate(rebatch(trail.watch(fields), self.batch_size), first+1):
+            self.marks.append(about | trail.mark(n))
             if n > start: yield Batch(*batch)
         if not n: raise _too_large(self.batch_size, f'{self.tally.used-before} usable pairs', self.source)
 
     def __repr__(self):
         return f'Pairs({self.source!r}, batches of {self.batch_size})' + (f'; skipped so far: {self.tally}' if self.skipped else '')
 
-# %% ../nbs/07_pairs.ipynb #0ecfaa5b
+# %% ../nbs/07_pairs.ipynb #6f860ffb
 def open_pairs(
     source, # `'shapes'`, shards, a table, a folder: see the top of the page
     preprocess, # PIL image -> float tensor (3,h,w): `transforms(model)[0]`
@@ -304,6 +347,7 @@ def open_pairs(
     seed:int=0, # Of orders, captions and crops
     workers:int|None=0, # Loader processes; None: one per core, at most 8
     shuffle:bool=True, # False: as stored
+    reduced:bool=True, # Decode large JPEGs no larger than `preprocess` needs them (page *Large JPEGs*)?
     **options, # `classnames`, `templates`, `image_column`, `caption_column`, as on the page *Sources*
 )->Pairs: # With `.epoch(e)`, `.skipped`, `.culprits`, `.truncated`
     "Image-text pairs for training"
@@ -311,7 +355,7 @@ def open_pairs(
     try_out(preprocess, tokenizer)
     if batch_size < 1: raise TinyclipError(f'batch_size={batch_size}: a batch holds at least one pair.')
     beside = partial(with_caption, tokenizer=tokenizer)
-    pairs = Pairs(source, partial(cook, preprocess=preprocess, beside=beside), batch_size, seed, workers, shuffle)
+    pairs = Pairs(source, partial(cook, preprocess=preprocess, beside=beside, reduced=reduced), batch_size, seed, workers, shuffle)
     if isinstance(source, Listing) and not len(pairs):
         world = _processes()[1]
         raise _too_large(batch_size, f'{len(source)//world} pairs' + (f' for each of {world} processes' if world>1 else ''), source)
@@ -341,13 +385,14 @@ class _Captioned(Finite):
             yield image, text, seen + torch.arange(len(image)).repeat_interleave(counts)
             seen += len(image)
 
-# %% ../nbs/07_pairs.ipynb #13e6e4c5
+# %% ../nbs/07_pairs.ipynb #39a4f366
 def labelled(
     source, # Shards with `cls`, a folder of class folders, or shapes
     preprocess, # PIL image -> float tensor (3,h,w): `transforms(model)[1]`
     batch_size:int=64, # Images per batch
     *,
     workers:int|None=0, # Loader processes; None: one per core, at most 8
+    reduced:bool=False, # As for `open_pairs`; numbers that others shall meet again are better taken without
     **options, # `classnames`, `templates`
 )->Finite: # Yields (image (n,3,h,w) float32, label (n,) int64); has `.classnames`, `.skipped`
     "Images with class numbers, for classification"
@@ -355,9 +400,9 @@ def labelled(
     if not source.classnames:
         raise TinyclipError(f'{source!r} has no class names. Give classnames=: a list, or a file with one name per line.')
     try_out(preprocess)
-    return Finite(source, partial(cook, preprocess=preprocess, beside=with_label, labels=True), batch_size, workers)
+    return Finite(source, partial(cook, preprocess=preprocess, beside=with_label, labels=True, reduced=reduced), batch_size, workers)
 
-# %% ../nbs/07_pairs.ipynb #79d9a37f
+# %% ../nbs/07_pairs.ipynb #7a94e382
 def captioned(
     source, # Anything with captions
     preprocess, # PIL image -> float tensor (3,h,w): `transforms(model)[1]`
@@ -365,9 +410,10 @@ def captioned(
     batch_size:int=64, # Images per batch
     *,
     workers:int|None=0, # Loader processes; None: one per core, at most 8
+    reduced:bool=False, # As for `open_pairs`; numbers that others shall meet again are better taken without
     **options, # `classnames`, `templates`, `image_column`, `caption_column`
 )->Finite: # Yields (image (n,3,h,w) float32, text (m,context) int64, image_of_text (m,) int64: counted over all batches)
     "Every image once with all its captions, for retrieval"
     try_out(preprocess, tokenizer)
     beside = partial(with_captions, tokenizer=tokenizer)
-    return _Captioned(as_source(source, **options), partial(cook, preprocess=preprocess, beside=beside), batch_size, workers)
+    return _Captioned(as_source(source, **options), partial(cook, preprocess=preprocess, beside=beside, reduced=reduced), batch_size, workers)
