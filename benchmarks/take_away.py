@@ -4,9 +4,10 @@
     python benchmarks/take_away.py --shared ../shared            # writes results/take-away/run.json
 
 The students are those of `methods.py`: half of the CIFAR-10 teacher, by masks, so their layers are uneven. The vocabulary is shortened to the
-captions of Flickr8k and CIFAR-10's classes in CLIP's 80 prompts. Speeds are of one student, all forms taking turns in one process.
+captions of Flickr8k and CIFAR-10's classes in CLIP's 80 prompts. Speeds are of one student, all forms taking turns on one core, by the processor's
+time: what else runs on the machine does not count.
 """
-import argparse, shutil, tempfile
+import argparse, os, shutil, tempfile, time
 from pathlib import Path
 import torch
 from tinyclip.cli_export import size_of, texts_in
@@ -48,6 +49,8 @@ if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--shared', default='../shared'); p.add_argument('--students', default='runs/methods/cifar10/0.5-automatic-{}/stage-1/student'); p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     a = p.parse_args()
+    if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}) # onnxruntime then takes one thread, too
+    torch.set_num_threads(1)
     rows,timed = [],None
     for seed in a.seeds:
         path = Path(a.students.format(seed))
@@ -64,7 +67,7 @@ if __name__=='__main__':
             got = answers(model, tokenizers[name], pixels, data.classnames)
             rows.append(dict(form=name, seed=seed, bytes=size, top1=(got.argmax(1)==labels).double().mean().item(), changed=(got.argmax(1)!=want.argmax(1)).double().mean().item(),
                              difference=(got-want).abs().max().item(), tokens=short.vocab_size if name.startswith('fewer') else student.vocab_size))
-        if timed is None: timed = speeds({n:m for n,(m,_) in models.items() if n in ('open_clip folder', 'ONNX', 'ONNX, 8 bit')}, 32, 15)
+        if timed is None: timed = speeds({n:m for n,(m,_) in models.items() if n in ('open_clip folder', 'ONNX', 'ONNX, 8 bit')}, 32, 15, clock=time.thread_time)
         shutil.rmtree(folder)
         print(Table(rows[-len(models):]), flush=True)
     first = timed['open_clip folder']
