@@ -138,7 +138,7 @@ def test_evaluation_changes_nothing_and_is_logged(tmp_path):
 def test_mixed_precision_computes_losses_in_float32():
     seen = {}
     class Spy(Objective):
-        def __call__(self, s, t): seen.update(dtype=s.image.dtype, product=(s.image@s.text.T).dtype); return super().__call__(s, t)
+        def __call__(self, s, t, **how): seen.update(dtype=s.image.dtype, product=(s.image@s.text.T).dtype); return super().__call__(s, t, **how)
     student = tiny(1)
     assert job(student, objective=Spy('affinity'), precision='bf16').fit(2).finished
     assert set(seen.values())=={torch.float32} and student.visual.proj.dtype==torch.float32
@@ -173,10 +173,10 @@ for name,objective in OBJECTIVES.items():
     found = gradients(student, DistributedDataParallel(student), objective, Pairs(world=world, rank=rank))
     if rank==0: torch.save(found, folder/'gradients.pt')
 '''
-OBJECTIVES = dict(mimic='affinity', both=['affinity', 'contrastive']) # with affinity alone the logit scale gets no gradient
+OBJECTIVES = dict(mimic='affinity', both=['affinity', 'contrastive'], tiles=Objective(['affinity', 'contrastive'], tile=3)) # with affinity alone the logit scale gets no gradient
 
 def gradients(student, wrapped, objective, pairs):
-    step(wrapped.train(), tiny(0).eval(), next(pairs.epoch(0)), Objective(objective))['loss'].backward()
+    step(wrapped.train(), tiny(0).eval(), next(pairs.epoch(0)), objective if isinstance(objective, Objective) else Objective(objective))['loss'].backward()
     return {n:p.grad for n,p in student.named_parameters()}
 
 def test_two_processes_equal_one(tmp_path):

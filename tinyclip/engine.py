@@ -42,7 +42,7 @@ def in_batch_r1(
     best = (f.image[:rows] @ f.text[:rows].T).argmax(1, keepdim=True)
     return dict(r1=same.gather(1, best).float().mean(), chance=same.float().mean())
 
-# %% ../nbs/10_engine.ipynb #4ea3bfb8
+# %% ../nbs/10_engine.ipynb #961f4e3c
 def step(
     student:nn.Module, # Trained; maybe wrapped for data-parallel training
     teacher:nn.Module|None, # Looked at without gradient and in eval mode; None where the objective needs none
@@ -55,7 +55,7 @@ def step(
     s,t = features(student, batch.image, batch.text),None
     if teacher is not None:
         with evaluating(teacher): t = whole(features(teacher, batch.image, batch.text))
-    with torch.autocast(s.image.device.type, enabled=False): losses = objective(whole(s), t)
+    with torch.autocast(s.image.device.type, enabled=False): losses = objective(whole(s), t, shared=True) # every process has all pairs and does its share of large tables
     losses['loss'] = losses['loss'] + 0*s.scale # data-parallel training waits for a gradient of all that `forward` returned
     return losses | in_batch_r1(s, batch.text) if watch else losses
 
