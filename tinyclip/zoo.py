@@ -29,7 +29,7 @@ def load_file(
     model,cfg = adopt(read_weights(path), base, repr(str(path)))
     return finish(model, cfg, {})
 
-# %% ../nbs/12_zoo.ipynb #63fdc491
+# %% ../nbs/12_zoo.ipynb #4a0da8f4
 EMBEDDED = 'shapes-teacher'
 ASSETS = Path(tinyclip.__file__).parent/'assets'
 
@@ -42,7 +42,8 @@ def load_named(
     if arch not in open_clip.list_models():
         e = unknown('model', arch, [*open_clip.list_models(), *released(), EMBEDDED], show=0)
         raise TinyclipError(f'{e} Names are what open_clip.list_models() and `tinyclip zoo` list; or give a folder or a file.')
-    tags = open_clip.list_pretrained_tags_by_model(arch)
+    tags = open_clip.list_pretrained_tags_by_model(arch) + [n.removeprefix(arch+'-') for n in released() if n.startswith(arch+'-')]
+    if f'{arch}-{tag}' in released(): return finish(*load_released(f'{arch}-{tag}'), {}) # as the released code names them
     if not tag: raise TinyclipError(f'{name!r} does not say which weights. Write {arch}:TAG' + (f'; known for {arch}: {", ".join(tags)}.' if tags else ' with a weights file as TAG; open_clip has none for it.'))
     if tag not in tags and Path(tag).is_file(): return load_file(tag, arch)
     if tag not in tags: raise unknown(f'weights for {arch}', tag, tags, show=40)
