@@ -1,6 +1,7 @@
 "The command line as a shell sees it, and the real teacher on real photographs"
-import json, subprocess, sys
-import pytest
+import json, signal, subprocess, sys, time
+import pytest, torch
+from safetensors.torch import load_file
 from tinyclip.cli import main
 
 def test_json_goes_to_standard_output_alone():
@@ -37,3 +38,19 @@ def test_the_real_teacher_scores_what_it_is_known_to(shared, capsys):
     assert main(['eval', f'{shared}/teachers/cifar10', '--data', f'{shared}/data/cifar10/val-0000.tar', '--json'])==0
     found = json.loads(capsys.readouterr().out)['rows'][0]
     assert found['n']==2000 and abs(found['top1']-.7195)<.002
+
+def test_sigterm_leaves_a_run_to_resume(tmp_path):
+    "Exit code 75, a checkpoint, and in the end the weights of a run that nobody disturbed"
+    def command(out, *more): return [sys.executable, '-m', 'tinyclip', 'distill', '--teacher', 'shapes-teacher', '--data', 'shapes', '--image-width', '.5', '--text-depth', '.5', '--steps', '40', '--batch-size', '8', '--out', str(tmp_path/out), *more]
+    run = subprocess.Popen(command('disturbed'), stderr=subprocess.PIPE, text=True)
+    log = tmp_path/'disturbed'/'events.jsonl'
+    while run.poll() is None and not (log.is_file() and '"log"' in log.read_text()): time.sleep(.02)
+    run.send_signal(signal.SIGTERM)
+    said = run.communicate(timeout=120)[1]
+    assert run.returncode==75 and 'run the command again with --resume' in said.splitlines()[-1], said[-500:]
+    stopped = [p.name for p in (tmp_path/'disturbed').glob('checkpoint-*')]
+    assert stopped and not (tmp_path/'disturbed'/'student').exists()
+    subprocess.run(command('disturbed', '--resume'), check=True, capture_output=True)
+    subprocess.run(command('whole'), check=True, capture_output=True)
+    one,two = (load_file(tmp_path/o/'student'/'open_clip_model.safetensors') for o in ('disturbed', 'whole'))
+    assert all(torch.equal(one[k], two[k]) for k in two)

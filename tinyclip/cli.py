@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['student_options', 'read_cfg', 'make_student', 'check_stages', 'in_stages', 'parser', 'main']
 
-# %% ../nbs/14_cli.ipynb #e5aa570d
+# %% ../nbs/14_cli.ipynb #3365e60a
 import argparse, json, sys
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from .cli_export import export_options, run_export, run_zoo
 from .core import Table, TinyclipError, seed_everything, write_json
 from .data import check, open_pairs, transforms
 from .demo import STEPS, run as run_demo
-from .distill import Distiller
+from .distill import Distiller, Terminated
 from .inheritance import build, fresh, inherit
 from .keep import CHOOSERS, like, manual
 from .losses import LOSSES
@@ -163,14 +163,15 @@ def parser()->argparse.ArgumentParser:
     p = command('replay', _replay); p.add_argument('run', help='the folder of a run, of a compression in stages, or of several runs'); p.add_argument('--out', default='replay.html', metavar='FILE'); p.add_argument('--title')
     return top
 
-# %% ../nbs/14_cli.ipynb #bc8a3fd1
+# %% ../nbs/14_cli.ipynb #50d6dffa
 def main(
     argv:list|None=None, # Arguments; None for those of the process
 )->int: # Exit code
-    "Run a command: 0 for success, 2 for bad input, 130 when interrupted"
+    "Run a command: 0 for success, 2 for bad input, 130 when interrupted, 75 when the system wants its machine back"
     args = parser().parse_args(argv)
     try: result = args.command(args)
     except TinyclipError as e: print(f'tinyclip: {e}', file=sys.stderr); return 2
     except KeyboardInterrupt as e: print(f'tinyclip: {e or "interrupted"}', file=sys.stderr); return 130
+    except Terminated as e: print(f'tinyclip: {e}; run the command again with --resume', file=sys.stderr); return e.code
     if args.json: print(json.dumps(result, default=str))
     return 0

@@ -289,7 +289,7 @@ class _Trail: # follows the chunks of an epoch, and knows which were used up whe
         while len(self.ends)>1 and self.ends[1][0]<=n*self.size: self.ends.popleft()
         return dict(batch=n, rest=n*self.size-self.ends[0][0], tally=self.ends[0][1])
 
-# %% ../nbs/07_pairs.ipynb #3bfe39d2
+# %% ../nbs/07_pairs.ipynb #eeb930a6
 class Pairs:
     "Image-text pairs in batches, epoch by epoch; `open_pairs` makes one"
     def __init__(self,
@@ -306,16 +306,15 @@ class Pairs:
     culprits = property(lambda self: self.tally.culprits) # kind -> the first of them, by name
     truncated = property(lambda self: self.tally.cut) # captions cut by the tokenizer so far
     def _order(self, e): return Order(self.seed, e, self.shuffle, *_processes())
-
     def __len__(self):
         if not isinstance(self.source, Listing): raise TypeError(_unknown_length(self.source))
         return len(self.source)//_processes()[1]//self.batch_size
 
     def mark(self, e:int, n:int):
-        "Where batch number `n` of epoch `e` ended (one of the last few), for a checkpoint; None where that is not known"
+        "Where batch number `n` of epoch `e` ended, for a checkpoint; None unless it is one of the last 64"
         return next((m for m in self.marks if (m['epoch'], m['batch'])==(e, n)), None)
     def recall(self, mark:dict|None):
-        "Let `epoch` continue from a `mark` without decoding what came before; None, or one made with other settings, changes nothing"
+        "`epoch` shall pass over what came before a `mark`; None, or a mark made with other settings, changes nothing"
         self.recalled = mark
 
     def epoch(self, e:int, start:int=0):
@@ -323,10 +322,9 @@ class Pairs:
         order,before = self._order(e),self.tally.used
         workers = worker_count(self.workers, self.source, order)
         about,at,self.recalled = dict(epoch=e, setup=[repr(self.source), self.batch_size, workers, *order]), self.recalled, None
-        if at and {k:at[k] for k in ('batch', *about)} != dict(about, batch=start): at = None
-        self.tally.taken = []
-        if at: self.tally.load(at['tally'])
-        n = first = start if at else 0 # batches before those of the loader
+        if at and {k:at.get(k) for k in ('batch', *about)} != dict(about, batch=start): at = None
+        self.tally.load(at['tally'] if at else self.tally.state() | dict(taken=[]))
+        n = first = start if at else 0 # batches that the loader leaves out
         trail = _Trail(self.tally, self.batch_size, first, at['rest'] if at else 0)
         fields = stream(self.source, order, self.cook, workers, self.tally, list(self.tally.taken))
         for n,batch in enumerate(rebatch(trail.watch(fields), self.batch_size), first+1):
