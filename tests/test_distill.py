@@ -7,10 +7,15 @@ import open_clip, pytest, torch
 from safetensors.torch import load_file
 from tinyclip.checkpoint import checkpoints
 from tinyclip.core import TinyclipError
+from tinyclip.data import open_pairs
 from tinyclip.distill import Distiller
 from tinyclip.engine import make_accelerator, step
 from tinyclip.events import read_events
+from tinyclip.inheritance import inherit
+from tinyclip.keep import manual
 from tinyclip.losses import Objective
+from tinyclip.shapes import Shapes
+from tinyclip.zoo import load
 
 class Batch(NamedTuple): image:torch.Tensor; text:torch.Tensor
 
@@ -155,6 +160,27 @@ def test_tensorboard(tmp_path):
     pytest.importorskip('tensorboard')
     job(folder=tmp_path, trackers=['tensorboard'], evaluate=lambda m: dict(a=1)).fit(2)
     assert list(tmp_path.rglob('events.out.tfevents*'))
+
+def test_resuming_decodes_nothing_again(tmp_path):
+    "Only what comes after the checkpoint is read, and the weights are those of a run that nobody stopped"
+    class Counted(Shapes):
+        read = 0
+        def batch(self, indices): Counted.read += len(indices); return super().batch(indices)
+    model,preprocess,tokenizer = load('shapes-teacher')
+    def run(folder, steps=30, **kw):
+        student = inherit(model, manual(model, image_width=.5, text_depth=.5))
+        Counted.read = 0
+        return job(student, model, open_pairs(Counted('train', n=320), preprocess, tokenizer, 8), folder=tmp_path/folder, save_every=100, **kw).fit(steps, resume=True).student, Counted.read
+    whole,read = run('whole')
+    assert read>=240
+    stopped = []
+    def stop(e):
+        if (e['event'], e.get('step'))==('log', 25): stopped.append(1); signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as e: run('stopped', listeners=[stop])
+    assert e.value.code==75 and stopped
+    again,read = run('stopped')
+    assert not different(whole, again)
+    assert read<=5*8+64, read # five batches, and what the loader holds at a time
 
 # --- several processes
 

@@ -143,7 +143,7 @@ def scores(
     try: return {str(k):float(v) for k,v in said.items()}
     except (AttributeError, TypeError, ValueError): raise TinyclipError(f'evaluate= must return a dict of numbers, and returned {said!r}.') from None
 
-# %% ../nbs/10_distill.ipynb #2a463b94
+# %% ../nbs/10_distill.ipynb #e0f53930
 class Run:
     "A run on its way: where it stands, what it says, and what it writes to stand there again"
     def __init__(self,
@@ -152,9 +152,9 @@ class Run:
         config:dict, # What makes this run this run; stored in checkpoints and compared on resuming
         folder=None, # For checkpoints; None for none
         max_skipped:int=10, # More bad steps in a row than this end the run
-        skipped_pairs=lambda: 0, # How many pairs the data has left out so far
+        data=None, # The pairs: they say what they have left out, and remember where a batch ended
     ):
-        self.engine,self.events,self.config,self.folder,self.max_skipped,self.skipped_pairs = engine, events, config, folder, max_skipped, skipped_pairs
+        self.engine,self.events,self.config,self.folder,self.max_skipped,self.data = engine, events, config, folder, max_skipped, data
         self.result,self.place,self.saved,self.seen,self.pairs = Result(engine.plain), (0, 0), 0, 0, 0 # `pairs` since the last log point
         self.mark,self.recent,self.warned = time.perf_counter(), deque(maxlen=10), False
 
@@ -170,7 +170,7 @@ class Run:
         scale = {} if self.engine.scale is None else dict(scale=self.engine.scale.exp().item())
         parts = {f'loss/{k}':v for k,v in r.losses.items() if k!='loss'}
         penalty = self.engine.penalty.report() if self.engine.penalty else {}
-        self.emit('log', loss=r.losses['loss'], **parts, **penalty, lr=lr, **scale, r1=r1, chance=chance, pairs_per_s=rate, memory=memory_in_use(self.engine.accelerator.device), skipped=r.skipped, skipped_pairs=self.skipped_pairs())
+        self.emit('log', loss=r.losses['loss'], **parts, **penalty, lr=lr, **scale, r1=r1, chance=chance, pairs_per_s=rate, memory=memory_in_use(self.engine.accelerator.device), skipped=r.skipped, skipped_pairs=sum(getattr(self.data, 'skipped', {}).values()))
         if self.engine.penalty: self.emit('masks', open=self.engine.penalty.picture())
         if tally['longest'] > self.max_skipped: raise TinyclipError(self.hopeless(tally['longest'], lr))
         self.recent.append((r1, chance))
@@ -208,7 +208,7 @@ def assess(
         if run.engine.accelerator.is_main_process: run.result.evaluation = scores(evaluate, run.engine.plain)
     run.emit('evaluation', **{f'eval/{k}':v for k,v in run.result.evaluation.items()})
 
-# %% ../nbs/10_distill.ipynb #e578a21d
+# %% ../nbs/10_distill.ipynb #6d63219b
 def write_run(
     run:Run, # Between two steps
 ):
@@ -216,16 +216,16 @@ def write_run(
     r,a = run.result,run.engine.accelerator
     if run.folder is None or run.saved==r.steps: return
     with aside(run):
-        places = gather_object([run.place])
+        places,marks = (gather_object([o]) for o in (run.place, getattr(run.data, 'mark', lambda *_: None)(*run.place)))
         so_far = {k:v for k,v in vars(r).items() if k not in ('student', 'finished')} | dict(seconds=r.seconds+time.perf_counter()-run.mark)
         penalty = run.engine.penalty and run.engine.penalty.state_dict()
-        trainer = dict(config=run.config, penalty=penalty, places=places, seen=run.seen+run.pairs, so_far=so_far, optimizer=run.engine.optimizer.state_dict(),
+        trainer = dict(config=run.config, penalty=penalty, places=places, marks=marks, seen=run.seen+run.pairs, so_far=so_far, optimizer=run.engine.optimizer.state_dict(),
             skipped=run.engine.tally.skipped.cpu(), scaler=a.scaler and a.scaler.state_dict())
         if a.is_main_process: path = save_checkpoint(run.folder, r.steps, run.engine.plain, trainer)
     run.saved = r.steps
     if a.is_main_process: run.emit('checkpoint', name=path.name)
 
-# %% ../nbs/10_distill.ipynb #69121d8b
+# %% ../nbs/10_distill.ipynb #35b24538
 def read_run(
     run:Run, # A fresh one
     path, # A checkpoint of the same run
@@ -237,7 +237,9 @@ def read_run(
     if trainer['penalty']: e.penalty.load_state_dict(trainer['penalty'])
     if trainer['scaler']: e.accelerator.scaler.load_state_dict(trainer['scaler'])
     vars(run.result).update(trainer['so_far'])
-    run.place,run.seen,run.saved = tuple(trainer['places'][e.accelerator.process_index]), trainer['seen'], run.result.steps
+    mine = e.accelerator.process_index
+    run.place,run.seen,run.saved = tuple(trainer['places'][mine]), trainer['seen'], run.result.steps
+    if hasattr(run.data, 'recall'): run.data.recall(trainer.get('marks', {mine:None})[mine]) # passes over what came before, without decoding it
 
 # %% ../nbs/10_distill.ipynb #a3b796c3
 def check_settings(lr, warmup, schedule, scale, log_every, save_every):
@@ -383,7 +385,7 @@ def loop(
     run.result.finished = run.result.steps==steps
     run.emit('end', finished=run.result.finished, reason='done' if run.result.finished else 'stopped')
 
-# %% ../nbs/10_distill.ipynb #08fb767d
+# %% ../nbs/10_distill.ipynb #d4546ac0
 def train(
     job:Distiller, # What to train, and how
     steps:int, # In all, those before a resume included
@@ -397,7 +399,7 @@ def train(
     o,known = job.objective,dict(precision=a.mixed_precision, processes=a.num_processes, teacher_parameters=size)
     config = plain(dict(steps=steps, objective=o.weights, student_scale=o.student_scale, teacher_scale=o.teacher_scale, **job.recipe, **known))
     engine = Engine(job.student, job.teacher, job.objective, a, **{k:job.recipe[k] for k in ('weight_decay', 'betas', 'clip_norm', 'scale')}, penalty=job.penalty)
-    run = Run(engine, Events(), config, job.folder, job.max_skipped, lambda: sum(getattr(job.pairs, 'skipped', {}).values()))
+    run = Run(engine, Events(), config, job.folder, job.max_skipped, job.pairs)
     try:
         if last: read_run(run, last)
         if run.result.steps==steps: run.result.finished = True # nothing left to do
