@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['student_options', 'read_cfg', 'make_student', 'check_stages', 'in_stages', 'parser', 'main']
 
-# %% ../nbs/14_cli.ipynb #3365e60a
-import argparse, json, sys
+# %% ../nbs/14_cli.ipynb #c06d8c28
+import argparse, json, shutil, sys
 from functools import partial
 from pathlib import Path
 from .architecture import config
+from .cache import DTYPES, cache_size, cached_pairs, embedding_width, write_cache
 from .cli_eval import data_options, eval_options, evaluation, machine_options, measure_options, run_eval, run_measure, source_of
 from .cli_export import export_options, run_export, run_zoo
-from .core import Table, TinyclipError, seed_everything, write_json
+from .core import Table, TinyclipError, human, pick_device, seed_everything, write_json
 from .data import check, open_pairs, transforms
 from .demo import STEPS, run as run_demo
 from .distill import Distiller, Terminated
@@ -64,7 +65,7 @@ def make_student(
     student = inherit(teacher.model, keep)
     return teacher._replace(model=fresh(student) if args.random_start else student)
 
-# %% ../nbs/14_cli.ipynb #ce352cb5
+# %% ../nbs/14_cli.ipynb #1763317f
 def _demo(args)->dict:
     "Compress a small CLIP offline and write a report"
     return run_demo(args.folder, args.steps, args.seed, progress=not args.json)
@@ -76,6 +77,18 @@ def _check(args)->dict:
     if not args.json: print(report)
     if args.html: Path(args.html).write_text(f'<!doctype html><meta charset=utf-8><title>tinyclip check</title>{report._repr_html_()}', encoding='utf-8')
     return report.numbers()
+
+def _cache(args)->dict:
+    "Write what a teacher makes of shards, so that training needs no teacher"
+    model,_,tokenizer = load(args.teacher, pick_device(args.device))
+    source,out,tell = source_of(args), Path(args.out), (lambda *a: None) if args.json else partial(print, file=sys.stderr, flush=True)
+    need = cache_size(source, embedding_width(model, tokenizer), args.views, args.dtype)
+    there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    tell(f'About {human(need)}B for {source!r}; {human(shutil.disk_usage(there).free)}B are free there.')
+    result = write_cache(source, model, transforms(model)[0], tokenizer, out, views=args.views, seed=args.seed, dtype=args.dtype, precision=args.precision, batch_size=args.batch_size, workers=args.workers,
+                         told=lambda r: tell(f"{r['shard']}: {r['samples']} samples, {human(r['bytes'])}B"))
+    if not args.json: print(Table([{k:v for k,v in result.items() if k!='skipped'} | {f'skipped: {k}':v for k,v in result['skipped'].items()}]))
+    return result | dict(estimate=need, folder=str(out))
 
 def _replay(args)->dict:
     "A run as one HTML page to scrub through: curves, masks, layers"
@@ -108,7 +121,7 @@ def in_stages(
     stages = Stages(teacher, pairs, plan, args.out, masks={**SHORT, 'uniform':args.uniform}, tokenizer=tokenizer, seed=args.seed, **settings).fit(resume=args.resume)
     return load(Path(args.out)/f'stage-{len(plan)}'/'student').model, dict(steps=steps*len(plan), stages=stages)
 
-# %% ../nbs/14_cli.ipynb #979bb6ea
+# %% ../nbs/14_cli.ipynb #0fe2bf91
 def _distill(args)->dict:
     "Cut a student out of a teacher and train it; or train a CLIP from scratch"
     out = Path(args.out)
@@ -116,10 +129,11 @@ def _distill(args)->dict:
     student = teacher if args.share else make_student(args, teacher)
     check_stages(args)
     drawn = isinstance(source_of(args), Drawn) # a random crop would make the drawn captions untrue
-    pairs = open_pairs(source_of(args), transforms(student.model)[1 if drawn else 0], student.tokenizer, args.batch_size, seed=args.seed, workers=args.workers)
+    opened = partial(cached_pairs, folder=args.cache) if args.cache else open_pairs
+    pairs = opened(source_of(args), preprocess=transforms(student.model)[1 if drawn else 0], tokenizer=student.tokenizer, batch_size=args.batch_size, seed=args.seed, workers=args.workers)
     test = source_of(args, args.eval_data, test=True) if args.eval_data else None
     look = partial(evaluation, preprocess=student.preprocess, tokenizer=student.tokenizer, source=test, templates=args.templates or 'simple', workers=args.workers) if test else None
-    settings = dict(objective=args.objective or ['affinity' if teacher else 'contrastive'], lr=args.lr, warmup=args.warmup, weight_decay=args.weight_decay, precision=args.precision, device=args.device,
+    settings = dict(objective=args.objective or ['affinity' if teacher or args.cache else 'contrastive'], lr=args.lr, warmup=args.warmup, weight_decay=args.weight_decay, precision=args.precision, device=args.device,
                     save_every=args.save_every, evaluate=look, evaluate_every=args.eval_every, trackers=args.track)
     if args.share: model,result = in_stages(args, teacher.model, pairs, student.tokenizer, settings)
     else:
@@ -131,10 +145,11 @@ def _distill(args)->dict:
     if not args.json: print(result['stages'] if args.share else Table([result['evaluation']]) if result['evaluation'] else '', f'\nStudent: {out/"student"}')
     return result
 
-# %% ../nbs/14_cli.ipynb #c35eba72
+# %% ../nbs/14_cli.ipynb #0e08004e
 def _training_options(p):
     "Options of `tinyclip distill` beside data and student"
     p.add_argument('--teacher', metavar='MODEL', help="a model folder, 'ViT-B-32:laion2b_s34b_b79k', 'hf-hub:...', or 'shapes-teacher'; none to train from scratch")
+    p.add_argument('--cache', metavar='FOLDER', help='what the teacher said before, from tinyclip cache: it is not run')
     p.add_argument('--out', required=True, metavar='FOLDER', help='checkpoints, event log and the student')
     p.add_argument('--objective', action='append', choices=LOSSES, help="loss; repeat to add several (default: affinity, without a teacher contrastive)")
     p.add_argument('--steps', type=int, required=True); p.add_argument('--batch-size', type=int, default=256)
@@ -155,6 +170,9 @@ def parser()->argparse.ArgumentParser:
     p = command('demo', _demo); p.add_argument('--folder', default='demo'); p.add_argument('--steps', type=int, default=STEPS); p.add_argument('--seed', type=int, default=0)
     p = command('check', _check); data_options(p); p.add_argument('--model', default='shapes-teacher', help='a CLIP that should know such pairs'); p.add_argument('--n', type=int, default=64)
     p.add_argument('--html', metavar='FILE', help='write the report with its pictures here')
+    p = command('cache', _cache); data_options(p); p.add_argument('--teacher', required=True, metavar='MODEL', help='as in tinyclip distill'); p.add_argument('--out', required=True, metavar='FOLDER', help='the cache, a folder of its own')
+    p.add_argument('--views', type=int, default=1, metavar='N', help='crops per picture (default 1); epoch e of a training shows crop e %% N'); p.add_argument('--dtype', choices=DTYPES, default='float16', help='how rows are stored')
+    p.add_argument('--batch-size', type=int, default=256); p.add_argument('--seed', type=int, default=0, help='of the crops'); machine_options(p, 'auto')
     p = command('distill', _distill); data_options(p); student_options(p); _training_options(p); p.add_argument('--seed', type=int, default=0); machine_options(p, 'auto')
     eval_options(command('eval', run_eval))
     measure_options(command('measure', run_measure))

@@ -54,14 +54,16 @@ def check_models(
     student:nn.Module, # To be trained
     teacher:nn.Module|None, # To be learned from
     objective:Objective, # What to minimise
+    pairs=None, # Those from `cached_pairs` bring a teacher's answers along
 ):
     "Refuse what cannot work, in a sentence"
+    answered = getattr(pairs, 'teacher', None)
     trained = [p for p in student.parameters() if p.requires_grad]
     if not trained: raise TinyclipError('No parameter of the student has requires_grad=True, so nothing would be trained.')
     low = {str(p.dtype) for p in trained if p.dtype!=torch.float32}
     if low: raise TinyclipError(f'The student has weights in {", ".join(low)}: call student.float() first; precision= sets what the products are computed in.')
     if teacher is None:
-        if objective.needs_teacher: raise TinyclipError(f"The objective {objective} compares with a teacher, and teacher=None. Give one, or train from scratch with objective='contrastive'.")
+        if objective.needs_teacher and not answered: raise TinyclipError(f"The objective {objective} compares with a teacher, and teacher=None. Give one, or train from scratch with objective='contrastive'.")
         return
     if teacher is student: raise TinyclipError('Student and teacher are the same model: give a copy (copy.deepcopy) or an inherited student.')
     places = {p.data_ptr() for p in teacher.parameters()}
@@ -70,6 +72,7 @@ def check_models(
     s,t = takes(student),takes(teacher)
     for k in s.keys() & t.keys():
         if s[k]!=t[k]: raise TinyclipError(f'The {k} is {s[k]} for the student and {t[k]} for the teacher, and a batch can serve only one of them.')
+    if answered: pairs.check_teacher(teacher)
 
 # %% ../nbs/10_distill.ipynb #57e73269
 def check_batch(
@@ -255,7 +258,7 @@ class Distiller:
     "Train a student to match pairs as its teacher does"
     def __init__(self,
         student:nn.Module, # A CLIP, e.g. from `inherit`; trained in place
-        teacher:nn.Module|None, # A CLIP that takes the same inputs; None for objectives that need none
+        teacher:nn.Module|None, # A CLIP that takes the same inputs; None for objectives that need none, and for pairs from `cached_pairs`
         pairs, # `tinyclip.data.open_pairs(...)`, or anything with `.epoch(e, start)` that yields batches with `image` and `text`
         *,
         objective='affinity', # A name, a list of names, a dict name -> weight, or an `Objective`
@@ -282,10 +285,10 @@ class Distiller:
     ):
         self.student,self.teacher,self.pairs,self.objective = student, teacher, pairs, objective if isinstance(objective, Objective) else Objective(objective)
         check_settings(lr, warmup, schedule, scale, log_every, save_every)
-        check_models(student, teacher, self.objective)
+        check_models(student, teacher, self.objective, pairs)
         if getattr(penalty, 'masked', student) is not student: raise TinyclipError('penalty= belongs to the masks of another model: make it of the student that is trained, Sparsity(student, ...).')
-        if not self.objective.needs_teacher: self.teacher = None # it would be run for nothing
-        self.recipe = dict(lr=lr, warmup=warmup, schedule=schedule, weight_decay=weight_decay, betas=betas, clip_norm=clip_norm, scale=scale, seed=seed) | (dict(penalty=penalty.config) if penalty else {})
+        if not self.objective.needs_teacher or getattr(pairs, 'teacher', None): self.teacher = None # it would be run for nothing
+        self.recipe = dict(lr=lr, warmup=warmup, schedule=schedule, weight_decay=weight_decay, betas=betas, clip_norm=clip_norm, scale=scale, seed=seed) | (dict(penalty=penalty.config) if penalty else {}) | (dict(cache=pairs.teacher) if getattr(pairs, 'teacher', None) else {})
         self.where = dict(precision=precision, device=device, trackers=trackers, folder=folder)
         self.folder,self.every,self.evaluate = folder and Path(folder), dict(log=log_every, save=save_every, evaluate=evaluate_every), evaluate
         self.penalty,self.max_skipped,self.listeners,self.progress,self.stopping = penalty, max_skipped, listeners, progress, threading.Event()

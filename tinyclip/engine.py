@@ -46,14 +46,15 @@ def in_batch_r1(
 def step(
     student:nn.Module, # Trained; maybe wrapped for data-parallel training
     teacher:nn.Module|None, # Looked at without gradient and in eval mode; None where the objective needs none
-    batch, # `image` (n,3,h,w) and `text` (n,context), on the models' device
+    batch, # `image` (n,3,h,w) and `text` (n,context), on the models' device; maybe also what a teacher said: `teacher_image`, `teacher_text` (n,d), `teacher_scale`
     objective:Objective, # What to minimise
     watch:bool=False, # Also the student's in-batch `r1` and its `chance`
 )->dict: # Scalars: `loss` (the weighted sum) and every part of it by name
     "The losses of one batch. No optimiser, no state."
     whole = lambda f: Features(gather(f.image), gather(f.text), f.scale)
     s,t = features(student, batch.image, batch.text),None
-    if teacher is not None:
+    if hasattr(batch, 'teacher_image'): t = whole(Features(batch.teacher_image, batch.teacher_text, batch.teacher_scale))
+    elif teacher is not None:
         with evaluating(teacher): t = whole(features(teacher, batch.image, batch.text))
     with torch.autocast(s.image.device.type, enabled=False): losses = objective(whole(s), t, shared=True) # every process has all pairs and does its share of large tables
     losses['loss'] = losses['loss'] + 0*s.scale # data-parallel training waits for a gradient of all that `forward` returned
@@ -112,11 +113,11 @@ class Tally:
 
 # %% ../nbs/10_engine.ipynb #88e871de
 def on_device(
-    batch, # A named tuple with `image` and `text`
+    batch, # A named tuple of tensors
     device, # Where the models are
 ): # The same, there
     "Move a batch; from pinned memory the copy overlaps with computation"
-    return batch._replace(image=batch.image.to(device, non_blocking=True), text=batch.text.to(device, non_blocking=True))
+    return batch._replace(**{k:v.to(device, non_blocking=True) for k,v in batch._asdict().items() if isinstance(v, torch.Tensor)})
 
 # %% ../nbs/10_engine.ipynb #d8d11c31
 def make_optimizer(

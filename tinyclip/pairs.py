@@ -301,7 +301,7 @@ class Pairs:
         shuffle:bool=True, # False: as stored
     ):
         self.source,self.cook,self.batch_size,self.seed,self.workers,self.shuffle = source,cook,batch_size,seed,workers,shuffle
-        self.tally,self.marks,self.recalled = Tally(source),deque(maxlen=64),None
+        self.tally,self.marks,self.recalled,self.made = Tally(source),deque(maxlen=64),None,Batch
     skipped = property(lambda self: self.tally.skipped) # Counter of samples left out so far, by kind
     culprits = property(lambda self: self.tally.culprits) # kind -> the first of them, by name
     truncated = property(lambda self: self.tally.cut) # captions cut by the tokenizer so far
@@ -329,7 +329,7 @@ class Pairs:
         fields = stream(self.source, order, self.cook, workers, self.tally, list(self.tally.taken))
         for n,batch in enumerate(rebatch(trail.watch(fields), self.batch_size), first+1):
             self.marks.append(about | trail.mark(n))
-            if n > start: yield Batch(*batch)
+            if n > start: yield self.made(*batch)
         if not n: raise _too_large(self.batch_size, f'{self.tally.used-before} usable pairs', self.source)
 
     def __repr__(self):

@@ -1,0 +1,294 @@
+"A cache of teacher answers: what is written, what is refused, and training without a teacher."
+import copy, io, json, shutil, signal, tarfile
+from functools import partial
+from pathlib import Path
+import open_clip, pytest, torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from safetensors.torch import load
+from test_distill import Pairs, different, when
+from tinyclip import cache as cache_module
+from tinyclip.cache import CachedBatch, ask_teacher, cache_size, cached_pairs, differing, prints, shard_print, teacher_print, write_cache
+from tinyclip.cli import main
+from tinyclip.core import TinyclipError
+from tinyclip.data import open_pairs
+from tinyclip.distill import Distiller
+from tinyclip.engine import step
+from tinyclip.losses import Objective
+from tinyclip.sources import as_source, mix, read_shard
+from tinyclip.zoo import load as load_model
+
+TRAIN,VAL = (image_transform_v2(PreprocessCfg(size=16), is_train=t, aug_cfg=dict(scale=(.3, 1.)) if t else None) for t in (True, False))
+TOKENIZER = open_clip.SimpleTokenizer(context_length=12)
+def OTHER(texts, context_length=12): return TOKENIZER([t[::-1] for t in texts], context_length)
+ROWS = ('teacher_image', 'teacher_text')
+
+def clip(seed=0, width=32, dim=16):
+    torch.manual_seed(seed)
+    vision = dict(image_size=16, layers=1, width=width, patch_size=8, head_width=16)
+    return open_clip.CLIP(dim, vision, dict(context_length=12, vocab_size=49408, width=32, heads=2, layers=1))
+
+def picture(i):
+    im = Image.radial_gradient('L').resize((40,30))
+    Image.merge('RGB', [im.rotate(17*i), im.rotate(31*i+90), im.point(lambda v: (v*3+i*9)%256)]).save(b := io.BytesIO(), 'PNG')
+    return b.getvalue()
+
+def sample(i, captions=2): return dict(png=picture(i), json=json.dumps(dict(captions=[f'caption {k} of {i}' for k in range(captions)])))
+
+def shard(path, samples, start=0):
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, 'w') as tar:
+        for i,s in enumerate(samples, start):
+            for ext,data in s.items():
+                data = data.encode() if isinstance(data, str) else data
+                info = tarfile.TarInfo(f'dir/{i:04}.{ext}'); info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+@pytest.fixture
+def data(tmp_path):
+    for s in range(3): shard(tmp_path/'data'/f'{s}.tar', [sample(10*s+i, 1+i%3) for i in range(10)], 10*s)
+    return str(tmp_path/'data'/'*.tar')
+
+def written(data, folder, teacher=None, **kw): return write_cache(data, teacher or clip(), TRAIN, TOKENIZER, folder, **dict(precision='fp32', dtype='float32', views=2) | kw)
+def opened(data, folder, **kw): return cached_pairs(data, folder, TRAIN, TOKENIZER, **dict(batch_size=6) | kw)
+def same(a, b): return len(a)==len(b) and all(torch.equal(x, y) for p,q in zip(a, b) for x,y in zip(p, q))
+
+# --- what is written
+
+def test_answers_are_the_teachers_on_the_same_crops_and_captions(data, tmp_path):
+    "Against the plain way: the pairs of `open_pairs` in the epoch of a view, and the teacher on them"
+    written(data, tmp_path/'c')
+    pairs,plain = opened(data, tmp_path/'c'),open_pairs(data, TRAIN, TOKENIZER, 6)
+    for epoch in (0, 1):
+        n = 0
+        for a,b in zip(pairs.epoch(epoch), plain.epoch(epoch), strict=True):
+            assert torch.equal(a.image, b.image) and torch.equal(a.text, b.text)
+            for found,want in zip((a.teacher_image, a.teacher_text), ask_teacher(clip(), b.image[:,None], b.text)): assert (found-want.reshape(found.shape)).abs().max()<1e-6
+            n += 1
+        assert n==5
+
+def test_later_epochs_show_the_views_again(data, tmp_path):
+    "Epoch 2 has the crops of epoch 0, in another order and with captions of its own; rows belong to them"
+    written(data, tmp_path/'c')
+    crops = lambda e: {round(v, 3) for b in opened(data, tmp_path/'c').epoch(e) for v in b.image.double().sum((1, 2, 3)).tolist()}
+    assert crops(0)==crops(2)!=crops(1)==crops(3)
+    pairs = opened(data, tmp_path/'c')
+    texts = [torch.cat([b.text for b in pairs.epoch(e)]) for e in (0, 2)]
+    assert not torch.equal(*texts)
+    for b in pairs.epoch(2):
+        for found,want in zip((b.teacher_image, b.teacher_text), ask_teacher(clip(), b.image[:,None], b.text)): assert (found-want.reshape(found.shape)).abs().max()<1e-6
+
+def test_crops_have_the_seed_of_the_cache_and_captions_their_own(data, tmp_path):
+    written(data, tmp_path/'c', seed=5)
+    pairs = opened(data, tmp_path/'c', seed=7)
+    crops = lambda p: sorted(round(v, 3) for b in p.epoch(0) for v in b.image.double().sum((1, 2, 3)).tolist())
+    assert crops(pairs)==crops(open_pairs(data, TRAIN, TOKENIZER, 6, seed=5))
+    assert torch.equal(next(pairs.epoch(0)).text, next(open_pairs(data, TRAIN, TOKENIZER, 6, seed=7).epoch(0)).text)
+    b = next(pairs.epoch(0))
+    assert (ask_teacher(clip(), b.image[:,None], b.text)[0][:,0]-b.teacher_image).abs().max()<1e-6
+
+@pytest.mark.parametrize('dtype, off', [('float16', 1e-3), ('bfloat16', 1e-2)])
+def test_half_precision_costs_its_rounding(data, tmp_path, dtype, off):
+    written(data, tmp_path/'full'); small = written(data, tmp_path/'half', dtype=dtype)
+    a,b = (next(opened(data, tmp_path/n).epoch(0)) for n in ('full', 'half'))
+    for k in ROWS:
+        x,y = getattr(a, k),getattr(b, k)
+        assert 0 < (x-y).abs().max() < off and (y.norm(dim=-1)-1).abs().max()<1e-6 and y.dtype==torch.float32
+    assert small['bytes'] <= sum(p.stat().st_size for p in (tmp_path/'full').glob('*.tar'))
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32'])
+def test_the_size_is_known_beforehand(data, tmp_path, dtype):
+    said = cache_size(data, 16, views=3, dtype=dtype, look=None)
+    assert said == written(data, tmp_path/'c', dtype=dtype, views=3)['bytes'] == sum(p.stat().st_size for p in (tmp_path/'c').glob('*.tar'))
+    assert abs(cache_size(data, 16, views=3, dtype=dtype, look=1)-said) < .4*said
+
+@pytest.mark.filterwarnings('ignore:.*loader workers busy|This DataLoader')
+def test_workers_change_nothing(data, tmp_path):
+    written(data, tmp_path/'a'); written(data, tmp_path/'b', workers=2, batch_size=4)
+    for n in range(3):
+        a,b = (list(read_shard(tmp_path/f/f'{n}.tar')) for f in 'ab')
+        assert [r['__key__'] for r in a]==[r['__key__'] for r in b]==[f'dir/{i:04}' for i in range(10*n, 10*n+10)]
+        for r,s in zip(a, b):
+            r,s = load(r['safetensors']),load(s['safetensors'])
+            assert all((r[k]-s[k]).abs().max()<1e-6 for k in ('image', 'text'))
+    assert same(list(opened(data, tmp_path/'a').epoch(1)), list(opened(data, tmp_path/'a', workers=2).epoch(1)))
+
+def test_the_teacher_gets_many_pictures_at_a_time(data, tmp_path):
+    for size,want in ((8, [8, 8, 4]), (256, [20])):
+        teacher,seen = clip(),[]
+        plain = teacher.encode_image
+        teacher.encode_image = lambda x: (seen.append(len(x)), plain(x))[1]
+        written(data, tmp_path/str(size), teacher, batch_size=size)
+        assert seen==want*3
+
+def test_processes_share_the_shards(data, tmp_path, monkeypatch):
+    for rank in (0, 1):
+        monkeypatch.setattr(cache_module, '_processes', lambda: (rank, 2))
+        assert written(data, tmp_path/'c')['shards']==2-rank
+    assert len(list(opened(data, tmp_path/'c').epoch(0)))==5
+
+# --- interrupted, broken
+
+def test_goes_on_where_it_stopped(data, tmp_path):
+    class Stop(Exception): pass
+    def stop(r):
+        if r['shard']=='1.tar': raise Stop
+    with pytest.raises(Stop): written(data, tmp_path/'c', told=stop)
+    before = {p.name:p.stat().st_mtime_ns for p in (tmp_path/'c').glob('*.tar')}
+    assert set(before)=={'0.tar', '1.tar'}
+    with pytest.raises(TinyclipError, match="no answers for the shard '2.tar'"): opened(data, tmp_path/'c')
+    r = written(data, tmp_path/'c')
+    assert (r['found'], r['shards'], r['samples'], r['captions'])==(2, 3, 30, sum(1+i%3 for i in range(10))*3)
+    assert all((tmp_path/'c'/n).stat().st_mtime_ns==t for n,t in before.items())
+
+def test_a_failure_within_a_shard_leaves_none_of_it(data, tmp_path):
+    teacher = clip(); calls,plain = [],teacher.encode_text
+    def fails(x):
+        calls.append(1)
+        if len(calls)>3: raise OSError('no space left')
+        return plain(x)
+    teacher.encode_text = fails
+    with pytest.raises(OSError): written(data, tmp_path/'c', teacher, batch_size=8)
+    assert not [p for p in (tmp_path/'c').iterdir() if p.name!='cache.json' and not p.name.startswith('0.tar')]
+
+def test_broken_samples_are_left_out_and_counted(tmp_path):
+    good = [sample(i) for i in range(10)]
+    bad = [dict(good[0], png=b'no picture'), dict(txt='no image'), dict(png=picture(1))]
+    shard(tmp_path/'data'/'0.tar', [*good[:4], bad[0], *good[4:7], bad[1], bad[2], *good[7:]])
+    shard(tmp_path/'data'/'1.tar', [bad[0], bad[0]]) # nothing in it is usable
+    data = str(tmp_path/'data'/'*.tar')
+    r = written(data, tmp_path/'c')
+    assert r['samples']==10 and r['skipped']=={'broken image':3, 'no image':1, 'no caption':1}
+    pairs = opened(data, tmp_path/'c', batch_size=5)
+    assert len(list(pairs.epoch(0)))==2 and dict(pairs.skipped)=={'not in the cache':3, 'no image':1, 'no caption':1}
+
+def test_answers_that_are_no_numbers_are_left_out(data, tmp_path):
+    teacher = clip(); plain = teacher.encode_image
+    def odd(x): y = plain(x); y[1] = float('nan'); return y
+    teacher.encode_image = odd
+    r = written(data, tmp_path/'c', teacher)
+    assert r['skipped']=={'teacher not finite':3} and r['samples']==27
+
+def test_other_captions_are_noticed(data, tmp_path):
+    written(data, tmp_path/'c')
+    tar = tmp_path/'c'/'0.tar'
+    rows = {r['__key__']:r['safetensors'] for r in read_shard(tar)}
+    first,second = sorted(rows)[:2] # one caption and two: their answers change places
+    rows[first],rows[second] = rows[second],rows[first]
+    with tarfile.open(tar, 'w') as t:
+        for k,v in rows.items(): info = tarfile.TarInfo(f'{k}.safetensors'); info.size = len(v); t.addfile(info, io.BytesIO(v))
+    pairs = opened(data, tmp_path/'c', batch_size=4)
+    assert len(list(pairs.epoch(0)))==7 and pairs.skipped['other captions than in the cache']==2
+
+# --- what is refused
+
+@pytest.mark.parametrize('change, says', [
+    (dict(teacher=1), 'another teacher'), (dict(preprocess=VAL), 'another preprocess'), (dict(tokenizer=OTHER), 'another tokenizer'), (dict(tokenizer=open_clip.SimpleTokenizer(context_length=11)), 'texts of 11 tokens, and this teacher takes 12'),
+    (dict(preprocess=image_transform_v2(PreprocessCfg(size=24), is_train=False)), r'images of \[24, 24\], and this teacher takes'),
+    (dict(seed=1), 'seed=0, not 1'), (dict(views=1), 'views=2, not 1'), (dict(dtype='float16'), "dtype='float32', not 'float16'"), (dict(reduced=False), 'reduced=True, not False'), (dict(dtype='int8'), "no dtype of a cache named 'int8'")])
+def test_a_cache_is_not_mixed_up(data, tmp_path, change, says):
+    written(data, tmp_path/'c')
+    kw = dict(teacher=0, preprocess=TRAIN, tokenizer=TOKENIZER, views=2, dtype='float32', precision='fp32') | change
+    with pytest.raises(TinyclipError, match=says): write_cache(data, clip(kw.pop('teacher')), kw.pop('preprocess'), kw.pop('tokenizer'), tmp_path/'c', **kw)
+
+def test_readers_must_fit(data, tmp_path):
+    folder = tmp_path/'c'
+    with pytest.raises(TinyclipError, match='holds no cache'): opened(data, folder)
+    written(data, folder)
+    for kw,says in ((dict(preprocess=VAL), 'another preprocess'), (dict(tokenizer=OTHER), 'another tokenizer')):
+        with pytest.raises(TinyclipError, match=says): cached_pairs(data, folder, **dict(preprocess=TRAIN, tokenizer=TOKENIZER, batch_size=4) | kw)
+    with pytest.raises(TinyclipError, match='other captions.*caption column'): opened(as_source(data, caption_column='captions'), folder)
+    with pytest.raises(TinyclipError, match='another teacher'): opened(data, folder, teacher=clip(1))
+    opened(data, folder, teacher=clip())
+    opened(str(tmp_path/'data'/'1.tar'), folder) # some of the shards
+    with pytest.raises(TinyclipError, match='batch_size=0'): opened(data, folder, batch_size=0)
+    with pytest.raises(TinyclipError, match='Only webdataset shards'): opened('shapes', folder)
+    with pytest.raises(TinyclipError, match='Only webdataset shards'): opened(mix({data:1}), folder)
+
+def test_shards_must_be_the_same(data, tmp_path):
+    folder,one = tmp_path/'c',tmp_path/'data'/'1.tar'
+    written(data, folder)
+    size = one.stat().st_size
+    shard(one, [sample(10+i, 1+i%3) for i in reversed(range(10))], 10)
+    assert one.stat().st_size==size
+    with pytest.raises(TinyclipError, match="'1.tar' is not the one"): opened(data, folder)
+    assert written(data, folder)['found']==2 # asks again about this one
+    opened(data, folder)
+    (folder/'2.tar').write_bytes((folder/'2.tar').read_bytes()[:-512])
+    with pytest.raises(TinyclipError, match="'2.tar'.*damaged"): opened(data, folder)
+    shutil.copytree(tmp_path/'data', tmp_path/'again')
+    with pytest.raises(TinyclipError, match='names more than one shard'): opened([data, str(tmp_path/'again'/'*.tar')], folder)
+    with pytest.raises(TinyclipError, match='a folder of its own'): written(data, tmp_path/'data')
+
+def test_prints_tell_models_and_transforms_apart():
+    assert teacher_print(clip())==teacher_print(copy.deepcopy(clip()))!=teacher_print(clip(1))
+    half = clip().half()
+    assert teacher_print(half)==teacher_print(copy.deepcopy(half))!=teacher_print(clip())
+    of = lambda t: cache_module.transform_print(t)
+    here = lambda a,b: differing(dict(p=of(a)), dict(p=of(b)))
+    brighter = lambda im: TRAIN(im)+.5
+    assert here(TRAIN, image_transform_v2(PreprocessCfg(size=16), is_train=True, aug_cfg=dict(scale=(.3, 1.)))) is None
+    assert here(TRAIN, image_transform_v2(PreprocessCfg(size=16), is_train=True))=='p'
+    assert here(lambda im: TRAIN(im), brighter)=='p' # both say that they are a function
+
+# --- training
+
+def test_a_step_is_the_step_with_the_teacher(data, tmp_path):
+    "Losses and gradients, with an objective that looks at the teacher's own temperature"
+    written(data, tmp_path/'c'); written(data, tmp_path/'h', dtype='float16')
+    objective = Objective(['affinity', 'contrastive'], teacher_scale='own')
+    def taken(batch, teacher):
+        student = clip(3)
+        losses = step(student, teacher, batch, objective)
+        losses['loss'].backward()
+        return {k:v.item() for k,v in losses.items()}, [p.grad for p in student.parameters() if p.grad is not None]
+    want,grads = taken(next(open_pairs(data, TRAIN, TOKENIZER, 6).epoch(0)), clip())
+    for folder,off in (('c', 1e-6), ('h', 1e-3)):
+        found,g = taken(next(opened(data, tmp_path/folder).epoch(0)), None)
+        assert set(found)==set(want) and all(abs(found[k]-want[k])<off*max(1, abs(want[k])) for k in want)
+        assert all((a-b).norm()<=10*off*b.norm()+1e-6 for a,b in zip(g, grads))
+    own = CachedBatch(*next(open_pairs(data, TRAIN, TOKENIZER, 6).epoch(0)), *(f.reshape(6, -1) for f in ask_teacher(clip(), *(lambda b: (b.image[:,None], b.text))(next(open_pairs(data, TRAIN, TOKENIZER, 6).epoch(0))))), clip().logit_scale.exp().detach())
+    assert taken(own, None)[0]==want # asked with the same batch: to the bit
+
+def job(pairs, teacher=None, student=None, **kw): return Distiller(student or clip(3), teacher, pairs, **dict(lr=1e-3, log_every=1, device='cpu', precision='fp32', progress=False) | kw)
+
+def test_a_run_without_a_teacher_is_the_run_with_one(data, tmp_path):
+    written(data, tmp_path/'c')
+    live,cached = ([], [])
+    job(open_pairs(data, TRAIN, TOKENIZER, 6), clip(), listeners=[lambda e: e['event']=='log' and live.append(e['loss'])]).fit(4)
+    teacher = clip()
+    def never(*_): raise AssertionError('the teacher was run')
+    teacher.encode_image = teacher.encode_text = teacher.forward = never
+    job(opened(data, tmp_path/'c'), teacher, listeners=[lambda e: e['event']=='log' and cached.append(e['loss'])]).fit(4)
+    assert len(live)==len(cached)==4 and max(abs(a-b) for a,b in zip(live, cached))<1e-4
+
+def test_resumes_to_the_bit(data, tmp_path):
+    written(data, tmp_path/'c', dtype='float16')
+    whole = job(opened(data, tmp_path/'c')).fit(12).student
+    with pytest.raises(KeyboardInterrupt): job(opened(data, tmp_path/'c'), folder=tmp_path/'run', listeners=[when('log', 7, lambda: signal.raise_signal(signal.SIGINT))]).fit(12)
+    r = job(opened(data, tmp_path/'c'), folder=tmp_path/'run', student=clip(4)).fit(12, resume=True)
+    assert r.steps==12 and not different(whole, r.student)
+    written(data, tmp_path/'other', clip(1))
+    with pytest.raises(TinyclipError, match='belongs to another run: cache is'): job(opened(data, tmp_path/'other'), folder=tmp_path/'run').fit(12, resume=True)
+
+def test_refusals(data, tmp_path):
+    written(data, tmp_path/'c')
+    with pytest.raises(TinyclipError, match='another teacher'): job(opened(data, tmp_path/'c'), clip(1))
+    with pytest.raises(TinyclipError, match='teacher=None'): job(open_pairs(data, TRAIN, TOKENIZER, 6))
+    assert job(Pairs(size=16), None, objective='contrastive').teacher is None
+
+def test_command_line(tmp_path, capsys):
+    teacher,_,_ = load_model('shapes-teacher')
+    shard(tmp_path/'data'/'0.tar', [sample(i) for i in range(12)])
+    where = ['--data', str(tmp_path/'data'/'*.tar'), '--teacher', 'shapes-teacher', '--batch-size', '4']
+    assert main(['cache', *where, '--out', str(tmp_path/'c'), '--views', '2'])==0
+    out,err = capsys.readouterr()
+    assert err.startswith('About 20.5 kB for 1 shards') and 'are free there' in err and '0.tar: 12 samples, 20.5 kB' in err
+    assert main(['cache', *where, '--out', str(tmp_path/'c'), '--views', '2', '--json'])==0
+    r = json.loads(capsys.readouterr().out)
+    assert (r['found'], r['samples'], r['captions'])==(1, 12, 24) and r['bytes']==r['estimate']
+    train = ['distill', *where, '--image-width', '.5', '--steps', '3', '--cache', str(tmp_path/'c'), '--out', str(tmp_path/'run'), '--json']
+    assert main(train)==0
+    assert json.loads(capsys.readouterr().out)['losses']['affinity']>0
+    assert main([*train[:-2], str(tmp_path/'run2'), '--cache', str(tmp_path/'nothing')])==2
+    assert 'holds no cache' in capsys.readouterr().err
