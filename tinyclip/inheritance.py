@@ -80,13 +80,15 @@ class SlimBlock(nn.Module):
         x = x + self.ls_1(self.attn(self.ln_1(x), attn_mask) if has_attention(self) else self.attn())
         return x + self.ls_2(self.mlp(self.ln_2(x)) if has_mlp(self) else self.mlp())
 
-# %% ../nbs/05_inheritance.ipynb #3611eac4
+# %% ../nbs/05_inheritance.ipynb #079b4b2c
 def build(
     cfg:dict, # `model_cfg`, as from `towers.architecture`: plain open_clip, or with `tinyclip_cfg`
 )->nn.Module: # Randomly initialised
     "Build a CLIP, slim or plain, from its configuration"
     cfg = json.loads(json.dumps(cfg))
     slim = cfg.pop('tinyclip_cfg', {})
+    for tower,part in (('image', 'vision_cfg'), ('text', 'text_cfg')):
+        if tower in slim: cfg[part]['mlp_ratio'] = 1. # of blocks that are replaced at once: a file must not make them large
     model = create(cfg)
     for tower,path in (('image', 'visual'), ('text', 'text' if hasattr(model, 'text') else None)):
         if tower in slim: slim_blocks((getattr(model, path) if path else model).transformer, **slim[tower])
