@@ -1,21 +1,23 @@
 "A cache of teacher answers: what is written, what is refused, and training without a teacher."
 import copy, io, json, shutil, signal, tarfile
-from functools import partial
-from pathlib import Path
 import open_clip, pytest, torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import load
 from test_distill import Pairs, different, when
+from shards import shard
 from tinyclip import cache as cache_module
-from tinyclip.cache import CachedBatch, ask_teacher, cache_size, cached_pairs, differing, prints, shard_print, teacher_print, write_cache
+from tinyclip.cache import ask_teacher, cache_size, write_cache
+from tinyclip.cached import CachedBatch, cached_pairs
+from tinyclip.fingerprints import differing, teacher_print
 from tinyclip.cli import main
 from tinyclip.core import TinyclipError
 from tinyclip.data import open_pairs
 from tinyclip.distill import Distiller
 from tinyclip.engine import step
 from tinyclip.losses import Objective
-from tinyclip.sources import as_source, mix, read_shard
+from tinyclip.mix import mix
+from tinyclip.sources import as_source, read_shard
 from tinyclip.zoo import load as load_model
 
 TRAIN,VAL = (image_transform_v2(PreprocessCfg(size=16), is_train=t, aug_cfg=dict(scale=(.3, 1.)) if t else None) for t in (True, False))
@@ -35,18 +37,9 @@ def picture(i):
 
 def sample(i, captions=2): return dict(png=picture(i), json=json.dumps(dict(captions=[f'caption {k} of {i}' for k in range(captions)])))
 
-def shard(path, samples, start=0):
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, 'w') as tar:
-        for i,s in enumerate(samples, start):
-            for ext,data in s.items():
-                data = data.encode() if isinstance(data, str) else data
-                info = tarfile.TarInfo(f'dir/{i:04}.{ext}'); info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-
 @pytest.fixture
 def data(tmp_path):
-    for s in range(3): shard(tmp_path/'data'/f'{s}.tar', [sample(10*s+i, 1+i%3) for i in range(10)], 10*s)
+    for s in range(3): shard(tmp_path/'data'/f'{s}.tar', [sample(10*s+i, 1+i%3) for i in range(10)], 10*s, 'dir/')
     return str(tmp_path/'data'/'*.tar')
 
 def written(data, folder, teacher=None, **kw): return write_cache(data, teacher or clip(), TRAIN, TOKENIZER, folder, **dict(precision='fp32', dtype='float32', views=2) | kw)
@@ -123,7 +116,7 @@ def test_the_teacher_gets_many_pictures_at_a_time(data, tmp_path):
 
 def test_processes_share_the_shards(data, tmp_path, monkeypatch):
     for rank in (0, 1):
-        monkeypatch.setattr(cache_module, '_processes', lambda: (rank, 2))
+        monkeypatch.setattr(cache_module, 'processes', lambda: (rank, 2))
         assert written(data, tmp_path/'c')['shards']==2-rank
     assert len(list(opened(data, tmp_path/'c').epoch(0)))==5
 
@@ -292,3 +285,27 @@ def test_command_line(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)['losses']['affinity']>0
     assert main([*train[:-2], str(tmp_path/'run2'), '--cache', str(tmp_path/'nothing')])==2
     assert 'holds no cache' in capsys.readouterr().err
+
+@pytest.mark.parametrize('text', ['', '[]', '{}', '{"shard": 3}', 'null', '{"teacher": 1}'])
+def test_damaged_records_are_named(data, tmp_path, text):
+    "A record beside a shard that says nothing sound is none; an index that lacks something is damaged"
+    written(data, tmp_path/'c')
+    record = sorted((tmp_path/'c').glob('*.tar.json'))[0]
+    whole = record.read_text()
+    record.write_text(text)
+    with pytest.raises(TinyclipError, match='no answers for the shard|are damaged'): opened(data, tmp_path/'c')
+    assert written(data, tmp_path/'c')['found']==2 # asked again about this one
+    opened(data, tmp_path/'c')
+    assert record.read_text()==whole
+    (tmp_path/'c'/'cache.json').write_text(text)
+    with pytest.raises(TinyclipError, match='is damaged'): opened(data, tmp_path/'c')
+
+def test_damaged_answers_are_skipped(data, tmp_path):
+    "Rows that are no safetensors: the sample is left out and counted, the others are used"
+    written(data, tmp_path/'c')
+    path = sorted((tmp_path/'c').glob('*.tar'))[0]
+    raw = bytearray(path.read_bytes())
+    raw[512:520] = b'\xff'*8 # the length of the first header
+    path.write_bytes(raw)
+    pairs = opened(data, tmp_path/'c')
+    assert sum(len(b.image) for b in pairs.epoch(0))==24 and dict(pairs.skipped)=={'damaged answers':1} # 29 in batches of 6

@@ -1,11 +1,12 @@
 "Data that is not as it should be: skipped and counted, or refused in one sentence; never a hang, never a library's traceback."
-import io, json, os, signal, tarfile, warnings
+import io, json, os, signal, warnings
 from collections import Counter
 from pathlib import Path
 import open_clip, pytest, torch
 import torch.distributed as dist
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from shards import shard
 from tinyclip.core import TinyclipError
 from tinyclip.data import captioned, check, labelled, open_pairs
 from tinyclip.shapes import Shapes
@@ -37,16 +38,6 @@ def picture(i=0, format='JPEG', mode='RGB', size=(20,16)):
     return b.getvalue()
 
 def sample(i, **other): return {'jpg':picture(i), 'txt':f'caption {i}', **other}
-
-def shard(path, samples, start=0):
-    "A tar written by hand, so that nothing of the library under test helps"
-    with tarfile.open(path, 'w', format=tarfile.USTAR_FORMAT) as tar:
-        for i,s in enumerate(samples, start):
-            for ext,data in s.items():
-                data = data.encode() if isinstance(data, str) else data
-                info = tarfile.TarInfo(f'{i:04}.{ext}'); info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return str(path)
 
 def shards(folder, n=3, each=10):
     return [shard(folder/f'train-{s:04}.tar', [sample(s*each+i) for i in range(each)], s*each) for s in range(n)]
@@ -145,7 +136,7 @@ def test_ranks_of_a_real_group(tmp_path, monkeypatch):
     assert got[0] + got[1] == said(*(f'caption {i}' for i in range(32)))
 
 def test_fewer_shards_than_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr('tinyclip.pairs._processes', lambda: (1, 4))
+    monkeypatch.setattr('tinyclip.pairs.processes', lambda: (1, 4))
     with pytest.raises(TinyclipError, match='3 shards cannot be dealt to 4 processes'): list(open_(shards(tmp_path)).epoch(0))
 
 def test_more_workers_than_shards(tmp_path):

@@ -1,5 +1,5 @@
 "The loader beyond the plain path: JPEGs at reduced scale, mixed sources, resuming without decoding, memory."
-import io, json, tarfile, warnings
+import io, json, warnings
 from collections import Counter
 from pathlib import Path
 import numpy as np
@@ -7,12 +7,14 @@ import open_clip, pytest, torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageDraw
 from torchvision import transforms as T
+from shards import shard
 from tinyclip.core import TinyclipError
 from tinyclip.data import captioned, labelled, open_pairs
 from tinyclip.jpeg import MARGIN, first_step, opener, reduction, window
 from tinyclip.shapes import Shapes
 from tinyclip.pairs import rebatch
-from tinyclip.sources import Order, as_source, decode, mix
+from tinyclip.mix import mix
+from tinyclip.sources import Order, as_source, decode
 
 TRAIN,VAL = (image_transform_v2(PreprocessCfg(size=32), is_train=t) for t in (True, False))
 TOKENIZER = open_clip.SimpleTokenizer(context_length=12)
@@ -36,15 +38,6 @@ def picture(i=0, size=(300,220), format='JPEG', mode='RGB', **kw):
 
 def tiny(i): Image.new('RGB', (20,16), (i%250, i*3%250, i*7%250)).save(b := io.BytesIO(), 'JPEG'); return b.getvalue()
 def sample(i, **other): return {'jpg':tiny(i), 'txt':f'caption {i}', **other}
-
-def shard(path, samples, start=0):
-    with tarfile.open(path, 'w', format=tarfile.USTAR_FORMAT) as tar:
-        for i,s in enumerate(samples, start):
-            for ext,data in s.items():
-                data = data.encode() if isinstance(data, str) else data
-                info = tarfile.TarInfo(f'{i:04}.{ext}'); info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return str(path)
 
 def shards(folder, n=3, each=10, name='train', start=0):
     folder.mkdir(exist_ok=True)
@@ -135,9 +128,11 @@ def flow(source, order=Order(size=4), workers=1):
     turns = zip_longest(*(source.chunks(order, w, workers) for w in range(workers)))
     return [s for turn in turns for c in turn if c for s in c]
 
-def two(tmp_path, a=64, b=64): return {Path(f'{tmp_path}/a').as_posix()+'/*.tar':3, Path(f'{tmp_path}/b').as_posix()+'/*.tar':1} if (
-    shards(tmp_path/'a', 4, a//4, 'a'), shards(tmp_path/'b', 4, b//4, 'b', 1000)) else None
-of = lambda samples: Counter(s.where[0] for s in samples)
+def two(tmp_path, a=64, b=64):
+    "Two folders of four shards, mixed three to one"
+    shards(tmp_path/'a', 4, a//4, 'a'); shards(tmp_path/'b', 4, b//4, 'b', 1000)
+    return {f'{tmp_path.as_posix()}/a/*.tar':3, f'{tmp_path.as_posix()}/b/*.tar':1}
+
 
 def test_shares_and_one_pass(tmp_path):
     got = flow(mix(two(tmp_path)))
@@ -188,7 +183,7 @@ def test_a_mix_with_bad_parts_ends(tmp_path, workers):
     pairs = open_(mix([(shards(tmp_path/'a', 1, 30), 1), (broken, 1)]), workers=workers)
     assert len(list(pairs.epoch(0)))==7 and pairs.skipped['broken image'] in (29, 30, 31)
 
-@pytest.mark.parametrize('sources,kw,message', [({}, {}, 'at least one'), ({'shapes':-1}, {}, 'weight'), ({'shapes':'1'}, {}, 'weight'), ({'nowhere':1}, {}, 'no such file'), ({'shapes':1}, dict(length=0), 'length=0')])
+@pytest.mark.parametrize('sources,kw,message', [({}, {}, 'no mix of sources'), ({'shapes':-1}, {}, 'weight'), ({'shapes':'1'}, {}, 'weight'), ({'nowhere':1}, {}, 'no such file'), ({'shapes':1}, dict(length=0), 'length=0')])
 def test_no_mix(sources, kw, message):
     with pytest.raises(TinyclipError, match=message): mix(sources, **kw)
 

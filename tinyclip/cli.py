@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['student_options', 'read_cfg', 'make_student', 'check_stages', 'in_stages', 'parser', 'main']
 
-# %% ../nbs/14_cli.ipynb #c06d8c28
+# %% ../nbs/14_cli.ipynb #686781e5
 import argparse, json, shutil, sys
 from functools import partial
 from pathlib import Path
 from .architecture import config
-from .cache import DTYPES, cache_size, cached_pairs, embedding_width, write_cache
+from .cache import DTYPES, cache_size, embedding_width, write_cache
+from .cached import cached_pairs
 from .cli_eval import data_options, eval_options, evaluation, machine_options, measure_options, run_eval, run_measure, source_of
 from .cli_export import export_options, run_export, run_zoo
 from .core import Table, TinyclipError, human, pick_device, seed_everything, write_json

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'BRANCHES', 'Fill', 'OpenNorm', 'ScaledEmbedding', 'Recomput
            'shared_noise', 'Method', 'replace', 'prepare', 'MaskedCLIP', 'by_group', 'by_axis', 'draw', 'Scale', 'fold',
            'chances', 'open_counts', 'shares', 'sparsity', 'zeros', 'values', 'to_keep', 'cut']
 
-# %% ../nbs/06_masking.ipynb #e26fa703
+# %% ../nbs/06_masking.ipynb #4ec158f6
 import copy
 from collections.abc import Mapping
 import torch
@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from open_clip.transformer import VisionTransformer
-from .core import TinyclipError, unknown
+from .core import TinyclipError, processes, unknown
 from .inheritance import inherit
 from .keep import Keep
 from .masks import TOWERS, Size, chance_open, eval_masks, expected_zeros, hard_concrete
@@ -131,14 +131,14 @@ def writers(
         if at and not name.endswith('token_embedding.weight'): out.append((name, at))
     return out
 
-# %% ../nbs/06_masking.ipynb #63705281
+# %% ../nbs/06_masking.ipynb #0ac325fe
 def shared_noise(
     n:int, # How many
     device, # Where
 )->Tensor: # `(n,)`, uniform in (0, 1), from torch's generator
     "Noise that is the same in all processes: the first one's"
     u = torch.rand(n, device=device).clamp(1e-6, 1-1e-6)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size()>1: dist.broadcast(u, 0)
+    if processes()[1]>1: dist.broadcast(u, 0)
     return u
 
 class Method(nn.Module):

@@ -7,7 +7,7 @@ __all__ = ['REMEDIES', 'PATIENCE', 'transforms', 'own_rng', 'try_out', 'tokenise
            'with_caption', 'with_captions', 'with_label', 'cook', 'Tally', 'stream', 'Batch', 'rebatch', 'worker_count',
            'Pairs', 'open_pairs', 'Finite', 'labelled', 'captioned']
 
-# %% ../nbs/07_pairs.ipynb #e31e98dc
+# %% ../nbs/07_pairs.ipynb #59c45e5d
 import contextlib, os, random, sys, warnings
 from collections import Counter, deque
 from functools import partial
@@ -18,7 +18,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from .core import TinyclipError
+from .core import TinyclipError, processes
 from .jpeg import opener
 from .sources import Listing, Order, Skip, as_source, decode, stable_hash
 
@@ -251,11 +251,7 @@ def rebatch(
             parts,n = [],0
         if len(fields[0]): parts.append(fields); n += len(fields[0])
 
-# %% ../nbs/07_pairs.ipynb #2b285879
-def _processes(): # (rank, world)
-    on = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if on else (0, 1)
-
+# %% ../nbs/07_pairs.ipynb #939d12fa
 def _too_large(batch_size, pairs, source):
     return TinyclipError(f'batch_size={batch_size} is larger than the {pairs} in {source!r}. Use a smaller batch.')
 
@@ -289,7 +285,7 @@ class _Trail: # follows the chunks of an epoch, and knows which were used up whe
         while len(self.ends)>1 and self.ends[1][0]<=n*self.size: self.ends.popleft()
         return dict(batch=n, rest=n*self.size-self.ends[0][0], tally=self.ends[0][1])
 
-# %% ../nbs/07_pairs.ipynb #eeb930a6
+# %% ../nbs/07_pairs.ipynb #12d86cba
 class Pairs:
     "Image-text pairs in batches, epoch by epoch; `open_pairs` makes one"
     def __init__(self,
@@ -305,10 +301,10 @@ class Pairs:
     skipped = property(lambda self: self.tally.skipped) # Counter of samples left out so far, by kind
     culprits = property(lambda self: self.tally.culprits) # kind -> the first of them, by name
     truncated = property(lambda self: self.tally.cut) # captions cut by the tokenizer so far
-    def _order(self, e): return Order(self.seed, e, self.shuffle, *_processes())
+    def _order(self, e): return Order(self.seed, e, self.shuffle, *processes())
     def __len__(self):
         if not isinstance(self.source, Listing): raise TypeError(_unknown_length(self.source))
-        return len(self.source)//_processes()[1]//self.batch_size
+        return len(self.source)//processes()[1]//self.batch_size
 
     def mark(self, e:int, n:int):
         "Where batch number `n` of epoch `e` ended, for a checkpoint; None unless it is one of the last 64"
@@ -335,7 +331,7 @@ class Pairs:
     def __repr__(self):
         return f'Pairs({self.source!r}, batches of {self.batch_size})' + (f'; skipped so far: {self.tally}' if self.skipped else '')
 
-# %% ../nbs/07_pairs.ipynb #6f860ffb
+# %% ../nbs/07_pairs.ipynb #abdd8b42
 def open_pairs(
     source, # `'shapes'`, shards, a table, a folder: see the top of the page
     preprocess, # PIL image -> float tensor (3,h,w): `transforms(model)[0]`
@@ -355,7 +351,7 @@ def open_pairs(
     beside = partial(with_caption, tokenizer=tokenizer)
     pairs = Pairs(source, partial(cook, preprocess=preprocess, beside=beside, reduced=reduced), batch_size, seed, workers, shuffle)
     if isinstance(source, Listing) and not len(pairs):
-        world = _processes()[1]
+        world = processes()[1]
         raise _too_large(batch_size, f'{len(source)//world} pairs' + (f' for each of {world} processes' if world>1 else ''), source)
     return pairs
 

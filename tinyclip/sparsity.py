@@ -7,13 +7,12 @@ __all__ = ['FORMS', 'SLACK', 'head_dim', 'floor_counts', 'check_share', 'zeros_f
            'Goal', 'picture', 'saved_by', 'rank', 'project', 'Sparsity', 'targets', 'wake', 'project_all',
            'before_step', 'after_step', 'aim', 'cut', 'report', 'own_picture', 'state_dict', 'load_state_dict']
 
-# %% ../nbs/06_sparsity.ipynb #32cfedd2
+# %% ../nbs/06_sparsity.ipynb #fa6832fd
 import math
 from collections.abc import Mapping
 import torch
-import torch.distributed as dist
 from torch import nn, Tensor
-from .core import TinyclipError, unknown
+from .core import TinyclipError, processes, unknown
 from .masking import BRANCHES, KINDS, MaskedCLIP
 from .masks import LIMIT, TOWERS, Constraint, chance_open, target_share
 
@@ -297,10 +296,10 @@ def after_step(self, ok:Tensor): # Was this step good?
 
 for name,f in dict(targets=targets, wake=wake, project=project_all, before_step=before_step, after_step=after_step).items(): setattr(Sparsity, name, f)
 
-# %% ../nbs/06_sparsity.ipynb #453147e2
+# %% ../nbs/06_sparsity.ipynb #116a54f0
 def aim(self, share):
     "Another target, from the next step on"
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size()>1: raise TinyclipError('With several processes the target cannot be moved while they train: stop, and begin a stage with the new share.')
+    if processes()[1]>1: raise TinyclipError('With several processes the target cannot be moved while they train: stop, and begin a stage with the new share.')
     self.goal = Goal(self.masked, share, self.goal.towers, self.goal.shape is not None)
 
 def cut(self:Sparsity)->nn.Module: # In eval mode

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'tile_size', 'summary', 'log_sum_exp', 'pays', 'merge', 'slope', 'teacher_slope', 'tiled_cross_entropy',
-           'tiled_log_sum_exp', 'processes', 'share', 'mean_of_all']
+           'tiled_log_sum_exp', 'share', 'mean_of_all']
 
-# %% ../nbs/01_tiling.ipynb #6ae9ef1d
+# %% ../nbs/01_tiling.ipynb #db23eac8
 import functools
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
-from .core import TinyclipError
+from .core import TinyclipError, processes
 
 # %% ../nbs/01_tiling.ipynb #dfc7aa15
 SMALL = 2**22 # Entries of a table that is still held whole: 2,048 x 2,048. Plain torch then takes less than 256 MB.
@@ -149,7 +149,7 @@ def _backward(ctx, g, h):
 
 _Tiled.backward = staticmethod(_backward)
 
-# %% ../nbs/01_tiling.ipynb #3d2a46c1
+# %% ../nbs/01_tiling.ipynb #1a38da68
 def tiled_cross_entropy(
     a:Tensor, # Student's unit rows `(n, d)`
     b:Tensor, # Student's unit rows `(m, d)`
@@ -173,7 +173,7 @@ def tiled_cross_entropy(
     kind = torch.float64 if any(f.dtype==torch.float64 for f in both) else torch.float32
     scales = [torch.as_tensor(v, dtype=kind, device=a.device) for v in (scale, 1. if teacher_a is None else teacher_scale)]
     if any(v.numel()!=1 for v in scales): raise TinyclipError('A scale is one number (one over the temperature), not a table of them.')
-    return _Tiled.apply(a, b, teacher_a, teacher_b, *(v.reshape(()) for v in scales), tile, columns, apart, shared and processes()>1, _fused if compiled else _eager)
+    return _Tiled.apply(a, b, teacher_a, teacher_b, *(v.reshape(()) for v in scales), tile, columns, apart, shared and processes()[1]>1, _fused if compiled else _eager)
 
 def _eager(f): return f
 _fused = functools.cache(functools.partial(torch.compile, dynamic=True))
@@ -188,26 +188,23 @@ def tiled_log_sum_exp(
     "Log-sum-exps of a table that is never held"
     return tiled_cross_entropy(a, b, scale=scale, **how)
 
-# %% ../nbs/01_tiling.ipynb #73e4df47
-def processes()->int:
-    "How many processes train together"
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
+# %% ../nbs/01_tiling.ipynb #eb2a7967
 def share(
     n:int, # Rows of the whole batch
     rank:int|None=None, # Of this process if not given
     world:int|None=None, # Number of processes; those there are if not given
 )->slice:
     "The rows that a process takes"
-    world = world or processes()
-    rank = rank if rank is not None else dist.get_rank() if world>1 else 0
+    mine,there = processes()
+    world = world or there
+    rank = mine if rank is None else rank
     return slice(n*rank//world, n*(rank+1)//world)
 
-# %% ../nbs/01_tiling.ipynb #00c1a16b
+# %% ../nbs/01_tiling.ipynb #65e7c42a
 def mean_of_all(
     rows:Tensor, # What the rows of this process pay
     n:int, # Rows of all processes
     shared:bool=False, # Whether other processes have the other rows
 )->Tensor: # A scalar, the same on every process
     "The mean over the rows of all processes, through which gradients flow"
-    return (all_reduce(rows.sum()) if shared and processes()>1 else rows.sum())/n
+    return (all_reduce(rows.sum()) if shared and processes()[1]>1 else rows.sum())/n
