@@ -133,6 +133,7 @@ def two(tmp_path, a=64, b=64):
     shards(tmp_path/'a', 4, a//4, 'a'); shards(tmp_path/'b', 4, b//4, 'b', 1000)
     return {f'{tmp_path.as_posix()}/a/*.tar':3, f'{tmp_path.as_posix()}/b/*.tar':1}
 
+of = lambda samples: Counter(s.where[0] for s in samples)
 
 def test_shares_and_one_pass(tmp_path):
     got = flow(mix(two(tmp_path)))
