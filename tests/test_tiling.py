@@ -10,7 +10,8 @@ from tinyclip.core import TinyclipError
 from tinyclip.losses import LOSSES, Features, Objective, affinity_mimicking, contrastive, gather
 from tinyclip.measure import peak_memory
 from tinyclip.core import processes
-from tinyclip.tiling import SMALL, share, tile_size, tiled_cross_entropy, tiled_log_sum_exp
+from tinyclip.gathering import share
+from tinyclip.tiling import SMALL, tile_size, tiled_cross_entropy, tiled_log_sum_exp
 
 def unit(*shape, seed, kind=torch.float64): return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1).to(kind)
 def weights(*n): return [torch.rand(k, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in n]

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['LOSSES', 'check_rows', 'at_least_float32', 'logits', 'affinity', 'soft_cross_entropy', 'affinity_mimicking',
            'contrastive', 'cross_modal', 'same_width', 'uni_modal', 'others', 'feature', 'Features', 'Loss',
-           'Objective', 'gather']
+           'Objective']
 
-# %% ../nbs/01_losses.ipynb #db62ef4f
+# %% ../nbs/01_losses.ipynb #01b524ad
 import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
-from .core import TinyclipError, processes, unknown
-from .tiling import mean_of_all, share, tile_size, tiled_cross_entropy, tiled_log_sum_exp
+from .core import TinyclipError, unknown
+from .gathering import gather, mean_of_all, share # `gather` is offered here, too
+from .tiling import tile_size, tiled_cross_entropy, tiled_log_sum_exp
 
 # %% ../nbs/01_losses.ipynb #08f085f7
 def check_rows(
@@ -225,11 +225,3 @@ class Objective:
         return {'loss':sum(w*out[n] for n,w in self.weights.items()), **out}
 
     def __repr__(self): return ' + '.join(n if w==1 else f'{w:g} {n}' for n,w in self.weights.items())
-
-# %% ../nbs/01_losses.ipynb #93b1894d
-def gather(
-    x:Tensor, # Features of this process `(n, d)`
-)->Tensor: # Of all processes `(W*n, d)`, in order of rank; gradients flow back
-    "All processes' rows; the identity where there is one process"
-    if processes()[1]==1: return x
-    return torch.cat(all_gather(x.contiguous()))

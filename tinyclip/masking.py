@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'BRANCHES', 'Fill', 'OpenNorm', 'ScaledEmbedding', 'Recomputed', 'mask_groups', 'gate_of', 'writers',
-           'shared_noise', 'Method', 'replace', 'prepare', 'MaskedCLIP', 'by_group', 'by_axis', 'draw', 'Scale', 'fold',
-           'chances', 'open_counts', 'shares', 'sparsity', 'zeros', 'values', 'to_keep', 'cut']
+           'shared_noise', 'Method', 'replace', 'prepare', 'MaskedCLIP', 'by_group', 'by_axis', 'draw', 'one_draw',
+           'Scale', 'fold', 'chances', 'open_counts', 'shares', 'sparsity', 'zeros', 'values', 'to_keep', 'cut']
 
-# %% ../nbs/06_masking.ipynb #4ec158f6
-import copy
+# %% ../nbs/06_masking.ipynb #361d2666
+import contextlib, copy
 from collections.abc import Mapping
 import torch
 import torch.distributed as dist
@@ -170,7 +170,7 @@ def prepare(
         if isinstance(m, Recomputed): m.recompute = bool(own)
     return new, norms, table
 
-# %% ../nbs/06_masking.ipynb #07e64c8d
+# %% ../nbs/06_masking.ipynb #046b3848
 class MaskedCLIP(nn.Module):
     "A CLIP with learnable masks (TinyCLIP, section 3.2, automatic inheritance)"
     def __init__(self,
@@ -187,6 +187,7 @@ class MaskedCLIP(nn.Module):
         self.writers,(self.clip,self.norms,self.table) = writers(clip, self.axes), prepare(clip, self.layout, self.axes)
         self.log_alpha = nn.Parameter(torch.full((sum(self.groups.values()),), float(start)))
         self.probe = nn.Parameter(torch.zeros_like(self.log_alpha)) # its gradient is that of the masks; its value never matters
+        self.noise = None # what masks are drawn from, within `one_draw`
         self.to(self.clip.logit_scale.device)
 
     def __getattr__(self, name): # what is no mask is the CLIP's: visual, logit_scale, context_length, ...
@@ -209,7 +210,7 @@ class MaskedCLIP(nn.Module):
         if method=='forward': return functional_call(self.clip, weights, args)
         return functional_call(Method(self.clip, method), {f'model.{k}':v for k,v in weights.items()}, args, kwargs)
 
-# %% ../nbs/06_masking.ipynb #0f2cacac
+# %% ../nbs/06_masking.ipynb #1ca9c597
 def by_group(self,
     flat:Tensor, # `(total,)`
 )->dict: # group -> its part
@@ -230,11 +231,18 @@ def by_axis(self,
 def draw(self)->dict: # axis -> masks `(size,)`
     "Masks for one training step, differentiable in the log alphas"
     alpha = self.log_alpha.float()
-    z = hard_concrete(alpha, shared_noise(len(alpha), alpha.device))
+    z = hard_concrete(alpha, shared_noise(len(alpha), alpha.device) if self.noise is None else self.noise)
     if self.hard: z = (z>0).float() + z-z.detach()
     return self.by_axis(self.by_group(z + self.probe-self.probe.detach()))
 
-MaskedCLIP.by_group,MaskedCLIP.by_axis,MaskedCLIP.draw = by_group, by_axis, draw
+@contextlib.contextmanager
+def one_draw(self):
+    "Every forward pass within has the same masks: a step that takes several is still one step"
+    self.noise = shared_noise(len(self.log_alpha), self.log_alpha.device)
+    try: yield
+    finally: self.noise = None
+
+MaskedCLIP.by_group,MaskedCLIP.by_axis,MaskedCLIP.draw,MaskedCLIP.one_draw = by_group, by_axis, draw, one_draw
 
 # %% ../nbs/06_masking.ipynb #cc25635f
 class Scale(torch.autograd.Function):

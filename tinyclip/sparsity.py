@@ -172,7 +172,7 @@ def picture(
             out[a] = [round(q.mean().item(), 3) for q in parts]
     return out
 
-# %% ../nbs/06_sparsity.ipynb #7cfc9921
+# %% ../nbs/06_sparsity.ipynb #0f48fc6f
 def saved_by(
     masked:MaskedCLIP, # A masked CLIP
 )->dict: # group -> parameters that one closed mask of it saves
@@ -204,17 +204,18 @@ def rank(
 def project(
     masked:MaskedCLIP, # Its log alphas are moved
     groups, # Names of the groups that move together
-    measure, # Called without arguments; grows with the log alphas
+    measure, # Called without arguments, returns a scalar tensor; grows with the log alphas
     target:float, # What `measure` shall be
 ):
-    "Move log alphas together until a share is on its target"
+    "Move log alphas together until a share is on its target, by bisection on the device: nothing waits for it"
     parts = [masked.by_group(masked.log_alpha)[g] for g in groups]
-    before,far = [p.clone() for p in parts], 20.+max(p.abs().max().item() for p in parts)
+    before,far = [p.clone() for p in parts], 20.+torch.stack([p.abs().max() for p in parts]).max()
     low,high = -far,far
     for _ in range(24):
         shift = (low+high)/2
         for p,b in zip(parts, before): p.copy_(b+shift)
-        low,high = (shift,high) if measure()<target else (low,shift)
+        less = measure()<target
+        low,high = torch.where(less, shift, low), torch.where(less, high, shift)
 
 # %% ../nbs/06_sparsity.ipynb #619a7596
 class Sparsity:

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'tile_size', 'summary', 'log_sum_exp', 'pays', 'merge', 'slope', 'teacher_slope', 'tiled_cross_entropy',
-           'tiled_log_sum_exp', 'share', 'mean_of_all']
+           'tiled_log_sum_exp']
 
-# %% ../nbs/01_tiling.ipynb #db23eac8
+# %% ../nbs/01_tiling.ipynb #f4b9db4c
 import functools
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
 from .core import TinyclipError, processes
 
 # %% ../nbs/01_tiling.ipynb #dfc7aa15
@@ -187,24 +186,3 @@ def tiled_log_sum_exp(
 )->tuple: # Of each row `(n,)` and each column `(m,)`
     "Log-sum-exps of a table that is never held"
     return tiled_cross_entropy(a, b, scale=scale, **how)
-
-# %% ../nbs/01_tiling.ipynb #eb2a7967
-def share(
-    n:int, # Rows of the whole batch
-    rank:int|None=None, # Of this process if not given
-    world:int|None=None, # Number of processes; those there are if not given
-)->slice:
-    "The rows that a process takes"
-    mine,there = processes()
-    world = world or there
-    rank = mine if rank is None else rank
-    return slice(n*rank//world, n*(rank+1)//world)
-
-# %% ../nbs/01_tiling.ipynb #65e7c42a
-def mean_of_all(
-    rows:Tensor, # What the rows of this process pay
-    n:int, # Rows of all processes
-    shared:bool=False, # Whether other processes have the other rows
-)->Tensor: # A scalar, the same on every process
-    "The mean over the rows of all processes, through which gradients flow"
-    return (all_reduce(rows.sum()) if shared and processes()[1]>1 else rows.sum())/n
