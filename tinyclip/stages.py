@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'EPOCHS', 'Stage', 'check_plan', 'Later', 'Stages', 'distiller', 'go', 'first_process', 'snapshot',
-           'mask_and_cut', 'distil', 'run_stages', 'report', 'compare', 'Recipe', 'in_epochs', 'laion400m', 'yfcc15m']
+           'still_there', 'mask_and_cut', 'distil', 'run_stages', 'report', 'compare', 'Recipe', 'in_epochs',
+           'laion400m', 'yfcc15m']
 
-# %% ../nbs/11_stages.ipynb #61ced5de
+# %% ../nbs/11_stages.ipynb #40a7e47f
 import json, math, os, threading
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import torch.distributed as dist
@@ -148,7 +150,20 @@ def snapshot(
             write_json(tmp/'stage.json', dict(facts, share=share))
     if dist.is_available() and dist.is_initialized(): dist.barrier()
 
-# %% ../nbs/11_stages.ipynb #72f3bce4
+# %% ../nbs/11_stages.ipynb #03e61601
+def still_there(
+    masked:MaskedCLIP, # The student of a stage before
+    share, # What a stage asks for, as in `sparsity.Goal`
+    together:bool=False, # Of both towers together
+): # The same, or less where a tower has less
+    "Ask for no more than an earlier cut has left"
+    n,whole = masked.size.count({}),masked.size.whole
+    if together: return min(share, sum(n.values())/sum(whole.values()))
+    left = {t:n[t]/whole[t] for t in n}
+    if not isinstance(share, Mapping): return share if share<=min(left.values()) else {t:min(share, v) for t,v in left.items()}
+    return {t:min(v, left[t]) for t,v in share.items()}
+
+# %% ../nbs/11_stages.ipynb #626332c2
 def mask_and_cut(
     job:Stages, # What to do
     number:int, # Of the stage, from 1
@@ -158,7 +173,7 @@ def mask_and_cut(
     "Learn masks on `before`, and leave the cut student in `cut`"
     stage,place = job.stages[number-1], job.folder/f'stage-{number}'
     masked = job.masked(before)
-    sparsity = Sparsity(masked, stage.share, **job.masks)
+    sparsity = Sparsity(masked, still_there(masked, stage.share, job.masks.get('towers')=='both') if number>1 else stage.share, **job.masks)
     if not go(job, distiller(job, number, 'masks', masked, penalty=sparsity, schedule='constant', **job.weights), stage.mask_steps, resume).finished: return False
     reached = {t:round(1-s, 4) for t,s in masked.sparsity().items()}
     student = sparsity.cut()
