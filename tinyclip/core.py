@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'TinyclipError', 'unknown', 'processes', 'seed_everything', 'pick_device', 'native_bf16',
-           'resolve_precision', 'autocast', 'evaluating', 'human', 'Table', 'atomic_path', 'write_json', 'environment',
-           'record_run']
+           'resolve_precision', 'autocast', 'evaluating', 'filled', 'human', 'Table', 'atomic_path', 'write_json',
+           'environment', 'record_run']
 
 # %% ../nbs/00_core.ipynb #a195d469
 import contextlib, difflib, json, math, os, platform, random, subprocess, tempfile
@@ -104,6 +104,14 @@ def evaluating(
         with torch.no_grad(): yield model.eval()
     finally:
         for m,mode in modes: m.training = mode
+
+# %% ../nbs/00_core.ipynb #76838463
+def filled(
+    values, # Python numbers
+    like:torch.Tensor, # Gives device and precision
+)->torch.Tensor: # `(len(values),)`
+    "Numbers as a tensor, written on its device: a copy from the CPU would make the program wait for everything before it"
+    return torch.stack([torch.full((), float(v), dtype=like.dtype, device=like.device) for v in values])
 
 # %% ../nbs/00_core.ipynb #ebb001fd
 def human(

@@ -277,7 +277,7 @@ def fold(self,
 
 MaskedCLIP.fold = fold
 
-# %% ../nbs/06_masking.ipynb #2e10c059
+# %% ../nbs/06_masking.ipynb #b5c7ab63
 def chances(self)->dict: # axis -> `(size,)`, 0..1, differentiable
     "How likely every head, neuron and channel is open"
     return self.by_axis(self.by_group(chance_open(self.log_alpha.float())))
@@ -285,7 +285,7 @@ def chances(self)->dict: # axis -> `(size,)`, 0..1, differentiable
 def open_counts(self)->Tensor: # `(len(size.axes),)`, in the order of `self.size.axes`
     "Expected number of open masks per axis; axes without masks count whole"
     p = self.chances()
-    return torch.stack([p[a].sum() if a in p else self.log_alpha.new_tensor(float(n)) for a,n in self.size.sizes.items()])
+    return torch.stack([p[a].sum() if a in p else self.log_alpha.new_full((), float(n)) for a,n in self.size.sizes.items()])
 
 def shares(self)->Tensor: # `(2,)`, image and text
     "Expected kept share of each tower, without the token table; differentiable"

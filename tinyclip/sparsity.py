@@ -7,12 +7,12 @@ __all__ = ['FORMS', 'SLACK', 'head_dim', 'floor_counts', 'check_share', 'zeros_f
            'Goal', 'picture', 'saved_by', 'rank', 'project', 'Sparsity', 'targets', 'wake', 'project_all',
            'before_step', 'after_step', 'aim', 'cut', 'report', 'own_picture', 'state_dict', 'load_state_dict']
 
-# %% ../nbs/06_sparsity.ipynb #fa6832fd
+# %% ../nbs/06_sparsity.ipynb #25d00bcd
 import math
 from collections.abc import Mapping
 import torch
 from torch import nn, Tensor
-from .core import TinyclipError, processes, unknown
+from .core import filled, TinyclipError, processes, unknown
 from .masking import BRANCHES, KINDS, MaskedCLIP
 from .masks import LIMIT, TOWERS, Constraint, chance_open, target_share
 
@@ -113,7 +113,7 @@ def per_tower(
     if sorted(share)!=sorted(TOWERS): raise TinyclipError(f"share= names {', '.join(map(str, share))}; say what each of {' and '.join(TOWERS)} shall keep. 1 is everything.")
     return {t:plain(share[t]) for t in TOWERS}
 
-# %% ../nbs/06_sparsity.ipynb #d5592937
+# %% ../nbs/06_sparsity.ipynb #83fe57be
 class Goal:
     "What a student shall have: shares that can be measured while training, and the zeros that meet them"
     def __init__(self,
@@ -138,7 +138,7 @@ class Goal:
         m = self.masked
         if self.shape: return torch.stack([n/m.size.sizes[a] for a,n in zip(m.size.axes, m.open_counts()) if a in self.shape])
         if self.towers=='each': return m.shares()
-        whole = m.log_alpha.new_tensor([float(m.size.whole[t]) for t in TOWERS])
+        whole = filled([m.size.whole[t] for t in TOWERS], m.log_alpha)
         return (m.shares()@whole/whole.sum())[None]
 
     def together(self)->list: # In the order of `names`
@@ -217,7 +217,7 @@ def project(
         less = measure()<target
         low,high = torch.where(less, shift, low), torch.where(less, high, shift)
 
-# %% ../nbs/06_sparsity.ipynb #619a7596
+# %% ../nbs/06_sparsity.ipynb #51fc3abd
 class Sparsity:
     "Brings the masks of a model to a goal (TinyCLIP, section 3.2)"
     def __init__(self,
@@ -257,7 +257,7 @@ class Sparsity:
         self.done = done
         if self.feeling and done>=self.feel: self.wake()
         if not self.constraint: return self.masked.log_alpha.sum()*0
-        return self.constraint(self.goal.measure(), self.masked.log_alpha.new_tensor(self.targets()))
+        return self.constraint(self.goal.measure(), filled(self.targets(), self.masked.log_alpha))
 
 # %% ../nbs/06_sparsity.ipynb #a71b8553
 def targets(self:Sparsity)->list[float]: # In the order of `goal.names`

@@ -6,12 +6,12 @@
 __all__ = ['SMALL', 'tile_size', 'summary', 'log_sum_exp', 'pays', 'merge', 'slope', 'teacher_slope', 'tiled_cross_entropy',
            'tiled_log_sum_exp']
 
-# %% ../nbs/01_tiling.ipynb #f4b9db4c
+# %% ../nbs/01_tiling.ipynb #4b80fe03
 import functools
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from .core import TinyclipError, processes
+from .core import TinyclipError, filled, processes
 
 # %% ../nbs/01_tiling.ipynb #dfc7aa15
 SMALL = 2**22 # Entries of a table that is still held whole: 2,048 x 2,048. Plain torch then takes less than 256 MB.
@@ -87,7 +87,7 @@ def teacher_slope(S, T, rows, columns)->Tensor:
     "Derivative by the teacher's logits; as `slope`"
     return sum(_probabilities(T, x[2:4], g, dim)*((x[0]+x[4]).unsqueeze(dim)-S) for dim,(g,x) in ((d, w) for d,w in ((1, rows), (0, columns)) if w is not None))
 
-# %% ../nbs/01_tiling.ipynb #98b7c373
+# %% ../nbs/01_tiling.ipynb #59b9a161
 def _tiles(a, b, c, d, s, t, tile, apart):
     "Row slice, column slice, student's and teacher's logits, scaled rows and columns that made them"
     up = lambda x,I: x[I].to(s.dtype)
@@ -111,7 +111,7 @@ def _of_all(x):
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b, c, d, s, t, tile, columns, apart, shared, fuse):
-        def empty(n): return s.new_tensor([-1e30, 0.] if c is None else [-1e30, 0., -1e30, 0., 0.])[:,None].repeat(1, n) # a top that any other tops
+        def empty(n): return filled([-1e30, 0.] if c is None else [-1e30, 0., -1e30, 0., 0.], s)[:,None].repeat(1, n) # a top that any other tops
         row,col,sum_up = empty(len(a)), empty(len(b)) if columns else None, fuse(summary)
         with torch.autocast(a.device.type, enabled=False):
             for I,J,S,T,*_ in _tiles(a, b, c, d, s, t, tile, apart):
@@ -148,7 +148,7 @@ def _backward(ctx, g, h):
 
 _Tiled.backward = staticmethod(_backward)
 
-# %% ../nbs/01_tiling.ipynb #1a38da68
+# %% ../nbs/01_tiling.ipynb #ff2f9b54
 def tiled_cross_entropy(
     a:Tensor, # Student's unit rows `(n, d)`
     b:Tensor, # Student's unit rows `(m, d)`
@@ -170,7 +170,8 @@ def tiled_cross_entropy(
     if not len(b) or not (len(a) or shared): raise TinyclipError('There are no rows to compare; give at least one on each side.')
     tile = tile_size(len(a), len(b), tile, a.device) or max(len(a), len(b))
     kind = torch.float64 if any(f.dtype==torch.float64 for f in both) else torch.float32
-    scales = [torch.as_tensor(v, dtype=kind, device=a.device) for v in (scale, 1. if teacher_a is None else teacher_scale)]
+    number = lambda v: v.to(a.device, kind) if isinstance(v, Tensor) else torch.full((), float(v), dtype=kind, device=a.device)
+    scales = [number(v) for v in (scale, 1. if teacher_a is None else teacher_scale)]
     if any(v.numel()!=1 for v in scales): raise TinyclipError('A scale is one number (one over the temperature), not a table of them.')
     return _Tiled.apply(a, b, teacher_a, teacher_b, *(v.reshape(()) for v in scales), tile, columns, apart, shared and processes()[1]>1, _fused if compiled else _eager)
 
