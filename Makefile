@@ -5,7 +5,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
 export PATH := $(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
-.PHONY: help demo test lab check docs site refresh gpu
+.PHONY: help demo test lab check docs site refresh gpu bench
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -39,6 +39,17 @@ check: $(READY) ## what must hold before a commit: export, tests, nothing out of
 
 gpu: $(READY) ## the cells and tests that need a GPU or minutes
 	nbdev_test --n_workers 1 --flags 'cuda slow' && python -m pytest -q tests -m cuda
+
+# What trains for long stays out (methods, leaps, mask_phase, embedded_teacher, flickr8k, landing, dashboard; take_away needs the students of methods): each says in its first lines how to run it.
+SHARED ?= ../shared
+bench: $(READY) ## time loss, step and loader into results/, half an hour; with a GPU into results/*-cuda
+	python benchmarks/loss_memory.py --sizes 1024 2048 4096 8192 16384 32768
+	python benchmarks/step.py
+	python benchmarks/cached_step.py
+	python benchmarks/masked_step.py
+	python benchmarks/released_sizes.py
+	python benchmarks/scaling.py
+	@if [ -d $(SHARED)/data/flickr8k ]; then python benchmarks/loader.py --shared $(SHARED); else echo 'The loader was not timed: it reads the photographs of $(SHARED)/data/flickr8k. Say where they are: make bench SHARED=folder'; fi
 
 site: $(READY) ## process the website into _proc and check it: links, outputs, titles; no quarto needed
 	python tools/site.py

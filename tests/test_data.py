@@ -1,5 +1,5 @@
 "Data that is not as it should be: skipped and counted, or refused in one sentence; never a hang, never a library's traceback."
-import io, json, os, signal, warnings
+import gzip, io, json, os, signal, struct, tarfile, warnings, zlib
 from collections import Counter
 from pathlib import Path
 import open_clip, pytest, torch
@@ -9,8 +9,11 @@ from PIL import Image
 from shards import shard
 from tinyclip.core import TinyclipError
 from tinyclip.data import captioned, check, labelled, open_pairs
+from tinyclip.distill import Distiller
 from tinyclip.shapes import Shapes
-from tinyclip.sources import Order, as_source
+from tinyclip.mix import mix
+from tinyclip.pairs import worker_count
+from tinyclip.sources import Order, Skip, as_source, read_shard
 
 TRAIN,VAL = (image_transform_v2(PreprocessCfg(size=16), is_train=t) for t in (True, False))
 TOKENIZER = open_clip.SimpleTokenizer(context_length=12)
@@ -120,6 +123,33 @@ def test_ranks_share_without_overlap(tmp_path):
     keys = [[s.key for c in source.chunks(Order(rank=r, world=2)) for s in c] for r in range(2)]
     assert len(keys[0]+keys[1]) == 20 == len(set(keys[0]+keys[1]))
 
+@pytest.mark.parametrize('kind', ['shards', 'table', 'mix'])
+@pytest.mark.parametrize('world', [1, 2, 3])
+def test_every_pair_once_whatever_the_ranks_and_workers(tmp_path, monkeypatch, kind, world):
+    "Seven shards of uneven length, a table of 29 rows: nothing divides anything"
+    uneven = [shard(tmp_path/f'{s}.tar', [sample(100*s+i) for i in range(3+s)], 100*s) for s in range(7)]
+    n,source = 42,(lambda: uneven)
+    if kind=='table': n = 29-29%world; name = table(tmp_path, 'image,caption\n'+''.join(f'{i}.jpg,caption {i}\n' for i in range(29)), 29); source = lambda: name
+    if kind=='mix': source = lambda: mix([(uneven, 3), (Shapes(n=40), 1)])
+    mine = {t for t in said(*(f'caption {100*s+i}' for s in range(7) for i in range(3+s)))} if kind!='table' else {t for t in said(*(f'caption {i}' for i in range(29)))}
+    for workers in range(4):
+        got,lengths = Counter(),[]
+        for rank in range(world):
+            monkeypatch.setattr('tinyclip.pairs.processes', lambda: (rank, world))
+            one = rows(open_(source(), 1, workers=workers).epoch(1))
+            got += one; lengths.append(one.total())
+        ours = Counter({t:c for t,c in got.items() if t in mine})
+        assert ours.total()==n and set(ours.values())=={1}, (workers, ours.total())
+        if kind=='table': assert set(lengths)=={n//world}
+
+@pytest.mark.parametrize('cores,shards_,expected', [(3, 20, 3), (64, 20, 8), (1, 20, 1), (8, 5, 5)])
+def test_workers_chosen_by_the_cores(tmp_path, monkeypatch, cores, shards_, expected):
+    "One per core this process may use, at most eight, at most one per shard; shared between ranks"
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(cores)), raising=False)
+    source = as_source(shards(tmp_path, shards_, 1))
+    assert worker_count(None, source, Order())==expected
+    assert worker_count(None, source, Order(world=5))==min(expected, shards_//5)
+
 def test_ranks_of_a_real_group(tmp_path, monkeypatch):
     "What torch.distributed says is what is read"
     dist.init_process_group('gloo', init_method=f'file://{tmp_path}/rendezvous', rank=0, world_size=1)
@@ -173,6 +203,101 @@ def test_a_shard_cut_anywhere(tmp_path, cut):
     pairs = open_(str(tmp_path/'*.tar'))
     list(pairs.epoch(0))
     assert pairs.skipped['truncated shard'] == 1
+
+def tar(path, files):
+    "A tar of (name, bytes); None makes a folder"
+    with tarfile.open(path, 'w', format=tarfile.USTAR_FORMAT) as t:
+        for name,data in files:
+            info = tarfile.TarInfo(name)
+            if data is None: info.type = tarfile.DIRTYPE
+            else: info.size = len(data)
+            t.addfile(info, data and io.BytesIO(data))
+    return path
+
+def bombs():
+    "A JPEG and a PNG of a few hundred bytes that say they have four thousand million pixels"
+    jpeg,side = bytearray(picture()), 65500
+    at = jpeg.index(b'\xff\xc0')+5 # start of frame: mark, length, precision, height, width
+    jpeg[at:at+4] = struct.pack('>HH', side, side)
+    chunk = lambda d: struct.pack('>I', len(d)-4) + d + struct.pack('>I', zlib.crc32(d))
+    return bytes(jpeg), b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR'+struct.pack('>IIBBBBB', side, side, 8, 2, 0, 0, 0)) + chunk(b'IDAT'+zlib.compress(b'')) + chunk(b'IEND')
+
+def png(mode, size=(20,16)): Image.new(mode, size).save(b := io.BytesIO(), 'PNG'); return b.getvalue()
+
+JPG,NOISE = picture(3),bytes(range(256))*3
+SPOILED = { # what one sample holds, by what it counts as
+    'broken image':[*(dict(jpg=j, txt='x') for j in (JPG[:len(JPG)//2], b'', NOISE, *bombs())), dict(png=picture(5, 'PNG')[:60], txt='x')],
+    'no image':[dict(txt='alone'), {'jpg.txt':'x'}, dict(mp3=JPG, txt='x')],
+    'no caption':[dict(jpg=JPG, **rest) for rest in (dict(), dict(txt=''), dict(txt=' \n\t'), dict(txt='', json='{broken'), dict(txt='', json='5'), dict(json='{"caption": null}'), dict(json='{"alt": "x"}'), dict(json='{"captions": [1, "", []]}'))],
+    'unreadable caption':[dict(jpg=JPG, **rest) for rest in (dict(txt=b'caf\xe9'), dict(json='{"caption": "a'), dict(json='["a"]'), dict(json=b'\xff\x00{'), dict(json='['*100_000))],
+    'unreadable label':[dict(jpg=JPG, cls='cat', txt='x')]}
+ODD = [*(dict(jpg=picture(7, f, m)) for m,f in (('CMYK','JPEG'), ('L','JPEG'), ('L','PNG'), ('RGBA','PNG'), ('RGB','WEBP'), ('RGB','GIF'), ('RGB','BMP'))), # sound, whatever they look like
+    *(dict(png=png(m)) for m in ('P', '1', 'LA', 'I;16')), dict(png=png('RGB', (1,90))), dict(png=png('RGB', (1,1))), dict(JPG=JPG), dict(json='{"caption": "not asked for"}', jpg=JPG)]
+CUT = { # what becomes of a tar whose fifth sample begins at o
+    'cut':('truncated shard', lambda d,o: d[:o+700]), 'between':('truncated shard', lambda d,o: d[:o]), 'header':('damaged shard', lambda d,o: d[:o]+b'?'*512+d[o+512:]), 'hole':('damaged shard', lambda d,o: d[:o]+bytes(1024)+d[o+1024:])}
+
+def plant(folder):
+    "Shards with every kind of damage; returns the captions of the sound samples, and how many others there are of each kind"
+    sound,bad = [],Counter({k:len(v) for k,v in SPOILED.items()} | {'doubled name':3, 'truncated shard':2, 'damaged shard':2, 'empty shard':4, 'unreadable shard':2})
+    def fine(**image):
+        sound.append(f'sound {len(sound)}')
+        return [(f's{len(sound):04}.{e}', d.encode() if isinstance(d, str) else d) for e,d in ((image or dict(jpg=picture(len(sound)))) | dict(txt=sound[-1])).items()]
+    files = [f for o in ODD for f in fine(**o)]
+    for i,fields in enumerate(f for fs in SPOILED.values() for f in fs):
+        files += [(f'b{i:04}.{e}', d.encode() if isinstance(d, str) else d) for e,d in fields.items()] + fine()
+    files += [('folder', None), ('folder/inner', None), ('README', b'no sample'), ('__about__', b'{}'), ('__about__/more.txt', b'x')]
+    (image,text),again = fine(),fine()
+    files += [image, text, (image[0], picture(9)), (text[0], b'other words'), (text[0], b'and others'), *again] # the first counts
+    tar(folder/'mixed.tar', files)
+    for name,(_,spoil) in CUT.items():
+        seven = [fine() for _ in range(7)]
+        path = tar(folder/f'{name}.tar', sum(seven, []))
+        with tarfile.open(path) as t: at = t.getmember(seven[4][0][0]).offset
+        path.write_bytes(spoil(path.read_bytes(), at)); del sound[-3:]
+    for n in range(4+-len(sound)%4): (folder/f'packed{n}.tar.gz').write_bytes(gzip.compress(tar(folder/'p', fine()).read_bytes()))
+    for name,data in dict(nothing=b'', page0=b'404', page1=b'<html>404</html>'*100, noise=NOISE*9).items(): (folder/f'{name}.tar').write_bytes(data)
+    tar(folder/'hollow.tar', []); tar(folder/'folders.tar', [('a', None)])
+    return sound, bad
+
+class Overheard:
+    "Pairs whose batches and counts are written down, epoch by epoch"
+    def __init__(self, pairs): self.pairs,self.batches,self.counts = pairs,{},{}
+    def epoch(self, e, start=0):
+        kept = self.batches.setdefault(e, [])
+        for b in self.pairs.epoch(e, start): kept.append(b); yield b
+        self.counts[e] = dict(self.pairs.skipped)
+
+@both
+@pytest.mark.filterwarnings('ignore:.*(Transparency|transparency)')
+def test_a_run_over_every_kind_of_damage(tmp_path, workers):
+    "It ends, every planted thing is counted as what it is, and what was trained from are the sound samples, each once"
+    sound,bad = plant(tmp_path)
+    heard = Overheard(open_([f'{tmp_path}/*.tar', f'{tmp_path}/*.tar.gz'], workers=workers))
+    text = dict(context_length=12, vocab_size=49408, width=16, heads=1, layers=1)
+    student = open_clip.CLIP(16, dict(image_size=16, layers=1, width=16, head_width=16, patch_size=16), text)
+    steps = len(sound)//4+1 # into the second epoch, so that the first one is over
+    result = Distiller(student, None, heard, objective='contrastive', device='cpu', progress=False).fit(steps)
+    assert result.finished and result.steps==steps and not result.skipped
+    assert heard.counts[0]==dict(bad) and rows(heard.batches[0])==said(*sound)
+    assert all(b.image.isfinite().all() for b in heard.batches[0])
+
+@pytest.mark.parametrize('name', CUT)
+def test_what_can_be_saved_of_a_shard(tmp_path, name):
+    seven = [(f'{i}.{e}', d) for i in range(7) for e,d in (('jpg', JPG), ('txt', b'x'))]
+    path = tar(tmp_path/'a.tar', seven); kind,spoil = CUT[name]
+    with tarfile.open(path) as t: path.write_bytes(spoil(path.read_bytes(), t.getmember('4.jpg').offset))
+    *good,last = read_shard(path)
+    assert [s['__key__'] for s in good]==list('0123') and last.kind==kind and 'after 4 samples' in last.detail
+
+def test_a_packed_shard_cut_off_or_damaged(tmp_path):
+    whole = gzip.compress(tar(tmp_path/'a.tar', [(f'{i}.{e}', d) for i in range(40) for e,d in (('jpg', os.urandom(900)), ('txt', b'x'))]).read_bytes())
+    (tmp_path/'a.tar.gz').write_bytes(whole[:len(whole)//2])
+    *good,last = read_shard(tmp_path/'a.tar.gz')
+    assert 15<len(good)<22 and last.kind=='truncated shard'
+    whole = bytearray(gzip.decompress(whole)); whole[4*2560:4*2560+512] = b'?'*512 # the header of the fifth
+    (tmp_path/'a.tar.gz').write_bytes(gzip.compress(whole))
+    *good,last = read_shard(tmp_path/'a.tar.gz')
+    assert len(good)==4 and last.kind=='damaged shard'
 
 @both
 def test_all_bad_stops_with_a_sentence(tmp_path, workers):

@@ -1,10 +1,11 @@
 "The loader beyond the plain path: JPEGs at reduced scale, mixed sources, resuming without decoding, memory."
-import io, json, warnings
+import io, json, pickle, warnings
 from collections import Counter
 from pathlib import Path
 import numpy as np
 import open_clip, pytest, torch
-from open_clip.transform import PreprocessCfg, image_transform_v2
+import tinyclip.pairs
+from open_clip.transform import PreprocessCfg, gray_scale, image_transform_v2
 from PIL import Image, ImageDraw
 from torchvision import transforms as T
 from shards import shard
@@ -12,9 +13,9 @@ from tinyclip.core import TinyclipError
 from tinyclip.data import captioned, labelled, open_pairs
 from tinyclip.jpeg import MARGIN, first_step, opener, reduction, window
 from tinyclip.shapes import Shapes
-from tinyclip.pairs import rebatch
+from tinyclip.pairs import as_bytes, cook, pictures, rebatch, with_label
 from tinyclip.mix import mix
-from tinyclip.sources import Order, as_source, decode
+from tinyclip.sources import Order, Sample, as_source, decode
 
 TRAIN,VAL = (image_transform_v2(PreprocessCfg(size=32), is_train=t) for t in (True, False))
 TOKENIZER = open_clip.SimpleTokenizer(context_length=12)
@@ -119,6 +120,34 @@ def test_evaluation_is_exact_unless_asked(tmp_path):
     exact,near = (next(iter(captioned(source, VAL, TOKENIZER, reduced=r)))[0] for r in (False, True))
     assert torch.equal(exact[0], VAL(decode(picture(0)))) and torch.equal(next(iter(captioned(source, VAL, TOKENIZER)))[0], exact)
     assert not torch.equal(exact, near) and (exact-near).abs().mean() < .1
+
+# --- pictures travel as bytes
+
+def entries(): return [Sample(str(i), 'here', picture(i, (40+i, 90), mode=m, format=f), ['x'], 0) for i,(m,f) in enumerate([('RGB','JPEG'), ('L','JPEG'), ('CMYK','JPEG'), ('RGBA','PNG'), ('P','PNG')])]
+
+OURS = [image_transform_v2(PreprocessCfg(size=32, **kw), is_train=t) for t in (True, False) for kw in (dict(), dict(mean=(0,)*3, std=(1,)*3), dict(interpolation='bilinear', resize_mode='longest'), dict(resize_mode='squash'))]
+OTHERS = [T.Compose([T.Resize((32,32)), T.ToTensor()]), T.Compose([*TRAIN.transforms, T.RandomErasing(1.)]), T.Compose([T.Resize((32,32)), T.ToTensor(), T.Normalize(.5, .5)]), lambda im: T.ToTensor()(im.resize((32,32))),
+    T.Compose([T.ColorJitter(.5), *VAL.transforms]), T.Compose([T.PILToTensor(), T.Resize((32,32)), *VAL.transforms[-3:-1], T.ConvertImageDtype(torch.float32), VAL.transforms[-1]]),
+    T.Compose([*TRAIN.transforms[:2], gray_scale(p=.5), *TRAIN.transforms[2:]])]
+
+@pytest.mark.parametrize('reduced', [True, False])
+@pytest.mark.parametrize('transform', OURS+OTHERS, ids=str)
+def test_parted_or_whole_the_same_to_the_bit(transform, reduced):
+    chunk = cook(entries(), Order(seed=3), transform, with_label, reduced=reduced)
+    whole = torch.stack(pictures(entries(), Order(seed=3), transform, reduced=reduced)[1])
+    assert chunk.ready()[0].dtype==torch.float32 and torch.equal(chunk.ready()[0], whole)
+    assert (chunk.fields[0].dtype==torch.uint8)==(transform in OURS)==(as_bytes(transform)[1] is not None)
+    assert pickle.loads(pickle.dumps(chunk.finish))==chunk.finish
+
+def test_workers_hand_over_bytes(tmp_path, monkeypatch):
+    "A quarter of what it was, and the same batches"
+    seen,source = [],shards(tmp_path)
+    ready = tinyclip.pairs.Chunk.ready
+    monkeypatch.setattr(tinyclip.pairs.Chunk, 'ready', lambda c: (seen.append(c.fields[0].dtype), ready(c))[1])
+    got = list(open_(source, workers=2).epoch(0))
+    assert set(seen)=={torch.uint8} and same(got, list(open_(source).epoch(0)))
+    monkeypatch.setattr(tinyclip.pairs, 'as_bytes', lambda t: (t, None)); seen.clear()
+    assert same(got, list(open_(source, workers=2).epoch(0))) and set(seen)=={torch.float32}
 
 # --- mixing
 

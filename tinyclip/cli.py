@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['student_options', 'read_cfg', 'make_student', 'check_stages', 'in_stages', 'parser', 'main']
 
-# %% ../nbs/14_cli.ipynb #686781e5
-import argparse, json, shutil, sys
+# %% ../nbs/14_cli.ipynb #63defd3a
+import argparse, json, os, shutil, sys
 from functools import partial
 from pathlib import Path
 from .architecture import config
@@ -14,10 +14,11 @@ from .cache import DTYPES, cache_size, embedding_width, write_cache
 from .cached import cached_pairs
 from .cli_eval import data_options, eval_options, evaluation, machine_options, measure_options, run_eval, run_measure, source_of
 from .cli_export import export_options, run_export, run_zoo
-from .core import Table, TinyclipError, human, pick_device, seed_everything, write_json
+from .core import Table, TinyclipError, human, pick_device, processes, seed_everything, write_json
 from .data import check, open_pairs, transforms
 from .demo import STEPS, run as run_demo
 from .distill import Distiller, Terminated
+from .engine import make_accelerator
 from .inheritance import build, fresh, inherit
 from .keep import CHOOSERS, like, manual
 from .losses import LOSSES
@@ -66,7 +67,7 @@ def make_student(
     student = inherit(teacher.model, keep)
     return teacher._replace(model=fresh(student) if args.random_start else student)
 
-# %% ../nbs/14_cli.ipynb #1763317f
+# %% ../nbs/14_cli.ipynb #cf70f51b
 def _demo(args)->dict:
     "Compress a small CLIP offline and write a report"
     return run_demo(args.folder, args.steps, args.seed, progress=not args.json)
@@ -81,13 +82,16 @@ def _check(args)->dict:
 
 def _cache(args)->dict:
     "Write what a teacher makes of shards, so that training needs no teacher"
-    model,_,tokenizer = load(args.teacher, pick_device(args.device))
+    alone = int(os.environ.get('WORLD_SIZE', 1))==1
+    model,_,tokenizer = load(args.teacher, pick_device(args.device) if alone else make_accelerator(device=args.device).device) # the second joins the processes, which then share the shards
     source,out,tell = source_of(args), Path(args.out), (lambda *a: None) if args.json else partial(print, file=sys.stderr, flush=True)
+    rank,world = processes()
     need = cache_size(source, embedding_width(model, tokenizer), args.views, args.dtype)
     there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    tell(f'About {human(need)}B for {source!r}; {human(shutil.disk_usage(there).free)}B are free there.')
+    if rank==0: tell(f'About {human(need)}B for {source!r}; {human(shutil.disk_usage(there).free)}B are free there.')
     result = write_cache(source, model, transforms(model)[0], tokenizer, out, views=args.views, seed=args.seed, dtype=args.dtype, precision=args.precision, batch_size=args.batch_size, workers=args.workers,
                          told=lambda r: tell(f"{r['shard']}: {r['samples']} samples, {human(r['bytes'])}B"))
+    if not alone: result = dict(process=rank, of=world) | result
     if not args.json: print(Table([{k:v for k,v in result.items() if k!='skipped'} | {f'skipped: {k}':v for k,v in result['skipped'].items()}]))
     return result | dict(estimate=need, folder=str(out))
 
@@ -122,7 +126,7 @@ def in_stages(
     stages = Stages(teacher, pairs, plan, args.out, masks={**SHORT, 'uniform':args.uniform}, tokenizer=tokenizer, seed=args.seed, **settings).fit(resume=args.resume)
     return load(Path(args.out)/f'stage-{len(plan)}'/'student').model, dict(steps=steps*len(plan), stages=stages)
 
-# %% ../nbs/14_cli.ipynb #0fe2bf91
+# %% ../nbs/14_cli.ipynb #346d5196
 def _distill(args)->dict:
     "Cut a student out of a teacher and train it; or train a CLIP from scratch"
     out = Path(args.out)
@@ -133,8 +137,9 @@ def _distill(args)->dict:
     opened = partial(cached_pairs, folder=args.cache) if args.cache else open_pairs
     pairs = opened(source_of(args), preprocess=transforms(student.model)[1 if drawn else 0], tokenizer=student.tokenizer, batch_size=args.batch_size, seed=args.seed, workers=args.workers)
     test = source_of(args, args.eval_data, test=True) if args.eval_data else None
+    if teacher and args.cache and not args.share: pairs.check_teacher(teacher.model); teacher = None # the student has inherited; nobody else asks
     look = partial(evaluation, preprocess=student.preprocess, tokenizer=student.tokenizer, source=test, templates=args.templates or 'simple', workers=args.workers) if test else None
-    settings = dict(objective=args.objective or ['affinity' if teacher or args.cache else 'contrastive'], lr=args.lr, warmup=args.warmup, weight_decay=args.weight_decay, precision=args.precision, device=args.device,
+    settings = dict(objective=args.objective or ['affinity' if args.teacher or args.cache else 'contrastive'], lr=args.lr, warmup=args.warmup, weight_decay=args.weight_decay, precision=args.precision, device=args.device,
                     save_every=args.save_every, evaluate=look, evaluate_every=args.eval_every, trackers=args.track)
     if args.share: model,result = in_stages(args, teacher.model, pairs, student.tokenizer, settings)
     else:
@@ -146,11 +151,11 @@ def _distill(args)->dict:
     if not args.json: print(result['stages'] if args.share else Table([result['evaluation']]) if result['evaluation'] else '', f'\nStudent: {out/"student"}')
     return result
 
-# %% ../nbs/14_cli.ipynb #0e08004e
+# %% ../nbs/14_cli.ipynb #979be91d
 def _training_options(p):
     "Options of `tinyclip distill` beside data and student"
     p.add_argument('--teacher', metavar='MODEL', help="a model folder, 'ViT-B-32:laion2b_s34b_b79k', 'hf-hub:...', or 'shapes-teacher'; none to train from scratch")
-    p.add_argument('--cache', metavar='FOLDER', help='what the teacher said before, from tinyclip cache: it is not run')
+    p.add_argument('--cache', action='append', metavar='FOLDER', help='what the teacher said before, from tinyclip cache: it is not run; repeat for several teachers, whose logits are averaged')
     p.add_argument('--out', required=True, metavar='FOLDER', help='checkpoints, event log and the student')
     p.add_argument('--objective', action='append', choices=LOSSES, help="loss; repeat to add several (default: affinity, without a teacher contrastive)")
     p.add_argument('--steps', type=int, required=True); p.add_argument('--batch-size', type=int, default=256)

@@ -122,7 +122,7 @@ def _features(teacher, fields, size=64): # unit rows of images and texts
     with evaluating(teacher): parts = [(teacher.encode_image(i.to(device)), teacher.encode_text(t.to(device))) for i,t in zip(*(f.split(size) for f in fields))]
     return [F.normalize(torch.cat(p).float(), dim=-1).cpu() for p in zip(*parts)]
 
-# %% ../nbs/07_data.ipynb #9e7f2033
+# %% ../nbs/07_data.ipynb #19b6d9b8
 def check(
     source, # As in `open_pairs`
     preprocess, # The teacher's, or the one you will train with
@@ -144,11 +144,11 @@ def check(
         flow += zip(samples, images)
         if len(flow) >= n: break
     samples,images = zip(*flow[:n])
-    ready = partial(cook, preprocess=preprocess, beside=partial(with_caption, tokenizer=tokenizer))
+    cooked = partial(cook, preprocess=preprocess, beside=partial(with_caption, tokenizer=tokenizer))
     tokens,all_captions,cut = with_captions(samples, order, tokenizer)
     captions = [drawn_caption(s, order) for s in samples]
     widths,heights = zip(*(im.size for im in images))
     return Report(repr(source), images[:show], captions[:show], sizes=((min(widths), min(heights)), (max(widths), max(heights))),
-        speed=loader_speed(source, ready, workers, seconds), looked=len(samples), tally=tally, truncated=cut/all_captions,
+        speed=loader_speed(source, cooked, workers, seconds), looked=len(samples), tally=tally, truncated=cut/all_captions,
         repeated=sum(c for c in Counter(captions).values() if c>1)/len(captions), context=tokens[0].shape[1],
-        recall=None if teacher is None else recall_at_1(*_features(teacher, ready(samples, order).fields), captions))
+        recall=None if teacher is None else recall_at_1(*_features(teacher, cooked(samples, order).ready()), captions))

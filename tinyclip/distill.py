@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ENDS', 'PATIENCE', 'batches', 'takes', 'check_models', 'check_batch', 'Terminated', 'deferred_interrupt', 'Result',
-           'at_chance', 'scores', 'Run', 'aside', 'assess', 'write_run', 'read_run', 'check_settings', 'Distiller',
-           'newest', 'open_events', 'advance', 'loop', 'train']
+           'at_chance', 'scores', 'Run', 'aside', 'assess', 'write_run', 'moved', 'read_run', 'check_settings',
+           'Distiller', 'newest', 'open_events', 'advance', 'loop', 'train']
 
-# %% ../nbs/10_distill.ipynb #bbab1cb4
+# %% ../nbs/10_distill.ipynb #e04814d5
 import contextlib, signal, threading, time, warnings
 from collections import deque
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from .checkpoint import checkpoints, load_checkpoint, save_checkpoint, step_seed
+from .checkpoint import checkpoints, load_checkpoint, save_checkpoint, step_seed, sweep
 from .core import TinyclipError, environment, evaluating, seed_everything, unknown
 from .engine import Engine, learning_rate, make_accelerator
 from .events import Events, Progress, plain, rewind
@@ -87,7 +87,7 @@ def check_batch(
         raise TinyclipError(f"The texts of a batch have shape {text}; the student takes (n, {want.get('context length', 'context')}). Open the pairs with its own tokenizer.")
     if len(image)==4 and image[0]!=text[0]: raise TinyclipError(f'A batch holds {image[0]} images and {text[0]} texts; pairs need as many of one as of the other.')
 
-# %% ../nbs/10_distill.ipynb #86eb9ad3
+# %% ../nbs/10_distill.ipynb #d7f15b09
 class Terminated(SystemExit):
     "The system asked the process to end (SIGTERM), and the run has written its checkpoint. Not caught, it ends the process with `code`"
     def __init__(self,
@@ -101,14 +101,16 @@ ENDS = {signal.SIGINT:KeyboardInterrupt, signal.SIGTERM:Terminated}
 
 @contextlib.contextmanager
 def deferred_interrupt(
-    note, # Called with the number of the first signal
+    note, # Called with the number of the signal
 ):
-    "Let the first Ctrl-C or SIGTERM only take note; the second is an ordinary one"
+    "Let SIGTERM and the first Ctrl-C only take note; the second Ctrl-C is an ordinary one"
     if threading.current_thread() is not threading.main_thread(): yield; return # signals reach the main thread only
     usual = {s:signal.getsignal(s) for s in ENDS}
     usual[signal.SIGINT] = usual[signal.SIGINT] or signal.default_int_handler
-    def first(s, _): signal.signal(s, usual[s]); note(s)
-    for s in ENDS: signal.signal(s, first)
+    def heard(s, _):
+        if s==signal.SIGINT: signal.signal(s, usual[s])
+        note(s)
+    for s in ENDS: signal.signal(s, heard)
     try: yield
     finally:
         for s,f in usual.items(): signal.signal(s, f)
@@ -146,7 +148,7 @@ def scores(
     try: return {str(k):float(v) for k,v in said.items()}
     except (AttributeError, TypeError, ValueError): raise TinyclipError(f'evaluate= must return a dict of numbers, and returned {said!r}.') from None
 
-# %% ../nbs/10_distill.ipynb #e0f53930
+# %% ../nbs/10_distill.ipynb #9036ebc8
 class Run:
     "A run on its way: where it stands, what it says, and what it writes to stand there again"
     def __init__(self,
@@ -158,8 +160,8 @@ class Run:
         data=None, # The pairs: they say what they have left out, and remember where a batch ended
     ):
         self.engine,self.events,self.config,self.folder,self.max_skipped,self.data = engine, events, config, folder, max_skipped, data
-        self.result,self.place,self.saved,self.seen,self.pairs = Result(engine.plain), (0, 0), 0, 0, 0 # `pairs` since the last log point
-        self.mark,self.recent,self.warned = time.perf_counter(), deque(maxlen=10), False
+        self.result,self.place,self.saved,self.seen,self.pairs = Result(engine.live), (0, 0), 0, 0, 0 # `pairs` since the last log point
+        self.mark,self.recent,self.warned,self.moved = time.perf_counter(), deque(maxlen=10), False, '' # `moved`: what changed on resuming
 
     def emit(self, event, **values): return self.events.emit(event, step=self.result.steps, seconds=round(self.result.seconds, 3), **values)
 
@@ -200,60 +202,79 @@ def aside(
     run.engine.accelerator.wait_for_everyone()
     run.mark += time.perf_counter()-start
 
-# %% ../nbs/10_distill.ipynb #edc342f0
+# %% ../nbs/10_distill.ipynb #978bfbf6
 def assess(
     run:Run, # Its student is looked at
     evaluate, # As in `Distiller`; None for nothing
 ):
     "Evaluate the student and report it"
     if evaluate is None: return
-    with aside(run):
-        if run.engine.accelerator.is_main_process: run.result.evaluation = scores(evaluate, run.engine.plain)
+    with aside(run), run.engine.on_show() as model:
+        if run.engine.accelerator.is_main_process: run.result.evaluation = scores(evaluate, model)
     run.emit('evaluation', **{f'eval/{k}':v for k,v in run.result.evaluation.items()})
 
-# %% ../nbs/10_distill.ipynb #6d63219b
+# %% ../nbs/10_distill.ipynb #4a31ed94
 def write_run(
     run:Run, # Between two steps
 ):
-    "A checkpoint of where the run stands, if it has a folder and has moved since the last one"
+    "A checkpoint of where the run stands, if it has a folder and has moved since the last one. When it cannot be written, every process says so."
     r,a = run.result,run.engine.accelerator
     if run.folder is None or run.saved==r.steps: return
     with aside(run):
         places,marks = (gather_object([o]) for o in (run.place, getattr(run.data, 'mark', lambda *_: None)(*run.place)))
         so_far = {k:v for k,v in vars(r).items() if k not in ('student', 'finished')} | dict(seconds=r.seconds+time.perf_counter()-run.mark)
-        penalty = run.engine.penalty and run.engine.penalty.state_dict()
-        trainer = dict(config=run.config, penalty=penalty, places=places, marks=marks, seen=run.seen+run.pairs, so_far=so_far, optimizer=run.engine.optimizer.state_dict(),
-            skipped=run.engine.tally.skipped.cpu(), scaler=a.scaler and a.scaler.state_dict())
-        if a.is_main_process: path = save_checkpoint(run.folder, r.steps, run.engine.plain, trainer)
+        trainer = dict(config=run.config, places=places, marks=marks, batch_size=getattr(run.data, 'batch_size', None), seen=run.seen+run.pairs, so_far=so_far, **run.engine.state_dict())
+        student = run.engine.collect() # all processes take part in this
+        wrong = ''
+        if a.is_main_process:
+            try: run.emit('checkpoint', name=save_checkpoint(run.folder, r.steps, student, trainer).name)
+            except TinyclipError as e: wrong = str(e)
+        wrong = next(filter(None, gather_object([wrong])), '') # the others would wait for ever
+    if wrong: raise TinyclipError(wrong)
     run.saved = r.steps
-    if a.is_main_process: run.emit('checkpoint', name=path.name)
 
-# %% ../nbs/10_distill.ipynb #35b24538
+# %% ../nbs/10_distill.ipynb #f366c506
+def moved(
+    there:dict, # A checkpoint's `places` and `batch_size` (None: unknown)
+    processes:int, # Of this run
+    batch_size:int|None, # Per process, of this run
+)->tuple: # ((epoch, batches taken), a sentence); both None where nothing changed
+    "Where every process goes on when their number or their batch size is another"
+    before,was = len(there['places']), there.get('batch_size')
+    if not (was and batch_size): was = batch_size = None # then batches are counted
+    if (before, was)==(processes, batch_size): return None,None
+    old,new = before*(was or 1), processes*(batch_size or 1)
+    epoch = max(e for e,_ in there['places'])
+    taken = sum(n for e,n in there['places'] if e==epoch)*(was or 1) // new
+    on = lambda n,size: f'{n} process{"es"*(n>1)}' + f' with batches of {size}'*bool(size)
+    return (epoch, taken), (f'This run was on {on(before, was)} and goes on with {on(processes, batch_size)}: a step sees {new} {"pairs" if was else "batches"} instead of {old}. '
+        f'Weights, optimiser, steps and learning rate go on as they were; the data go on in epoch {epoch}, after {taken} batches of each process, dealt out anew.')
+
+# %% ../nbs/10_distill.ipynb #c40d2116
 def read_run(
     run:Run, # A fresh one
     path, # A checkpoint of the same run
 ):
-    "Put `run` where the checkpoint says"
+    "Put `run` where the checkpoint says; on another number of processes see `moved`"
     e = run.engine
-    trainer = load_checkpoint(path, e.plain, run.config)
-    e.optimizer.load_state_dict(trainer['optimizer']); e.tally.skipped = trainer['skipped'].to(e.accelerator.device)
-    if trainer['penalty']: e.penalty.load_state_dict(trainer['penalty'])
-    if trainer['scaler']: e.accelerator.scaler.load_state_dict(trainer['scaler'])
+    trainer = load_checkpoint(path, e.plain, run.config, free=['processes'])
+    e.load_state_dict(trainer)
     vars(run.result).update(trainer['so_far'])
-    mine = e.accelerator.process_index
-    run.place,run.seen,run.saved = tuple(trainer['places'][mine]), trainer['seen'], run.result.steps
-    if hasattr(run.data, 'recall'): run.data.recall(trainer.get('marks', {mine:None})[mine]) # passes over what came before, without decoding it
+    mine,(place,run.moved) = e.accelerator.process_index, moved(trainer, e.accelerator.num_processes, getattr(run.data, 'batch_size', None))
+    run.place,run.seen,run.saved = place or tuple(trainer['places'][mine]), trainer['seen'], run.result.steps
+    if hasattr(run.data, 'recall'): run.data.recall(None if place else trainer.get('marks', {mine:None})[mine]) # passes over what came before, without decoding it
 
-# %% ../nbs/10_distill.ipynb #a3b796c3
-def check_settings(lr, warmup, schedule, scale, log_every, save_every):
+# %% ../nbs/10_distill.ipynb #600d5d9a
+def check_settings(lr, warmup, schedule, scale, log_every, save_every, chunk_size=None):
     "Refuse settings that mean nothing"
     if scale not in ('learned', 'fixed'): raise unknown('scale', scale, ['learned', 'fixed'])
     if schedule not in ('cosine', 'constant'): raise unknown('schedule', schedule, ['cosine', 'constant'])
     if not lr>0: raise TinyclipError(f'lr={lr} trains nothing: give a positive learning rate.')
     if not 0<=warmup<=1: raise TinyclipError(f'warmup={warmup} is a share of the steps: give a number from 0 to 1.')
     if log_every<1 or save_every<1: raise TinyclipError('log_every= and save_every= count steps: give 1 or more.')
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size<1): raise TinyclipError(f'chunk_size={chunk_size!r} counts the pairs that are in the towers at once: give a whole number, 1 or more, or None for the whole batch.')
 
-# %% ../nbs/10_distill.ipynb #dc800fec
+# %% ../nbs/10_distill.ipynb #df7b1c90
 class Distiller:
     "Train a student to match pairs as its teacher does"
     def __init__(self,
@@ -272,6 +293,10 @@ class Distiller:
         scale:str='learned', # The student's logit scale: `'learned'` (up to 100) or `'fixed'` as it is
         seed:int=0, # Of whatever the student draws (dropout); the pairs have their own
         device:str|None=None, # None for the best there is, or `'cpu'`, `'cuda'`, `'mps'`
+        chunk_size:int|None=None, # Pairs in the towers at once, for batches larger than memory: exact, for one more forward pass of the student (`step_in_chunks`); None for the whole batch
+        grad_checkpointing:bool=False, # Compute the student's activations again in the backward pass: less memory, more time
+        compile:bool|str=False, # `torch.compile` student and teacher: True, or the name of a backend
+        shard:bool|None=None, # Divide the student among processes (FSDP2); None for what `accelerate launch` was told
         folder=None, # Checkpoints and `events.jsonl` go here; None to keep nothing
         log_every:int=10, # Steps between two log points
         save_every:int=1000, # Steps between two checkpoints; there is always one at the end
@@ -284,12 +309,13 @@ class Distiller:
         progress:bool=True, # Show a progress bar
     ):
         self.student,self.teacher,self.pairs,self.objective = student, teacher, pairs, objective if isinstance(objective, Objective) else Objective(objective)
-        check_settings(lr, warmup, schedule, scale, log_every, save_every)
+        check_settings(lr, warmup, schedule, scale, log_every, save_every, chunk_size)
         check_models(student, teacher, self.objective, pairs)
         if getattr(penalty, 'masked', student) is not student: raise TinyclipError('penalty= belongs to the masks of another model: make it of the student that is trained, Sparsity(student, ...).')
         if not self.objective.needs_teacher or getattr(pairs, 'teacher', None): self.teacher = None # it would be run for nothing
         self.recipe = dict(lr=lr, warmup=warmup, schedule=schedule, weight_decay=weight_decay, betas=betas, clip_norm=clip_norm, scale=scale, seed=seed) | (dict(penalty=penalty.config) if penalty else {}) | (dict(cache=pairs.teacher) if getattr(pairs, 'teacher', None) else {})
         self.where = dict(precision=precision, device=device, trackers=trackers, folder=folder)
+        self.how = dict(chunk_size=chunk_size, grad_checkpointing=grad_checkpointing, compile=compile, shard=shard) # the same steps in another way: a run may go on with others
         self.folder,self.every,self.evaluate = folder and Path(folder), dict(log=log_every, save=save_every, evaluate=evaluate_every), evaluate
         self.penalty,self.max_skipped,self.listeners,self.progress,self.stopping = penalty, max_skipped, listeners, progress, threading.Event()
 
@@ -299,7 +325,7 @@ class Distiller:
         "Train for `steps` steps in all; `resume` goes on from the folder's newest checkpoint. See `train`."
         return train(self, steps, resume)
 
-# %% ../nbs/10_distill.ipynb #bd03ef2b
+# %% ../nbs/10_distill.ipynb #b1eeea11
 def newest(
     folder, # A run's folder, or None
     resume:bool, # Go on from what stands there?
@@ -312,9 +338,10 @@ def newest(
     if (kept or (folder/'events.jsonl').exists()) and not resume:
         upto = f'up to {kept[-1].name}' if kept else 'without a checkpoint yet'
         raise TinyclipError(f"'{folder}' already holds a run, {upto}. Go on with it: fit(steps, resume=True) or --resume, or choose another folder.")
+    if resume: sweep(folder) # nobody writes before all have looked
     return kept[-1] if kept else None
 
-# %% ../nbs/10_distill.ipynb #0e0878f9
+# %% ../nbs/10_distill.ipynb #110328c4
 def open_events(
     job:Distiller, # Its folder, listeners and trackers are told
     a:Accelerator, # Only the first process tells anything
@@ -324,7 +351,9 @@ def open_events(
     "The log and the listeners of a run, with their first event"
     if not a.is_main_process: return Events()
     step = int(last.name.rpartition('-')[2]) if last else 0
-    if job.folder and (job.folder/'events.jsonl').exists(): rewind(job.folder, step if last else -1)
+    if job.folder and (job.folder/'events.jsonl').exists():
+        try: rewind(job.folder, step if last else -1)
+        except OSError as e: raise TinyclipError(f"The log in '{job.folder}' cannot be rewritten ({e.strerror}): make room there, then go on with resume=True.") from e
     listeners = [Progress(config['steps'])] if job.progress else []
     if a.log_with:
         a.init_trackers('tinyclip', config={k:v if isinstance(v, (int, float, str)) else str(v) for k,v in config.items()})
@@ -359,17 +388,23 @@ def advance(
     if due(job.every['evaluate']): assess(run, job.evaluate)
     if due(job.every['save']): write_run(run)
 
-# %% ../nbs/10_distill.ipynb #0e72f6dd
+# %% ../nbs/10_distill.ipynb #f5ebd41c
 def loop(
     run:Run, # From where it stands to its last step
     job:Distiller, # Until its `stop()`
 ):
     "Step after step, to the end, to `stop()`, to Ctrl-C, to SIGTERM or to an error; it always says which"
     interrupted,a,steps = [],run.engine.accelerator,run.config['steps']
-    def note(s): interrupted.append(ENDS[s]); job.stop()
+    def note(s): interrupted.append(s); job.stop()
     def halt(): # processes must agree, or one would wait for ever; they ask each other at log points only
         if a.num_processes==1: return job.stopping.is_set()
-        return run.result.steps % job.every['log']==0 and a.reduce(torch.tensor(float(job.stopping.is_set()), device=a.device)).item()>0
+        if run.result.steps % job.every['log']: return False
+        said = a.gather(torch.tensor([interrupted[0] if interrupted else int(job.stopping.is_set())], device=a.device)).max().item()
+        if said in ENDS and not interrupted: interrupted.append(said) # another one heard it
+        return said>0
+    if run.moved:
+        if a.is_main_process: warnings.warn(run.moved, stacklevel=4)
+        run.emit('warning', message=run.moved)
     try:
         with deferred_interrupt(note), contextlib.closing(batches(job.pairs, *run.place)) as stream:
             run.mark = time.perf_counter()
@@ -380,15 +415,15 @@ def loop(
                 if halt(): break
                 advance(run, job, stream)
             write_run(run)
-        if interrupted and run.result.steps<steps: raise interrupted[0](f'stopped after step {run.result.steps}')
+        if interrupted and run.result.steps<steps: raise ENDS[interrupted[0]](f'stopped after step {run.result.steps}')
     except BaseException as e:
         run.emit('end', finished=False, reason=f'{type(e).__name__}: {e}')
-        if interrupted and isinstance(e, RuntimeError): raise interrupted[0]('a data loader worker heard the signal, too') from e
+        if interrupted and isinstance(e, RuntimeError): raise ENDS[interrupted[0]]('a data loader worker heard the signal, too') from e
         raise
     run.result.finished = run.result.steps==steps
     run.emit('end', finished=run.result.finished, reason='done' if run.result.finished else 'stopped')
 
-# %% ../nbs/10_distill.ipynb #d4546ac0
+# %% ../nbs/10_distill.ipynb #528f9964
 def train(
     job:Distiller, # What to train, and how
     steps:int, # In all, those before a resume included
@@ -401,7 +436,7 @@ def train(
     size = job.teacher and sum(p.numel() for p in job.teacher.parameters())
     o,known = job.objective,dict(precision=a.mixed_precision, processes=a.num_processes, teacher_parameters=size)
     config = plain(dict(steps=steps, objective=o.weights, student_scale=o.student_scale, teacher_scale=o.teacher_scale, **job.recipe, **known))
-    engine = Engine(job.student, job.teacher, job.objective, a, **{k:job.recipe[k] for k in ('weight_decay', 'betas', 'clip_norm', 'scale')}, penalty=job.penalty)
+    engine = Engine(job.student, job.teacher, job.objective, a, **{k:job.recipe[k] for k in ('weight_decay', 'betas', 'clip_norm', 'scale')}, penalty=job.penalty, **job.how)
     run = Run(engine, Events(), config, job.folder, job.max_skipped, job.pairs)
     try:
         if last: read_run(run, last)

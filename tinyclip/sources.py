@@ -7,8 +7,8 @@ __all__ = ['TEMPLATES', 'IMAGES', 'LANES', 'COLUMNS', 'POSSIBLE', 'Sample', 'Ski
            'Source', 'Listing', 'read_classnames', 'fill', 'expand', 'read_shard', 'captions_in', 'as_sample', 'Shards',
            'pick_column', 'read_table', 'Csv', 'Folders', 'Drawn', 'as_source']
 
-# %% ../nbs/07_sources.ipynb #6af48563
-import csv, glob, hashlib, io, json, random, re
+# %% ../nbs/07_sources.ipynb #2f57a615
+import csv, glob, hashlib, io, json, random, re, tarfile
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,9 @@ import numpy as np
 import torch
 import webdataset
 from PIL import Image
+from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
+from webdataset.tariterators import base_plus_ext
 from .core import TinyclipError
 from .shapes import Shapes, classnames as shape_names
 
@@ -146,34 +148,49 @@ def expand(
     what = 'matches no file' if len(missing)==len(found) else f'names {len(missing)} missing files, the first is {Path(missing[0]).name}'
     raise TinyclipError(f'The shard pattern {str(pattern)!r} {what}; {there}.')
 
-# %% ../nbs/07_sources.ipynb #1a8fcff4
-def _shard_trouble(error, n): # The kind of Skip, after n good samples
-    if isinstance(error, ValueError): return 'doubled name'
-    return 'truncated shard' if n or 'unexpected end' in str(error) else 'unreadable shard'
+# %% ../nbs/07_sources.ipynb #ae138160
+class _Damaged(tarfile.ReadError): pass
 
-def _ends_well(url): # Does a plain local tar end with zeros? (True for all else: nobody can tell)
-    if _remote(url) or Path(url).suffix!='.tar': return True
-    with open(url, 'rb') as f:
-        f.seek(-512, 2)
-        return not any(f.read())
+class _Strict(tarfile.TarInfo): # only the end mark is an end
+    @classmethod
+    def frombuf(cls, buf, *a):
+        try: return super().frombuf(buf, *a)
+        except tarfile.EOFHeaderError: raise
+        except tarfile.HeaderError as e:
+            if len(buf)==tarfile.BLOCKSIZE: raise _Damaged(f'no header: {e}') from None
+            raise tarfile.ReadError('the end mark is missing') from None
 
-# %% ../nbs/07_sources.ipynb #8b0b5300
+def _files(url, trouble): # yields (name, bytes); what ends it too early is put into `trouble`
+    try:
+        with tarfile.open(fileobj=gopen(str(url)), mode='r|*', tarinfo=_Strict) as tar:
+            for m in tar:
+                if m.isreg() and not re.match(r'__[^/]*__($|/)', m.name): yield m.name, tar.extractfile(m).read()
+                tar.members = [] # or they would pile up
+            while tar.fileobj.comptype=='tar' and (rest := tar.fileobj.read(2**16)):
+                if rest.strip(b'\0'): raise _Damaged('more behind the end mark')
+    except Exception as e: trouble.append(e) # of the tar, the compression, the file system, the network
+
+def _trouble(e, n, name): # as a Skip, after n samples
+    kind = 'damaged shard' if n and isinstance(e, _Damaged) else 'truncated shard' if n or 'unexpected end' in str(e) else 'unreadable shard'
+    return Skip(kind, '', name, f'after {n} samples: {e}'[:160])
+
+# %% ../nbs/07_sources.ipynb #b0b6fc52
 def read_shard(
     url:str, # A file or anything else webdataset opens
-): # Yields dicts of bytes by extension with `__key__`; then at most one Skip
+): # Yields dicts of bytes by extension with `__key__`, and Skips for what is wrong with the shard
     "The raw samples of a shard"
-    problems,n,name = [],0,Path(url).name
-    def note(e): # webdataset asks: go on (a doubled name) or leave this shard (broken)?
-        problems.append(e)
-        return isinstance(e, ValueError)
-    for sample in webdataset.tarfile_samples([dict(url=str(url))], handler=note):
-        n += 1
-        yield sample
-    if not n and (not problems or 'empty file' in str(problems[0])): yield Skip('empty shard', '', name)
-    elif problems:
-        said = str(next(iter(problems[0].args), problems[0])).split(' @ <')[0]
-        yield Skip(_shard_trouble(problems[0], n), '', name, f'after {n} samples: {said}'[:160])
-    elif not _ends_well(url): yield Skip('truncated shard', '', name, f'after {n} samples: the end mark is missing')
+    trouble,n,name,sample = [],0,Path(url).name,{}
+    for file,data in _files(url, trouble):
+        key,ext = base_plus_ext(file)
+        if key is None: continue
+        if key!=sample.get('__key__'):
+            if sample: n += 1; yield sample
+            sample = dict(__key__=key)
+        if ext.lower() in sample: yield Skip('doubled name', key, name, file); continue
+        sample[ext.lower()] = data
+    if sample: n += 1; yield sample
+    if not n and (not trouble or 'end mark' in str(trouble[0])): yield Skip('empty shard', '', name)
+    elif trouble: yield _trouble(trouble[0], n, name)
 
 # %% ../nbs/07_sources.ipynb #4238bc29
 def captions_in(
@@ -190,7 +207,7 @@ def captions_in(
     found = [found] if isinstance(found, str) else found if isinstance(found, list) else []
     return [c.strip() for c in found if isinstance(c, str) and c.strip()]
 
-# %% ../nbs/07_sources.ipynb #a7254ed0
+# %% ../nbs/07_sources.ipynb #c600e3cc
 IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'bmp', 'gif', 'tif', 'tiff')
 
 def as_sample(
@@ -206,7 +223,7 @@ def as_sample(
     held = ', '.join(k for k in fields if k[0]!='_')
     if image is None: return skip('no image', f'holds {held}')
     try: captions = captions_in(fields, key)
-    except ValueError as e: return skip('unreadable caption', str(e)[:100])
+    except (ValueError, RecursionError) as e: return skip('unreadable caption', str(e)[:100])
     try: label = int(fields['cls']) if 'cls' in fields else None
     except ValueError: return skip('unreadable label', repr(fields['cls'][:20]))
     if label is not None and classnames and not 0 <= label < len(classnames):
@@ -215,7 +232,8 @@ def as_sample(
         if not classnames: return skip('label without class names', f'label {label}')
         captions = fill(templates, classnames[label])
     if captions: return Sample(fields['__key__'], where, image, captions, label)
-    return skip('no caption', f'json with the keys {", ".join(json.loads(fields["json"]))}'[:100] if 'json' in fields else f'holds {held}')
+    try: return skip('no caption', f'json with the keys {", ".join(json.loads(fields["json"]).keys())}'[:100])
+    except Exception: return skip('no caption', f'holds {held}') # no json, or none that anybody asked for
 
 # %% ../nbs/07_sources.ipynb #bd191eca
 LANES = 16 # at most, per process

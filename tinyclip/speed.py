@@ -12,13 +12,13 @@ from torch import nn
 from .core import TinyclipError
 from .inheritance import SlimAttention
 
-# %% ../nbs/10_speed.ipynb #946532ea
+# %% ../nbs/10_speed.ipynb #a379e997
 def lean(
     model:nn.Module, # A CLIP that is only looked at; left alone
     dtype:torch.dtype, # What autocast computes products in
-)->nn.Module: # A copy without gradients
+)->nn.Module: # A copy
     "The model with the weights of its matrix products turned to `dtype` once and for all"
-    new = copy.deepcopy(model).requires_grad_(False)
+    new = copy.deepcopy(model).requires_grad_(True)
     for m in new.modules():
         if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention, SlimAttention)):
             for p in m.parameters(recurse=False): p.data = p.data.to(dtype)
@@ -44,7 +44,7 @@ def channels_last(
     getattr(model, 'visual', model).to(memory_format=torch.channels_last if on else torch.contiguous_format)
     return model
 
-# %% ../nbs/10_speed.ipynb #2c6dcac2
+# %% ../nbs/10_speed.ipynb #fb99a7fc
 @functools.cache
 def _copies(device): return torch.cuda.Stream(device)
 
@@ -53,18 +53,19 @@ def on_device(
     device, # Where the models are
     channels_last:bool=False, # Images for a convolutional tower
 ): # The same, there
-    "Move a batch; from pinned memory, the copy to a GPU overlaps with computation"
+    "Move a batch; the copy to a GPU overlaps with computation"
     device = torch.device(device)
-    def move(v):
-        v = v.to(device, non_blocking=True)
-        return v.contiguous(memory_format=torch.channels_last) if channels_last and v.ndim==4 else v
-    todo = {k:v for k,v in batch._asdict().items() if isinstance(v, torch.Tensor)}
-    if device.type!='cuda' or torch.cuda.current_stream(device)==_copies(device): return batch._replace(**{k:move(v) for k,v in todo.items()})
-    with torch.cuda.stream(_copies(device)): there = {k:move(v) for k,v in todo.items()}
-    now = torch.cuda.current_stream(device)
-    now.wait_stream(_copies(device))
-    for v in there.values(): v.record_stream(now) # its memory is in use until this stream has passed
+    there = {k:_sent(v, device) for k,v in batch._asdict().items() if isinstance(v, torch.Tensor)}
+    if channels_last: there = {k:v.contiguous(memory_format=torch.channels_last) if v.ndim==4 else v for k,v in there.items()}
     return batch._replace(**there)
+
+def _sent(v, device):
+    if device.type!='cuda' or v.device.type!='cpu': return v.to(device)
+    now,own = torch.cuda.current_stream(device),_copies(torch.device(device.type, device.index or torch.cuda.current_device()))
+    with torch.cuda.stream(own): v = v.pin_memory().to(device, non_blocking=True)
+    now.wait_stream(own)
+    v.record_stream(now) # its memory is in use until this stream has passed
+    return v
 
 # %% ../nbs/10_speed.ipynb #b4511deb
 def checkpointing(

@@ -40,7 +40,7 @@ def in_batch_r1(
     best = (f.image[:rows] @ f.text[:rows].T).argmax(1, keepdim=True)
     return dict(r1=same.gather(1, best).float().mean(), chance=same.float().mean())
 
-# %% ../nbs/10_steps.ipynb #a87545c0
+# %% ../nbs/10_steps.ipynb #23a2a879
 def teachers_word(
     teacher:nn.Module|None, # Looked at in eval mode; None where the batch brings what a teacher said, or where no loss needs one
     chunks, # Parts of a batch, as for `step`
@@ -50,9 +50,9 @@ def teachers_word(
     if hasattr(chunks[0], 'teacher_image'): said = [Features(c.teacher_image, c.teacher_text, c.teacher_scale) for c in chunks]
     elif teacher is None: return None
     else:
-        with evaluating(teacher), torch.inference_mode(): said = [ask(teacher, c) for c in chunks]
+        with evaluating(teacher): said = [ask(teacher, c) for c in chunks]
     image,text,scale = zip(*said)
-    return Features(torch.cat(image), torch.cat(text), scale[0].clone()) # copies, which autograd may keep
+    return Features(torch.cat(image), torch.cat(text), scale[0])
 
 # %% ../nbs/10_steps.ipynb #98023d60
 def compare(
