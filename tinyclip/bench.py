@@ -133,7 +133,7 @@ class Bench:
     def __repr__(self): return '\n'.join(f'{k:<11} {v}' for k,v in self.facts().items())
     def _repr_markdown_(self): return '| | |\n|:--|:--|\n' + '\n'.join(f'| **{k}** | '+v.replace('|', r'\|')+' |' for k,v in self.facts().items())
 
-# %% ../nbs/13_bench.ipynb #65724a87
+# %% ../nbs/13_bench.ipynb #63433f6f
 def usable(
     device=None, # As in `pick_device`
 )->torch.device: # It has just held a number
@@ -172,7 +172,7 @@ def bench(
     except Exception as e: raise TinyclipError(f'The teacher {str(teacher)!r} cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0][:150]}).') from e
     exam = None if test is None else Exam(test, preprocess, tokenizer, n or 1000, '{}' if isinstance(test, Drawn) else options.get('templates') or 'simple')
     name = Path(teacher).name if Path(teacher).is_dir() else str(teacher)
-    b = Bench(name, model.to(device).requires_grad_(False), preprocess, tokenizer, device, source, exam, start['batch_size'], start['steps'], seed, start['workers'], given)
+    b = Bench(name, model.to(device), preprocess, tokenizer, device, source, exam, start['batch_size'], start['steps'], seed, start['workers'], given)
     b.pairs(); b.batch(1)
     if exam is not None: few(test, preprocess, tokenizer, 1)
     return b
