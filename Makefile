@@ -49,6 +49,7 @@ bench: $(READY) ## time loss, step and loader into results/, half an hour; with 
 	python benchmarks/masked_step.py
 	python benchmarks/released_sizes.py
 	python benchmarks/scaling.py
+	python benchmarks/flat.py
 	@if [ -d $(SHARED)/data/flickr8k ]; then python benchmarks/loader.py --shared $(SHARED); else echo 'The loader was not timed: it reads the photographs of $(SHARED)/data/flickr8k. Say where they are: make bench SHARED=folder'; fi
 
 site: $(READY) ## process the website into _proc and check it: links, outputs, titles; no quarto needed

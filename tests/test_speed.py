@@ -73,6 +73,21 @@ def test_compiled_is_the_same(backend):
     assert student._compiled_call_impl is None and teacher._compiled_call_impl is None
     copy.deepcopy(student)(*batch())
 
+@pytest.mark.skipif(not shutil.which('g++'), reason='no C++ compiler here')
+def test_compiled_runs_fuse_their_tiles(monkeypatch):
+    import tinyclip.tiling as tiling
+    asked,real = [],tiling._fused
+    monkeypatch.setattr(tiling, '_fused', lambda f: asked.append(f.__name__) or real(f))
+    def after(**kw):
+        e = engine(tiny(1), objective=Objective(['affinity', 'contrastive'], tile=3), **kw)
+        e.update(batch(), 1e-3); e.release()
+        return torch.cat([p.detach().flatten() for p in e.live.parameters()])
+    plain = after()
+    assert not asked
+    together = (plain-after(compile=True)).abs()
+    assert set(asked)=={'summary', 'slope'}
+    assert together.mean() < 1e-5 and together.max() < 2.1e-3 # Adam turns roundings into whole steps of 1e-3 where a gradient is next to nothing
+
 def test_compiled_masks_are_the_same():
     def run(**kw):
         s = masked()
@@ -142,3 +157,20 @@ def test_a_run_leaves_the_teacher_alone():
 def test_refusals():
     with pytest.raises(TinyclipError, match='inductor'): engine(tiny(1), compile='indutcor')
     with pytest.raises(TinyclipError, match='there is one'): engine(tiny(1), shard=True)
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
+@pytest.mark.parametrize('kw', [{}, dict(chunk_size=3), dict(masks=SHORT), dict(objective=Objective(['affinity', 'contrastive'], tile=3))], ids=['plain', 'chunks', 'masks', 'tiles'])
+def test_no_step_waits_for_a_gpu(kw):
+    kw = dict(kw)
+    how = {k:v for k,v in kw.pop('masks', {}).items() if k!='hard'}
+    s = masked() if how else tiny(1)
+    e = Engine(s, tiny(0), kw.pop('objective', Objective('affinity')), make_accelerator('bf16', 'cuda'), penalty=Sparsity(s, .5, **how) if how else None, **kw)
+    b = batch()
+    for done in (0., .5, .6): e.update(b, 1e-3, done=done)
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        for _ in range(3): e.update(b, 1e-3, done=.7)
+    finally: torch.cuda.set_sync_debug_mode('default')
+    assert e.tally.read()['losses']['loss'] > 0
+    e.release()

@@ -6,7 +6,7 @@
 __all__ = ['parameter_groups', 'learning_rate', 'Tally', 'make_optimizer', 'wants_shards', 'Engine', 'move', 'ask', 'slopes',
            'clip', 'update', 'collect', 'on_show', 'state_dict', 'load_state_dict', 'make_accelerator']
 
-# %% ../nbs/10_engine.ipynb #8933cda0
+# %% ../nbs/10_engine.ipynb #af68815a
 import contextlib, math, os
 import torch
 from accelerate import Accelerator, PartialState, DistributedType
@@ -18,6 +18,7 @@ from .core import PRECISIONS, TinyclipError, pick_device, resolve_precision, unk
 from .losses import Objective
 from .sharding import Sharded, load_whole_state, whole_state
 from .speed import channels_last, checkpointing, compiled, convolutional, interpreted, lean, on_device, set_back
+from .tiling import fused_tiles
 from .steps import features, split, step, step_in_chunks
 
 # %% ../nbs/10_engine.ipynb #91278cfb
@@ -171,7 +172,7 @@ def slopes(self:Engine, batch, watch, done)->dict: # What `step` returns, detach
 
 Engine.move,Engine.ask,Engine.slopes = move, ask, slopes
 
-# %% ../nbs/10_engine.ipynb #14bf9dbf
+# %% ../nbs/10_engine.ipynb #dff20a75
 def clip(self:Engine, params)->torch.Tensor: # The norm before
     "Limit the gradient's norm"
     limit = self.clip_norm or math.inf
@@ -187,7 +188,7 @@ def update(self:Engine,
     opt,stats = self.adamw,[b.clone() for b in self.stats]
     weights = [g for g in opt.param_groups if not g.get('fixed')]
     for g in weights: g['lr'] = lr
-    with getattr(self.live, 'one_draw', contextlib.nullcontext)(): out = self.slopes(batch, watch, done)
+    with getattr(self.live, 'one_draw', contextlib.nullcontext)(), fused_tiles(bool(self.compile)): out = self.slopes(batch, watch, done)
     norm = self.clip([p for g in weights for p in g['params']])
     ok = torch.isfinite(norm) & torch.isfinite(out['loss'])
     if self.penalty: self.penalty.before_step(ok)
