@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from tinyclip.core import Table, pick_device, record_run, seed_everything
 from tinyclip.losses import affinity_mimicking, contrastive
 from tinyclip.measure import peak_memory, seconds
-from tinyclip.tiling import share, tile_size, tiled_cross_entropy
+from tinyclip.gathering import share
+from tinyclip.tiling import tile_size, tiled_cross_entropy
 
 def pairs(n, width, device):
     "Unit rows of images and of the texts that belong to them: cosines of about .24 in a pair and 0 elsewhere"

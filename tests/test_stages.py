@@ -157,3 +157,13 @@ def test_a_run_goes_on_with_other_intervals(tmp_path):
     job.listeners = [lambda e: job.stop() if (e['phase'], e['event'])==('distil', 'log') else None]
     job.fit()
     assert len(plan(tmp_path, save_every=5, log_every=2).fit(resume=True))==2
+
+def test_both_phases_recompute_where_they_are_told_to(tmp_path, straight, monkeypatch):
+    from tinyclip.engine import Engine
+    seen,real = [],Engine.update
+    def spy(self, *a, **k): seen.append(any(getattr(m, 'grad_checkpointing', False) or vars(m).get('recompute', False) for m in self.live.modules())); return real(self, *a, **k)
+    monkeypatch.setattr(Engine, 'update', spy)
+    plan(tmp_path, grad_checkpointing=True).fit()
+    assert len(seen)==16 and all(seen) # also after a cut, when the student was read from its folder
+    worst = max((v.float()-last(tmp_path).state_dict()[k].float()).abs().max().item() for k,v in straight.state_dict().items())
+    assert worst < 1e-5

@@ -233,7 +233,7 @@ def write_run(
     if wrong: raise TinyclipError(wrong)
     run.saved = r.steps
 
-# %% ../nbs/10_distill.ipynb #f366c506
+# %% ../nbs/10_distill.ipynb #10db86ad
 def moved(
     there:dict, # A checkpoint's `places` and `batch_size` (None: unknown)
     processes:int, # Of this run
@@ -248,7 +248,7 @@ def moved(
     taken = sum(n for e,n in there['places'] if e==epoch)*(was or 1) // new
     on = lambda n,size: f'{n} process{"es"*(n>1)}' + f' with batches of {size}'*bool(size)
     return (epoch, taken), (f'This run was on {on(before, was)} and goes on with {on(processes, batch_size)}: a step sees {new} {"pairs" if was else "batches"} instead of {old}. '
-        f'Weights, optimiser, steps and learning rate go on as they were; the data go on in epoch {epoch}, after {taken} batches of each process, dealt out anew.')
+        f'Weights, optimiser, steps and learning rate go on as they were; the data go on in epoch {epoch}, after {taken} batch{"es"*(taken!=1)} of each process, dealt out anew.')
 
 # %% ../nbs/10_distill.ipynb #c40d2116
 def read_run(
