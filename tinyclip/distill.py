@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENDS', 'PATIENCE', 'batches', 'takes', 'check_models', 'check_batch', 'Terminated', 'deferred_interrupt', 'Result',
            'at_chance', 'scores', 'Run', 'aside', 'assess', 'write_run', 'moved', 'read_run', 'check_settings',
-           'Distiller', 'newest', 'open_events', 'advance', 'loop', 'train']
+           'Distiller', 'newest', 'open_events', 'advance', 'loop', 'train', 'fit']
 
 # %% ../nbs/10_distill.ipynb #e04814d5
 import contextlib, signal, threading, time, warnings
@@ -274,7 +274,7 @@ def check_settings(lr, warmup, schedule, scale, log_every, save_every, chunk_siz
     if log_every<1 or save_every<1: raise TinyclipError('log_every= and save_every= count steps: give 1 or more.')
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size<1): raise TinyclipError(f'chunk_size={chunk_size!r} counts the pairs that are in the towers at once: give a whole number, 1 or more, or None for the whole batch.')
 
-# %% ../nbs/10_distill.ipynb #df7b1c90
+# %% ../nbs/10_distill.ipynb #d049eadc
 class Distiller:
     "Train a student to match pairs as its teacher does"
     def __init__(self,
@@ -309,8 +309,7 @@ class Distiller:
         progress:bool=True, # Show a progress bar
     ):
         self.student,self.teacher,self.pairs,self.objective = student, teacher, pairs, objective if isinstance(objective, Objective) else Objective(objective)
-        check_settings(lr, warmup, schedule, scale, log_every, save_every, chunk_size)
-        check_models(student, teacher, self.objective, pairs)
+        check_settings(lr, warmup, schedule, scale, log_every, save_every, chunk_size); check_models(student, teacher, self.objective, pairs)
         if getattr(penalty, 'masked', student) is not student: raise TinyclipError('penalty= belongs to the masks of another model: make it of the student that is trained, Sparsity(student, ...).')
         if not self.objective.needs_teacher or getattr(pairs, 'teacher', None): self.teacher = None # it would be run for nothing
         self.recipe = dict(lr=lr, warmup=warmup, schedule=schedule, weight_decay=weight_decay, betas=betas, clip_norm=clip_norm, scale=scale, seed=seed) | (dict(penalty=penalty.config) if penalty else {}) | (dict(cache=pairs.teacher) if getattr(pairs, 'teacher', None) else {})
@@ -320,10 +319,6 @@ class Distiller:
         self.penalty,self.max_skipped,self.listeners,self.progress,self.stopping = penalty, max_skipped, listeners, progress, threading.Event()
 
     def stop(self): self.stopping.set() # from any thread: `fit` ends after the step, writes a checkpoint and returns
-
-    def fit(self, steps:int, resume:bool=False)->Result:
-        "Train for `steps` steps in all; `resume` goes on from the folder's newest checkpoint. See `train`."
-        return train(self, steps, resume)
 
 # %% ../nbs/10_distill.ipynb #b1eeea11
 def newest(
@@ -423,7 +418,7 @@ def loop(
     run.result.finished = run.result.steps==steps
     run.emit('end', finished=run.result.finished, reason='done' if run.result.finished else 'stopped')
 
-# %% ../nbs/10_distill.ipynb #528f9964
+# %% ../nbs/10_distill.ipynb #63d1362d
 def train(
     job:Distiller, # What to train, and how
     steps:int, # In all, those before a resume included
@@ -448,3 +443,9 @@ def train(
     finally:
         job.stopping.clear(); run.events.close(); engine.release()
         for t in a.trackers: t.finish()
+
+def fit(self:Distiller, steps:int, resume:bool=False)->Result:
+    "Train for `steps` steps in all; `resume` goes on from the folder's newest checkpoint. See `train`."
+    return train(self, steps, resume)
+
+Distiller.fit = fit
