@@ -131,7 +131,7 @@ OTHERS = [T.Compose([T.Resize((32,32)), T.ToTensor()]), T.Compose([*TRAIN.transf
     T.Compose([*TRAIN.transforms[:2], gray_scale(p=.5), *TRAIN.transforms[2:]])]
 
 @pytest.mark.parametrize('reduced', [True, False])
-@pytest.mark.parametrize('transform', OURS+OTHERS, ids=str)
+@pytest.mark.parametrize('transform', OURS+OTHERS, ids=[f'{k}-{i}' for k,o in (('ours', OURS), ('other', OTHERS)) for i in range(len(o))]) # processes must agree on the names
 def test_parted_or_whole_the_same_to_the_bit(transform, reduced):
     chunk = cook(entries(), Order(seed=3), transform, with_label, reduced=reduced)
     whole = torch.stack(pictures(entries(), Order(seed=3), transform, reduced=reduced)[1])
