@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 import numpy as np
 import open_clip, pytest, torch
-import tinyclip.pairs
+import tinyclip.tensors
 from open_clip.transform import PreprocessCfg, gray_scale, image_transform_v2
 from PIL import Image, ImageDraw
 from torchvision import transforms as T
@@ -13,7 +13,8 @@ from tinyclip.core import TinyclipError
 from tinyclip.data import captioned, labelled, open_pairs
 from tinyclip.jpeg import MARGIN, first_step, opener, reduction, window
 from tinyclip.shapes import Shapes
-from tinyclip.pairs import as_bytes, cook, pictures, rebatch, with_label
+from tinyclip.pairs import rebatch
+from tinyclip.tensors import as_bytes, cook, pictures, with_label
 from tinyclip.mix import mix
 from tinyclip.sources import Order, Sample, as_source, decode
 
@@ -142,11 +143,11 @@ def test_parted_or_whole_the_same_to_the_bit(transform, reduced):
 def test_workers_hand_over_bytes(tmp_path, monkeypatch):
     "A quarter of what it was, and the same batches"
     seen,source = [],shards(tmp_path)
-    ready = tinyclip.pairs.Chunk.ready
-    monkeypatch.setattr(tinyclip.pairs.Chunk, 'ready', lambda c: (seen.append(c.fields[0].dtype), ready(c))[1])
+    ready = tinyclip.tensors.Chunk.ready
+    monkeypatch.setattr(tinyclip.tensors.Chunk, 'ready', lambda c: (seen.append(c.fields[0].dtype), ready(c))[1])
     got = list(open_(source, workers=2).epoch(0))
     assert set(seen)=={torch.uint8} and same(got, list(open_(source).epoch(0)))
-    monkeypatch.setattr(tinyclip.pairs, 'as_bytes', lambda t: (t, None)); seen.clear()
+    monkeypatch.setattr(tinyclip.tensors, 'as_bytes', lambda t: (t, None)); seen.clear()
     assert same(got, list(open_(source, workers=2).epoch(0))) and set(seen)=={torch.float32}
 
 # --- mixing
@@ -252,7 +253,7 @@ def test_a_mark_leads_to_the_same_batches(tmp_path, kind, size, workers):
 def test_nothing_before_the_mark_is_decoded(tmp_path, monkeypatch):
     seen = []
     make = lambda: open_(csv(tmp_path), 16, reduced=False)
-    monkeypatch.setattr('tinyclip.pairs.decode', lambda image: (seen.append(image), decode(image))[1])
+    monkeypatch.setattr('tinyclip.tensors.decode', lambda image: (seen.append(image), decode(image))[1])
     one = make(); whole = list(one.epoch(0)); every,seen[:] = list(seen),[]
     two = make(); two.recall(one.mark(0, 2)); assert same(whole[2:], list(two.epoch(0, 2)))
     assert len(every)==70 and seen==every[32:]

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from tinyclip.core import TinyclipError
 from tinyclip.evaluate import zero_shot
-from tinyclip.pairs import captioned, labelled, transforms
+from tinyclip.pairs import captioned, labelled
+from tinyclip.tensors import transforms
 from tinyclip.sources import Order, Sample, Shards, Skip, decode
 from tinyclip.standard_sets import SETS, ClassFolders, Karpathy, ObjectNet, class_names, evaluate_on, objectnet_classes, standard, wnids
 
