@@ -19,7 +19,8 @@ from .engine import features
 from .evaluate import retrieval, zero_shot
 from .losses import Features
 from .measure import parameters
-from .pairs import Chunk, Pairs, Tally, captioned, drawn_caption, labelled, open_pairs, pictures, stream, transforms
+from .pairs import Pairs, Tally, captioned, labelled, open_pairs, stream
+from .tensors import Chunk, drawn_caption, pictures, transforms
 from .shapes import Shapes
 from .sources import Drawn, Listing, Order, Source, as_source
 from .zoo import EMBEDDED, load

@@ -20,7 +20,8 @@ from torch import nn
 from safetensors.torch import save as save_tensors
 from .core import TinyclipError, atomic_path, autocast, evaluating, processes, resolve_precision, unknown, write_json
 from .fingerprints import difference, differing, prints, shard_print, teacher_print, transform_print
-from .pairs import Chunk, Tally, pictures, stream, tokenise, try_out, worker_count
+from .pairs import Tally, stream, worker_count
+from .tensors import Chunk, pictures, tokenise, try_out
 from .sources import IMAGES, Order, Sample, Shards, Skip, Source, as_source
 
 # %% ../nbs/07_cache.ipynb #69e2f5a6

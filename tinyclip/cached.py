@@ -18,7 +18,8 @@ from safetensors.torch import load as load_tensors
 from .cache import cached_already, noted, place, read_index, shards_only
 from .core import TinyclipError
 from .fingerprints import NAMES, differing, prints, teacher_print
-from .pairs import Chunk, Pairs, cook, drawn_caption, tokenise, try_out
+from .pairs import Pairs
+from .tensors import Chunk, cook, drawn_caption, tokenise, try_out
 from .sources import Shards, Skip, read_shard
 
 # %% ../nbs/07_cached.ipynb #40b83a43

@@ -10,7 +10,8 @@ import threading
 from pathlib import Path
 from torch import nn
 from .core import Table, TinyclipError, seed_everything
-from .distill import Distiller, scores
+from .distill import Distiller
+from .runs import scores
 from .events import Tagged
 from .inheritance import fresh, inherit
 from .keep import at_share

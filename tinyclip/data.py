@@ -13,8 +13,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from .core import TinyclipError, evaluating, human
-from .pairs import (Batch, Chunk, Finite, Pairs, Tally, captioned, cook, drawn_caption, labelled, open_pairs, pictures, stream, transforms,
-    try_out, with_caption, with_captions, worker_count)
+from .pairs import Batch, Finite, Pairs, Tally, captioned, labelled, open_pairs, stream, worker_count
+from .tensors import Chunk, cook, drawn_caption, pictures, transforms, try_out, with_caption, with_captions
 from .sources import Order, Skip, as_source
 
 # %% ../nbs/07_data.ipynb #20f90702

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from .pairs import own_rng
+from .tensors import own_rng
 from .sources import Shards, fill
 
 # %% ../nbs/07_fingerprints.ipynb #5c6c80b7

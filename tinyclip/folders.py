@@ -18,7 +18,7 @@ from torch import nn
 from .architecture import architecture
 from .core import TinyclipError, write_json
 from .keep import Keep
-from .pairs import transforms
+from .tensors import transforms
 from .vocabulary import ShortTokenizer, tokenizer_of
 from .weights import assemble, read_weights
 

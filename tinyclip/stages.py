@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import nn
 from .checkpoint import atomic_folder, differences, step_seed
 from .core import Table, TinyclipError, write_json
-from .distill import Distiller, Result, scores
+from .distill import Distiller
+from .runs import Result, scores
 from .events import Tagged, plain
 from .masking import MaskedCLIP
 from .masks import Size
