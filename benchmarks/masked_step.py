@@ -5,7 +5,8 @@
 import argparse, copy, statistics, time
 import open_clip, torch
 from tinyclip.core import Table, autocast, record_run, seed_everything
-from tinyclip.engine import features, make_optimizer
+from tinyclip.engine import make_optimizer
+from tinyclip.steps import features
 from tinyclip.losses import Objective
 from tinyclip.masking import MaskedCLIP
 from tinyclip.measure import inputs

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from .core import TinyclipError, evaluating, human, pick_device
-from .engine import features
+from .steps import features
 from .evaluate import retrieval, zero_shot
 from .losses import Features
 from .measure import parameters

@@ -67,7 +67,7 @@ def make_student(
     student = inherit(teacher.model, keep)
     return teacher._replace(model=fresh(student) if args.random_start else student)
 
-# %% ../nbs/14_cli.ipynb #6d599722
+# %% ../nbs/14_cli.ipynb #ace15132
 def _demo(args)->dict:
     "Compress a small CLIP offline and write a report"
     return run_demo(args.folder, args.steps, args.seed, progress=not args.json)
@@ -86,8 +86,8 @@ def _join(args):
 
 def _cache(args)->dict:
     "Write what a teacher makes of shards, so that training needs no teacher"
-    alone = _join(args) is None
-    model,_,tokenizer = load(args.teacher, pick_device(args.device) if alone else _join(args)) # several processes share the shards
+    device = _join(args) # several processes share the shards
+    model,_,tokenizer = load(args.teacher, device or pick_device(args.device))
     source,out,tell = source_of(args), Path(args.out), (lambda *a: None) if args.json else partial(print, file=sys.stderr, flush=True)
     rank,world = processes()
     need = cache_size(source, embedding_width(model, tokenizer), args.views, args.dtype)
@@ -95,7 +95,7 @@ def _cache(args)->dict:
     if rank==0: tell(f'About {human(need)}B for {source!r}; {human(shutil.disk_usage(there).free)}B are free there.')
     result = write_cache(source, model, transforms(model)[0], tokenizer, out, views=args.views, seed=args.seed, dtype=args.dtype, precision=args.precision, batch_size=args.batch_size, workers=args.workers,
                          told=lambda r: tell(f"{r['shard']}: {r['samples']} samples, {human(r['bytes'])}B"))
-    if not alone: result = dict(process=rank, of=world) | result
+    if device: result = dict(process=rank, of=world) | result
     if not args.json: print(Table([{k:v for k,v in result.items() if k!='skipped'} | {f'skipped: {k}':v for k,v in result['skipped'].items()}]))
     return result | dict(estimate=need, folder=str(out))
 

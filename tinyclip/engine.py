@@ -6,7 +6,7 @@
 __all__ = ['parameter_groups', 'learning_rate', 'Tally', 'make_optimizer', 'wants_shards', 'fitted', 'Engine', 'move', 'ask',
            'slopes', 'clip', 'update', 'collect', 'on_show', 'state_dict', 'load_state_dict', 'make_accelerator']
 
-# %% ../nbs/10_engine.ipynb #af68815a
+# %% ../nbs/10_engine.ipynb #6f585b63
 import contextlib, math, os
 import torch
 from accelerate import Accelerator, PartialState, DistributedType
@@ -19,7 +19,7 @@ from .losses import Objective
 from .sharding import Sharded, load_whole_state, whole_state
 from .speed import channels_last, checkpointing, compiled, convolutional, interpreted, lean, on_device, set_back
 from .tiling import fused_tiles
-from .steps import features, split, step, step_in_chunks
+from .steps import answers, split, step, step_in_chunks
 
 # %% ../nbs/10_engine.ipynb #91278cfb
 def parameter_groups(
@@ -154,7 +154,7 @@ class Engine:
             if self.compile: interpreted(m)
         self.live.eval()
 
-# %% ../nbs/10_engine.ipynb #933da486
+# %% ../nbs/10_engine.ipynb #bcabf24d
 def move(self:Engine, batch):
     "A batch where the models are"
     return on_device(batch, self.accelerator.device, self.images_last)
@@ -162,7 +162,7 @@ def move(self:Engine, batch):
 def ask(self:Engine, model, chunk):
     "Features of a chunk that may still be elsewhere"
     chunk = self.move(chunk)
-    with self.accelerator.autocast(): return features(model, chunk.image, chunk.text)
+    with self.accelerator.autocast(): return answers(model, chunk)
 
 def slopes(self:Engine, batch, watch, done)->dict: # What `step` returns, detached, and the `penalty`
     "Losses of a batch; their gradients are where they belong"

@@ -44,7 +44,7 @@ def channels_last(
     getattr(model, 'visual', model).to(memory_format=torch.channels_last if on else torch.contiguous_format)
     return model
 
-# %% ../nbs/10_speed.ipynb #fb99a7fc
+# %% ../nbs/10_speed.ipynb #42a1772b
 @functools.cache
 def _copies(device): return torch.cuda.Stream(device)
 
@@ -61,7 +61,7 @@ def on_device(
 
 def _sent(v, device):
     if device.type!='cuda' or v.device.type!='cpu': return v.to(device)
-    now,own = torch.cuda.current_stream(device),_copies(torch.device(device.type, device.index or torch.cuda.current_device()))
+    now,own = torch.cuda.current_stream(device),_copies(device if device.index is not None else torch.device('cuda', torch.cuda.current_device()))
     with torch.cuda.stream(own): v = v.pin_memory().to(device, non_blocking=True)
     now.wait_stream(own)
     v.record_stream(now) # its memory is in use until this stream has passed
