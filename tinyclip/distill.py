@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDS', 'batches', 'Terminated', 'deferred_interrupt', 'Distiller', 'newest', 'open_events', 'advance', 'loop',
-           'train', 'fit']
+           'train']
 
 # %% ../nbs/10_distill.ipynb #0404560b
 import contextlib, signal, threading, time, warnings
@@ -108,6 +108,10 @@ class Distiller:
         self.penalty,self.max_skipped,self.listeners,self.progress,self.stopping = penalty, max_skipped, listeners, progress, threading.Event()
 
     def stop(self): self.stopping.set() # from any thread: `fit` ends after the step, writes a checkpoint and returns
+
+    def fit(self, steps:int, resume:bool=False)->Result:
+        "Train for `steps` steps in all; `resume` goes on from the folder's newest checkpoint. See `train`."
+        return train(self, steps, resume)
 
 # %% ../nbs/10_distill.ipynb #b1eeea11
 def newest(
@@ -232,9 +236,3 @@ def train(
     finally:
         job.stopping.clear(); run.events.close(); engine.release()
         for t in a.trackers: t.finish()
-
-def fit(self:Distiller, steps:int, resume:bool=False)->Result:
-    "Train for `steps` steps in all; `resume` goes on from the folder's newest checkpoint. See `train`."
-    return train(self, steps, resume)
-
-Distiller.fit = fit

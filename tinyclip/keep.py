@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHOOSERS', 'leading', 'evenly_spaced', 'by_magnitude', 'magnitudes', 'Keep', 'check_indices', 'within', 'is_depth',
-           'after', 'student_sizes', 'keep_table', 'describe', 'to_json', 'from_json', 'runs', 'then', 'counted',
-           'tower_of', 'by_counts', 'resolve_chooser', 'with_needed', 'manual', 'at_share', 'choose', 'like',
-           'same_otherwise', 'tower_kind']
+           'after', 'student_sizes', 'keep_table', 'describe', 'runs', 'counted', 'tower_of', 'by_counts',
+           'resolve_chooser', 'with_needed', 'manual', 'at_share', 'choose', 'like', 'same_otherwise', 'tower_kind']
 
 # %% ../nbs/04_keep.ipynb #7a8ece06
 import fnmatch, json, re
@@ -91,6 +90,44 @@ class Keep:
 
     def __hash__(self): return hash(self.to_json())
 
+    def __repr__(self):
+        return f'{keep_table(self)!r}'
+
+    def _repr_markdown_(self):
+        return keep_table(self)._repr_markdown_()
+
+    def to_json(self)->str: # Exact: floats keep every bit
+        "This keep as JSON; runs of indices are written as `[[start, stop], ...]`"
+        return json.dumps(dict(sizes=self.sizes, axes={a:runs(v) for a,v in self.axes.items()}, values={a:list(v) for a,v in self.values.items()}))
+
+    @staticmethod
+    def from_json(text:str)->'Keep': # From `Keep.to_json`
+        "Read a keep back"
+        try:
+            d = json.loads(text)
+            for a,v in d['axes'].items(): # before they are written out: a run can claim to be of any length
+                if not 0 <= d['sizes'][a] <= 2**26 or any(not 0 <= lo <= hi <= d['sizes'][a] for lo,hi in v) or len(v)>d['sizes'][a]: raise ValueError(f'{a} has runs beyond its size')
+            return Keep(d['sizes'], {a:[i for lo,hi in v for i in range(lo, hi)] for a,v in d['axes'].items()}, d.get('values', {}))
+        except TinyclipError: raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e: raise TinyclipError(f'This is not a keep written by Keep.to_json: {e!r}.') from e
+
+    def then(self,
+        other:'Keep', # What stays of this keep's student
+    )->'Keep': # In terms of the first teacher
+        "Both cuts as one"
+        mine = student_sizes(self)
+        if dict(other.sizes)!=mine:
+            a = next(a for a in sorted({*mine, *other.sizes}) if mine.get(a)!=other.sizes.get(a))
+            raise TinyclipError(f'These keeps do not fit together: {a} is {mine.get(a, "absent")} after the first and {other.sizes.get(a, "absent")} before the second.')
+        axes,values = dict(self.axes), {}
+        for a,new in after(self).items():
+            if new not in other.sizes: continue
+            inner = other[new]
+            axes[a] = tuple(self[a][i] for i in inner)
+            mine_,theirs = (k.values.get(n) for k,n in ((self,a), (other,new)))
+            if mine_ or theirs: values[a] = tuple((mine_[i] if mine_ else 1.)*(theirs[j] if theirs else 1.) for j,i in enumerate(inner))
+        return Keep(self.sizes, axes, values)
+
 def check_indices(axis, index, size):
     "Refuse indices that are out of range, repeated or out of order"
     bad = [i for i in index if not 0<=i<size]
@@ -153,24 +190,7 @@ def describe(index, total)->str: # e.g. `'all'`, `'first 32'`, `'0 2 4'`
     if index==tuple(range(len(index))): return f'first {len(index)}'
     return ' '.join(map(str, index)) if len(index)<=8 else f'{" ".join(map(str, index[:4]))} ... {index[-1]}'
 
-Keep.__repr__ = lambda self: f'{keep_table(self)!r}'
-Keep._repr_markdown_ = lambda self: keep_table(self)._repr_markdown_()
-
 # %% ../nbs/04_keep.ipynb #442487e9
-def to_json(self)->str: # Exact: floats keep every bit
-    "This keep as JSON; runs of indices are written as `[[start, stop], ...]`"
-    return json.dumps(dict(sizes=self.sizes, axes={a:runs(v) for a,v in self.axes.items()}, values={a:list(v) for a,v in self.values.items()}))
-
-def from_json(text:str)->Keep: # From `Keep.to_json`
-    "Read a keep back"
-    try:
-        d = json.loads(text)
-        for a,v in d['axes'].items(): # before they are written out: a run can claim to be of any length
-            if not 0 <= d['sizes'][a] <= 2**26 or any(not 0 <= lo <= hi <= d['sizes'][a] for lo,hi in v) or len(v)>d['sizes'][a]: raise ValueError(f'{a} has runs beyond its size')
-        return Keep(d['sizes'], {a:[i for lo,hi in v for i in range(lo, hi)] for a,v in d['axes'].items()}, d.get('values', {}))
-    except TinyclipError: raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e: raise TinyclipError(f'This is not a keep written by Keep.to_json: {e!r}.') from e
-
 def runs(index)->list: # `[[start, stop], ...]`
     "Increasing indices as half-open runs"
     out = []
@@ -178,28 +198,6 @@ def runs(index)->list: # `[[start, stop], ...]`
         if out and out[-1][1]==i: out[-1][1] += 1
         else: out.append([i, i+1])
     return out
-
-Keep.to_json, Keep.from_json = to_json, staticmethod(from_json)
-
-# %% ../nbs/04_keep.ipynb #cbd15941
-def then(self,
-    other:Keep, # What stays of this keep's student
-)->Keep: # In terms of the first teacher
-    "Both cuts as one"
-    mine = student_sizes(self)
-    if dict(other.sizes)!=mine:
-        a = next(a for a in sorted({*mine, *other.sizes}) if mine.get(a)!=other.sizes.get(a))
-        raise TinyclipError(f'These keeps do not fit together: {a} is {mine.get(a, "absent")} after the first and {other.sizes.get(a, "absent")} before the second.')
-    axes,values = dict(self.axes), {}
-    for a,new in after(self).items():
-        if new not in other.sizes: continue
-        inner = other[new]
-        axes[a] = tuple(self[a][i] for i in inner)
-        mine_,theirs = (k.values.get(n) for k,n in ((self,a), (other,new)))
-        if mine_ or theirs: values[a] = tuple((mine_[i] if mine_ else 1.)*(theirs[j] if theirs else 1.) for j,i in enumerate(inner))
-    return Keep(self.sizes, axes, values)
-
-Keep.then = then
 
 # %% ../nbs/04_keep.ipynb #15eb8ace
 def counted(

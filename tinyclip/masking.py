@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'BRANCHES', 'Fill', 'OpenNorm', 'ScaledEmbedding', 'Recomputed', 'mask_groups', 'gate_of', 'writers',
-           'shared_noise', 'Method', 'replace', 'prepare', 'MaskedCLIP', 'by_group', 'by_axis', 'draw', 'one_draw',
-           'Scale', 'fold', 'chances', 'open_counts', 'shares', 'sparsity', 'zeros', 'values', 'to_keep', 'cut']
+           'shared_noise', 'Method', 'replace', 'prepare', 'MaskedCLIP', 'Scale']
 
 # %% ../nbs/06_masking.ipynb #361d2666
 import contextlib, copy
@@ -210,39 +209,102 @@ class MaskedCLIP(nn.Module):
         if method=='forward': return functional_call(self.clip, weights, args)
         return functional_call(Method(self.clip, method), {f'model.{k}':v for k,v in weights.items()}, args, kwargs)
 
-# %% ../nbs/06_masking.ipynb #1ca9c597
-def by_group(self,
-    flat:Tensor, # `(total,)`
-)->dict: # group -> its part
-    "Split a vector over all masks"
-    return dict(zip(self.groups, flat.split(list(self.groups.values()))))
+    def by_group(self,
+        flat:Tensor, # `(total,)`
+    )->dict: # group -> its part
+        "Split a vector over all masks"
+        return dict(zip(self.groups, flat.split(list(self.groups.values()))))
 
-def by_axis(self,
-    groups:Mapping, # group -> masks, or chances to be open
-)->dict: # axis -> `(size,)`
-    "What the axes see: a head or neuron counts as much as its branch lets it"
-    out = {}
-    for a in self.axes:
-        own,gate = groups.get(a), self.gates[a]
-        g = groups[gate[0]][gate[1]] if gate else None
-        out[a] = own if g is None else own*g if own is not None else g.expand(self.layout.sizes[a])
-    return out
+    def by_axis(self,
+        groups:Mapping, # group -> masks, or chances to be open
+    )->dict: # axis -> `(size,)`
+        "What the axes see: a head or neuron counts as much as its branch lets it"
+        out = {}
+        for a in self.axes:
+            own,gate = groups.get(a), self.gates[a]
+            g = groups[gate[0]][gate[1]] if gate else None
+            out[a] = own if g is None else own*g if own is not None else g.expand(self.layout.sizes[a])
+        return out
 
-def draw(self)->dict: # axis -> masks `(size,)`
-    "Masks for one training step, differentiable in the log alphas"
-    alpha = self.log_alpha.float()
-    z = hard_concrete(alpha, shared_noise(len(alpha), alpha.device) if self.noise is None else self.noise)
-    if self.hard: z = (z>0).float() + z-z.detach()
-    return self.by_axis(self.by_group(z + self.probe-self.probe.detach()))
+    def draw(self)->dict: # axis -> masks `(size,)`
+        "Masks for one training step, differentiable in the log alphas"
+        alpha = self.log_alpha.float()
+        z = hard_concrete(alpha, shared_noise(len(alpha), alpha.device) if self.noise is None else self.noise)
+        if self.hard: z = (z>0).float() + z-z.detach()
+        return self.by_axis(self.by_group(z + self.probe-self.probe.detach()))
 
-@contextlib.contextmanager
-def one_draw(self):
-    "Every forward pass within has the same masks: a step that takes several is still one step"
-    self.noise = shared_noise(len(self.log_alpha), self.log_alpha.device)
-    try: yield
-    finally: self.noise = None
+    @contextlib.contextmanager
+    def one_draw(self):
+        "Every forward pass within has the same masks: a step that takes several is still one step"
+        self.noise = shared_noise(len(self.log_alpha), self.log_alpha.device)
+        try: yield
+        finally: self.noise = None
 
-MaskedCLIP.by_group,MaskedCLIP.by_axis,MaskedCLIP.draw,MaskedCLIP.one_draw = by_group, by_axis, draw, one_draw
+    def fold(self,
+        masks:Mapping, # axis -> `(size,)`
+    )->dict: # name -> tensor: what the CLIP is called with in place of its own
+        "Multiply masks into the weights"
+        own,out = dict(self.clip.named_parameters()), {}
+        for name,at in self.writers:
+            t,z = own[name], [masks[axis].repeat_interleave(block).to(own[name].dtype) for axis,block,_ in at]
+            if t.ndim==len(at)==2: t = Scale.apply(t, *z)
+            else:
+                for m,(_,_,shape) in zip(z, at): t = t*m.view(shape)
+            out[name] = t
+        for path,axis in self.norms.items(): out[f'{path}.open'] = (masks[axis].detach()>0).float()
+        if 'text.width' in masks: out[f'{self.table}.scale'] = masks['text.width']
+        return out
+
+    def chances(self)->dict: # axis -> `(size,)`, 0..1, differentiable
+        "How likely every head, neuron and channel is open"
+        return self.by_axis(self.by_group(chance_open(self.log_alpha.float())))
+
+    def open_counts(self)->Tensor: # `(len(size.axes),)`, in the order of `self.size.axes`
+        "Expected number of open masks per axis; axes without masks count whole"
+        p = self.chances()
+        return torch.stack([p[a].sum() if a in p else self.log_alpha.new_full((), float(n)) for a,n in self.size.sizes.items()])
+
+    def shares(self)->Tensor: # `(2,)`, image and text
+        "Expected kept share of each tower, without the token table; differentiable"
+        return self.size(self.open_counts())
+
+    @torch.no_grad()
+    def sparsity(self)->dict: # `image`, `text`, and `towers` for both together
+        "Which share of each tower's parameters is closed, expected"
+        n,kept = self.size.whole, dict(zip(TOWERS, self.shares().tolist()))
+        kept['towers'] = sum(kept[t]*n[t] for t in n)/sum(n.values())
+        return {t:1-s for t,s in kept.items()}
+
+    @torch.no_grad()
+    def zeros(self,
+        shift:float=0., # Added to every log alpha
+    )->dict: # group -> how many of its masks are closed
+        "The expected number of closed masks per group; at least one channel stays"
+        n = {g:expected_zeros(a) for g,a in self.by_group(self.log_alpha.float()+shift).items()}
+        return {g:min(k, self.groups[g]-g.endswith('.width')) for g,k in n.items()}
+
+    @torch.no_grad()
+    def values(self,
+        zeros:Mapping|None=None, # group -> how many to close; the expected number where absent
+    )->dict: # axis -> masks `(size,)`
+        "Masks without noise, as eval mode and the cut use them"
+        zeros = {**self.zeros(), **(zeros or {})}
+        z = {g:eval_masks(a, zeros[g]) for g,a in self.by_group(self.log_alpha.float()).items()}
+        return self.by_axis({g:(m>0).float() for g,m in z.items()} if self.hard else z)
+
+    def keep(self,
+        zeros:Mapping|None=None, # As in `values`
+    )->Keep: # With the values of the masks that stay
+        "What the masks keep of this model"
+        z = {a:m.tolist() for a,m in self.values(zeros).items()}
+        index = {a:[i for i,v in enumerate(m) if v>0] for a,m in z.items()}
+        return Keep(self.layout.sizes, index, {a:[z[a][i] for i in index[a]] for a in z})
+
+    def cut(self,
+        zeros:Mapping|None=None, # As in `values`
+    )->nn.Module: # In eval mode; `.keep` says what it holds of the first teacher
+        "The dense student that the masks stand for: no mask is left in it"
+        return inherit(self.clip, self.keep(zeros))
 
 # %% ../nbs/06_masking.ipynb #cc25635f
 class Scale(torch.autograd.Function):
@@ -259,77 +321,3 @@ class Scale(torch.autograd.Function):
         h = g*w
         with torch.autocast(g.device.type, enabled=False): to_rows,to_columns = h@columns, rows@h
         return torch.mul(g, columns, out=h).mul_(rows[:,None]), to_rows, to_columns
-
-def fold(self,
-    masks:Mapping, # axis -> `(size,)`
-)->dict: # name -> tensor: what the CLIP is called with in place of its own
-    "Multiply masks into the weights"
-    own,out = dict(self.clip.named_parameters()), {}
-    for name,at in self.writers:
-        t,z = own[name], [masks[axis].repeat_interleave(block).to(own[name].dtype) for axis,block,_ in at]
-        if t.ndim==len(at)==2: t = Scale.apply(t, *z)
-        else:
-            for m,(_,_,shape) in zip(z, at): t = t*m.view(shape)
-        out[name] = t
-    for path,axis in self.norms.items(): out[f'{path}.open'] = (masks[axis].detach()>0).float()
-    if 'text.width' in masks: out[f'{self.table}.scale'] = masks['text.width']
-    return out
-
-MaskedCLIP.fold = fold
-
-# %% ../nbs/06_masking.ipynb #b5c7ab63
-def chances(self)->dict: # axis -> `(size,)`, 0..1, differentiable
-    "How likely every head, neuron and channel is open"
-    return self.by_axis(self.by_group(chance_open(self.log_alpha.float())))
-
-def open_counts(self)->Tensor: # `(len(size.axes),)`, in the order of `self.size.axes`
-    "Expected number of open masks per axis; axes without masks count whole"
-    p = self.chances()
-    return torch.stack([p[a].sum() if a in p else self.log_alpha.new_full((), float(n)) for a,n in self.size.sizes.items()])
-
-def shares(self)->Tensor: # `(2,)`, image and text
-    "Expected kept share of each tower, without the token table; differentiable"
-    return self.size(self.open_counts())
-
-@torch.no_grad()
-def sparsity(self)->dict: # `image`, `text`, and `towers` for both together
-    "Which share of each tower's parameters is closed, expected"
-    n,kept = self.size.whole, dict(zip(TOWERS, self.shares().tolist()))
-    kept['towers'] = sum(kept[t]*n[t] for t in n)/sum(n.values())
-    return {t:1-s for t,s in kept.items()}
-
-MaskedCLIP.chances,MaskedCLIP.open_counts,MaskedCLIP.shares,MaskedCLIP.sparsity = chances, open_counts, shares, sparsity
-
-# %% ../nbs/06_masking.ipynb #dec736e1
-@torch.no_grad()
-def zeros(self,
-    shift:float=0., # Added to every log alpha
-)->dict: # group -> how many of its masks are closed
-    "The expected number of closed masks per group; at least one channel stays"
-    n = {g:expected_zeros(a) for g,a in self.by_group(self.log_alpha.float()+shift).items()}
-    return {g:min(k, self.groups[g]-g.endswith('.width')) for g,k in n.items()}
-
-@torch.no_grad()
-def values(self,
-    zeros:Mapping|None=None, # group -> how many to close; the expected number where absent
-)->dict: # axis -> masks `(size,)`
-    "Masks without noise, as eval mode and the cut use them"
-    zeros = {**self.zeros(), **(zeros or {})}
-    z = {g:eval_masks(a, zeros[g]) for g,a in self.by_group(self.log_alpha.float()).items()}
-    return self.by_axis({g:(m>0).float() for g,m in z.items()} if self.hard else z)
-
-def to_keep(self,
-    zeros:Mapping|None=None, # As in `values`
-)->Keep: # With the values of the masks that stay
-    "What the masks keep of this model"
-    z = {a:m.tolist() for a,m in self.values(zeros).items()}
-    index = {a:[i for i,v in enumerate(m) if v>0] for a,m in z.items()}
-    return Keep(self.layout.sizes, index, {a:[z[a][i] for i in index[a]] for a in z})
-
-def cut(self,
-    zeros:Mapping|None=None, # As in `values`
-)->nn.Module: # In eval mode; `.keep` says what it holds of the first teacher
-    "The dense student that the masks stand for: no mask is left in it"
-    return inherit(self.clip, self.keep(zeros))
-
-MaskedCLIP.zeros,MaskedCLIP.values,MaskedCLIP.keep,MaskedCLIP.cut = zeros, values, to_keep, cut

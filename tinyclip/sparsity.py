@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'SLACK', 'head_dim', 'floor_counts', 'check_share', 'zeros_for', 'uniform_shape', 'check_kinds', 'per_tower',
-           'Goal', 'picture', 'saved_by', 'rank', 'project', 'Sparsity', 'targets', 'wake', 'project_all',
-           'before_step', 'after_step', 'aim', 'cut', 'report', 'own_picture', 'state_dict', 'load_state_dict']
+           'Goal', 'picture', 'saved_by', 'rank', 'project', 'Sparsity']
 
 # %% ../nbs/06_sparsity.ipynb #25d00bcd
 import math
@@ -259,72 +258,67 @@ class Sparsity:
         if not self.constraint: return self.masked.log_alpha.sum()*0
         return self.constraint(self.goal.measure(), filled(self.targets(), self.masked.log_alpha))
 
-# %% ../nbs/06_sparsity.ipynb #a71b8553
-def targets(self:Sparsity)->list[float]: # In the order of `goal.names`
-    "Where the shares shall be now"
-    done = max(0., self.done-self.feel)/(1-self.feel)
-    return [target_share(done, s, t, self.warmup) for s,t in zip(self.start, self.goal.targets())]
+    def targets(self)->list[float]: # In the order of `goal.names`
+        "Where the shares shall be now"
+        done = max(0., self.done-self.feel)/(1-self.feel)
+        return [target_share(done, s, t, self.warmup) for s,t in zip(self.start, self.goal.targets())]
 
-def wake(self:Sparsity):
-    "From feeling to closing"
-    self.feeling = False
-    rank(self.masked, self.fisher, self.spread)
-    self.project()
+    def wake(self):
+        "From feeling to closing"
+        self.feeling = False
+        rank(self.masked, self.fisher, self.spread)
+        self.project()
 
-def project_all(self:Sparsity):
-    "Put every share on its target"
-    m,goal = self.masked,self.goal
-    for i,(groups,t) in enumerate(zip(goal.together(), self.targets())):
-        mine = (lambda: chance_open(m.by_group(m.log_alpha)[groups[0]]).mean()) if goal.shape else (lambda: goal.measure()[i])
-        if groups: project(m, groups, mine, t)
+    def project(self):
+        "Put every share on its target"
+        m,goal = self.masked,self.goal
+        for i,(groups,t) in enumerate(zip(goal.together(), self.targets())):
+            mine = (lambda: chance_open(m.by_group(m.log_alpha)[groups[0]]).mean()) if goal.shape else (lambda: goal.measure()[i])
+            if groups: project(m, groups, mine, t)
 
-@torch.no_grad()
-def before_step(self, ok:Tensor): # Is this step's gradient finite?
-    "Take note of the masks' gradients; while they feel, nothing moves"
-    if self.feeling:
-        self.fisher += torch.where(ok, self.masked.probe.grad.square(), 0.)
-        for p in (self.masked.log_alpha, *(self.constraint.parameters() if self.constraint else ())): p.grad = None
-    self.masked.probe.grad = None
+    @torch.no_grad()
+    def before_step(self, ok:Tensor): # Is this step's gradient finite?
+        "Take note of the masks' gradients; while they feel, nothing moves"
+        if self.feeling:
+            self.fisher += torch.where(ok, self.masked.probe.grad.square(), 0.)
+            for p in (self.masked.log_alpha, *(self.constraint.parameters() if self.constraint else ())): p.grad = None
+        self.masked.probe.grad = None
 
-@torch.no_grad()
-def after_step(self, ok:Tensor): # Was this step good?
-    "Keep log alphas where gradients come back, or shares where they shall be; after a bad step, where they were"
-    a = self.masked.log_alpha
-    before = a.clone()
-    if self.form=='projected' and not self.feeling: self.project()
-    elif not self.feel: a.clamp_(-LIMIT, LIMIT)
-    a.copy_(torch.where(ok, a, before))
+    @torch.no_grad()
+    def after_step(self, ok:Tensor): # Was this step good?
+        "Keep log alphas where gradients come back, or shares where they shall be; after a bad step, where they were"
+        a = self.masked.log_alpha
+        before = a.clone()
+        if self.form=='projected' and not self.feeling: self.project()
+        elif not self.feel: a.clamp_(-LIMIT, LIMIT)
+        a.copy_(torch.where(ok, a, before))
 
-for name,f in dict(targets=targets, wake=wake, project=project_all, before_step=before_step, after_step=after_step).items(): setattr(Sparsity, name, f)
+    def aim(self, share):
+        "Another target, from the next step on"
+        if processes()[1]>1: raise TinyclipError('With several processes the target cannot be moved while they train: stop, and begin a stage with the new share.')
+        self.goal = Goal(self.masked, share, self.goal.towers, self.goal.shape is not None)
 
-# %% ../nbs/06_sparsity.ipynb #116a54f0
-def aim(self, share):
-    "Another target, from the next step on"
-    if processes()[1]>1: raise TinyclipError('With several processes the target cannot be moved while they train: stop, and begin a stage with the new share.')
-    self.goal = Goal(self.masked, share, self.goal.towers, self.goal.shape is not None)
+    def cut(self)->nn.Module: # In eval mode
+        "The student that meets the goal exactly, from the masks as they stand"
+        return self.masked.cut(self.goal.zeros())
 
-def cut(self:Sparsity)->nn.Module: # In eval mode
-    "The student that meets the goal exactly, from the masks as they stand"
-    return self.masked.cut(self.goal.zeros())
+    @torch.no_grad()
+    def report(self)->dict: # Scalars for the log
+        "Kept share of each tower, where it shall be now, and how hard the constraint pulls"
+        shares = {f'share/{t}':s for t,s in zip(TOWERS, self.masked.shares().tolist())}
+        targets = {} if self.goal.shape else {f'target/{n}':t for n,t in zip(self.goal.names, self.targets())}
+        return shares | targets | (dict(multiplier=self.constraint.linear.mean().item()) if self.constraint else {})
 
-@torch.no_grad()
-def report(self)->dict: # Scalars for the log
-    "Kept share of each tower, where it shall be now, and how hard the constraint pulls"
-    shares = {f'share/{t}':s for t,s in zip(TOWERS, self.masked.shares().tolist())}
-    targets = {} if self.goal.shape else {f'target/{n}':t for n,t in zip(self.goal.names, self.targets())}
-    return shares | targets | (dict(multiplier=self.constraint.linear.mean().item()) if self.constraint else {})
+    def picture(self)->dict:
+        "For listeners"
+        return picture(self.masked)
 
-def own_picture(self)->dict:
-    "For listeners"
-    return picture(self.masked)
+    def state_dict(self)->dict:
+        "What a checkpoint needs of it"
+        return dict(constraint=self.constraint and {k:v.cpu() for k,v in self.constraint.state_dict().items()}, share=self.goal.asked, fisher=self.fisher.cpu(), feeling=self.feeling)
 
-def state_dict(self)->dict:
-    "What a checkpoint needs of it"
-    return dict(constraint=self.constraint and {k:v.cpu() for k,v in self.constraint.state_dict().items()}, share=self.goal.asked, fisher=self.fisher.cpu(), feeling=self.feeling)
-def load_state_dict(self, state):
-    "Go on from there; what `aim` changed is changed again"
-    if self.constraint: self.constraint.load_state_dict(state['constraint'])
-    self.fisher,self.feeling = state['fisher'].to(self.fisher.device), state['feeling']
-    if state['share']!=self.goal.asked: self.aim(state['share'] if self.goal.towers=='each' else state['share']['image'])
-
-for name,f in dict(aim=aim, cut=cut, report=report, picture=own_picture, state_dict=state_dict, load_state_dict=load_state_dict).items(): setattr(Sparsity, name, f)
+    def load_state_dict(self, state):
+        "Go on from there; what `aim` changed is changed again"
+        if self.constraint: self.constraint.load_state_dict(state['constraint'])
+        self.fisher,self.feeling = state['fisher'].to(self.fisher.device), state['feeling']
+        if state['share']!=self.goal.asked: self.aim(state['share'] if self.goal.towers=='each' else state['share']['image'])

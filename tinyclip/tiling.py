@@ -123,30 +123,28 @@ class _Tiled(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         return pays(row), pays(col) if columns else None
 
-# %% ../nbs/01_tiling.ipynb #5103a067
-def _backward(ctx, g, h):
-    if torch.is_grad_enabled(): raise TinyclipError('Tiles have no second derivative: drop create_graph=True, or hold whole tables with tile=None.')
-    *x,s,t,row,col = ctx.saved_tensors
-    tile,apart,shared,fuse = ctx.how
-    if h is not None and shared: h = h.clone(); dist.all_reduce(h) # every process hands out these columns
-    want = [*ctx.needs_input_grad[:4]]
-    for i,scale in ((0, 4), (2, 5)): want[i] |= ctx.needs_input_grad[scale]
-    out = [torch.zeros(f.shape, dtype=s.dtype, device=f.device) if w else None for f,w in zip(x, want)]
-    part = lambda w,y,K: None if w is None else (w[K], y[:,K])
-    with torch.autocast(s.device.type, enabled=False):
-        for I,J,S,T,*rows in _tiles(*x, s, t, tile, apart):
-            ways = part(g, row, I), part(h, col, J)
-            for i,f in ((0, slope), (2, teacher_slope)):
-                if out[i] is None and out[i+1] is None: continue
-                G = fuse(f)(S, T, *ways)
-                if out[i] is not None: out[i][I].addmm_(G, rows[i+1])
-                if out[i+1] is not None: out[i+1][J].addmm_(G.T, rows[i])
-    scales = [(x[i].to(s.dtype)*out[i]).sum() if n else None for i,n in ((0, ctx.needs_input_grad[4]), (2, ctx.needs_input_grad[5]))]
-    for i,v in ((0, s), (2, t)):
-        if out[i] is not None: out[i] *= v
-    return *(o if o is None else o.to(f.dtype) for o,f in zip(out, x)), *scales, None, None, None, None, None
-
-_Tiled.backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx, g, h):
+        if torch.is_grad_enabled(): raise TinyclipError('Tiles have no second derivative: drop create_graph=True, or hold whole tables with tile=None.')
+        *x,s,t,row,col = ctx.saved_tensors
+        tile,apart,shared,fuse = ctx.how
+        if h is not None and shared: h = h.clone(); dist.all_reduce(h) # every process hands out these columns
+        want = [*ctx.needs_input_grad[:4]]
+        for i,scale in ((0, 4), (2, 5)): want[i] |= ctx.needs_input_grad[scale]
+        out = [torch.zeros(f.shape, dtype=s.dtype, device=f.device) if w else None for f,w in zip(x, want)]
+        part = lambda w,y,K: None if w is None else (w[K], y[:,K])
+        with torch.autocast(s.device.type, enabled=False):
+            for I,J,S,T,*rows in _tiles(*x, s, t, tile, apart):
+                ways = part(g, row, I), part(h, col, J)
+                for i,f in ((0, slope), (2, teacher_slope)):
+                    if out[i] is None and out[i+1] is None: continue
+                    G = fuse(f)(S, T, *ways)
+                    if out[i] is not None: out[i][I].addmm_(G, rows[i+1])
+                    if out[i+1] is not None: out[i+1][J].addmm_(G.T, rows[i])
+        scales = [(x[i].to(s.dtype)*out[i]).sum() if n else None for i,n in ((0, ctx.needs_input_grad[4]), (2, ctx.needs_input_grad[5]))]
+        for i,v in ((0, s), (2, t)):
+            if out[i] is not None: out[i] *= v
+        return *(o if o is None else o.to(f.dtype) for o,f in zip(out, x)), *scales, None, None, None, None, None
 
 # %% ../nbs/01_tiling.ipynb #d01ac88c
 _FUSE = contextvars.ContextVar('fuse', default=False)
