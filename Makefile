@@ -29,7 +29,7 @@ test: $(READY) ## every notebook cell that is not flagged, then pytest: CPU, no 
 lab: $(READY) ## open the notebooks in JupyterLab
 	jupyter lab nbs
 
-refresh: $(READY) ## re-run a notebook and keep its outputs: make refresh NB=nbs/01_losses.ipynb FLAGS='slow'
+refresh: $(READY) ## re-run a notebook and keep its outputs: make refresh NB=nbs/losses/03_mimicking.ipynb FLAGS='slow'
 	python tools/refresh.py $(NB) --flags '$(FLAGS)' && nbdev_export --path $(NB) && nbdev_clean --fname $(NB)
 
 check: $(READY) ## what must hold before a commit: export, tests, nothing out of step

@@ -9,11 +9,11 @@ import argparse, copy, io, statistics, tarfile, tempfile, time
 from pathlib import Path
 import open_clip, torch
 from PIL import Image
-from tinyclip.cache import cache_size, embedding_width, write_cache
-from tinyclip.cached import cached_pairs
+from tinyclip.data.cache import cache_size, embedding_width, write_cache
+from tinyclip.data.cached import cached_pairs
 from tinyclip.core import Table, record_run, seed_everything
 from tinyclip.data import open_pairs, transforms
-from tinyclip.engine import Engine, make_accelerator
+from tinyclip.train.engine import Engine, make_accelerator
 from tinyclip.inheritance import inherit
 from tinyclip.keep import manual
 from tinyclip.losses import Objective

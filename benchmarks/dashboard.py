@@ -6,13 +6,13 @@ import argparse, json, statistics, sys, threading, time
 from pathlib import Path
 import torch
 from jupyter_client.manager import start_new_kernel
-from tinyclip.background import Background
+from tinyclip.live.background import Background
 from tinyclip.core import Table, record_run
 from tinyclip.data import open_pairs
 from tinyclip.distill import Distiller
 from tinyclip.live import Dashboard
 from tinyclip.masking import MaskedCLIP
-from tinyclip.shapes import Shapes
+from tinyclip.data.shapes import Shapes
 from tinyclip.sparsity import Sparsity
 from tinyclip.zoo import load
 

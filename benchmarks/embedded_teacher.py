@@ -7,7 +7,7 @@ The shipped weights were made in three stretches, which `results/embedded-teache
 import argparse
 from pathlib import Path
 from tinyclip.core import record_run
-from tinyclip.demo import TEACHER, TEACHER_RECIPE, train_teacher
+from tinyclip.lab.demo import TEACHER, TEACHER_RECIPE, train_teacher
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -4,9 +4,9 @@
 """
 import argparse, json
 from pathlib import Path
-from tinyclip.cli import main
+from tinyclip.cli.main import main
 from tinyclip.core import Table, record_run, write_json
-from tinyclip.events import read_events
+from tinyclip.train.events import read_events
 
 CFG = dict(embed_dim=128, vision_cfg=dict(image_size=64, layers=4, width=128, head_width=32, patch_size=16),
            text_cfg=dict(context_length=24, vocab_size=49408, width=128, heads=4, layers=2))

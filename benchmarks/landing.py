@@ -4,11 +4,11 @@
 """
 import argparse, shutil
 from pathlib import Path
-from tinyclip.bench import bench
-from tinyclip.contest import Contest, by_masks, by_rule
+from tinyclip.lab.setup import bench
+from tinyclip.comparison import Contest, by_masks, by_rule
 from tinyclip.core import environment, record_run
-from tinyclip.demo import BATCH, MASKS, RECIPE
-from tinyclip.history import told
+from tinyclip.lab.demo import BATCH, MASKS, RECIPE
+from tinyclip.train.history import told
 from tinyclip.live import new_folder
 
 if __name__=='__main__':

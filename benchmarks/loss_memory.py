@@ -9,9 +9,9 @@ from open_clip.loss import DistillClipLoss
 from torch.nn import functional as F
 from tinyclip.core import Table, pick_device, record_run, seed_everything
 from tinyclip.losses import affinity_mimicking, contrastive
-from tinyclip.measure import peak_memory, seconds
-from tinyclip.gathering import share
-from tinyclip.tiling import tile_size, tiled_cross_entropy
+from tinyclip.evaluate.cost import peak_memory, seconds
+from tinyclip.losses.distributed import share
+from tinyclip.losses.tiled import tile_size, tiled_cross_entropy
 
 def pairs(n, width, device):
     "Unit rows of images and of the texts that belong to them: cosines of about .24 in a pair and 0 elsewhere"

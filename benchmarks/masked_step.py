@@ -5,11 +5,11 @@
 import argparse, copy, statistics, time
 import open_clip, torch
 from tinyclip.core import Table, autocast, record_run, seed_everything
-from tinyclip.engine import make_optimizer
-from tinyclip.steps import features
+from tinyclip.train.engine import make_optimizer
+from tinyclip.train.step import features
 from tinyclip.losses import Objective
 from tinyclip.masking import MaskedCLIP
-from tinyclip.measure import inputs
+from tinyclip.evaluate.cost import inputs
 from tinyclip.sparsity import Sparsity
 
 def trainer(model, penalty, batch, precision, device, compiled):

@@ -8,14 +8,15 @@ Finished runs are kept below runs/ and not repeated.
 import argparse, json, statistics, time
 from pathlib import Path
 from tinyclip.core import Table, environment, record_run, seed_everything, write_json
-from tinyclip.data import labelled, open_pairs, transforms
-from tinyclip.demo import examine
+from tinyclip.data.pairs import labelled
+from tinyclip.data import open_pairs, transforms
+from tinyclip.lab.demo import examine
 from tinyclip.distill import Distiller
 from tinyclip.evaluate import zero_shot
 from tinyclip.inheritance import fresh, inherit
 from tinyclip.keep import at_share
-from tinyclip.measure import parameters
-from tinyclip.shapes import Shapes
+from tinyclip.evaluate.cost import parameters
+from tinyclip.data.shapes import Shapes
 from tinyclip.stages import SHORT, Stage, Stages
 from tinyclip.zoo import load
 

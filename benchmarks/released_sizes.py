@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import tinyclip
 from tinyclip.core import Table, human, native_bf16, record_run, seed_everything
-from tinyclip.measure import baseline, profiles
+from tinyclip.evaluate.cost import baseline, profiles
 
 REFERENCE = 'ViT-B-32'
 

@@ -12,11 +12,11 @@ import torch
 import torch.multiprocessing as mp
 from tinyclip.core import Table, record_run, seed_everything
 from tinyclip.data import open_pairs
-from tinyclip.engine import Engine, make_accelerator
+from tinyclip.train.engine import Engine, make_accelerator
 from tinyclip.inheritance import inherit
 from tinyclip.keep import manual
 from tinyclip.losses import Objective
-from tinyclip.shapes import Shapes
+from tinyclip.data.shapes import Shapes
 from tinyclip.zoo import load
 
 LOSSES = ['affinity', 'contrastive']

@@ -18,12 +18,12 @@ from open_clip_train.scheduler import cosine_lr
 from open_clip_train.train import train_one_epoch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tinyclip.core import Table, autocast, record_run, seed_everything
-from tinyclip.engine import Engine, make_accelerator
+from tinyclip.train.engine import Engine, make_accelerator
 from tinyclip.inheritance import inherit
 from tinyclip.keep import manual
 from tinyclip.losses import Objective
-from tinyclip.measure import flops, image_size, inputs, macs, seconds
-from tinyclip.steps import features
+from tinyclip.evaluate.cost import flops, image_size, inputs, macs, seconds
+from tinyclip.train.step import features
 
 OBJECTIVE = Objective(dict(affinity=.5, contrastive=1.), student_scale='own', teacher_scale='own') # what open_clip's DistillClipLoss adds up to
 THEIRS = dict(fp16='amp', bf16='amp_bf16', fp32='fp32') # what open_clip calls autocast to these

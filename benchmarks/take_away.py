@@ -10,15 +10,15 @@ time: what else runs on the machine does not count.
 import argparse, os, shutil, tempfile, time
 from pathlib import Path
 import torch
-from tinyclip.cli_export import size_of, texts_in
+from tinyclip.cli.export import size_of, texts_in
 from tinyclip.core import Table, record_run
-from tinyclip.data import labelled
+from tinyclip.data.pairs import labelled
 from tinyclip.evaluate import class_embeddings, prompts
-from tinyclip.folders import save
-from tinyclip.huggingface import to_transformers
-from tinyclip.measure import speeds
-from tinyclip.onnx_export import OnnxCLIP, to_onnx
-from tinyclip.vocabulary import shorten
+from tinyclip.zoo import save
+from tinyclip.zoo.to_transformers import to_transformers
+from tinyclip.evaluate.cost import speeds
+from tinyclip.zoo.onnx import OnnxCLIP, to_onnx
+from tinyclip.zoo.vocabulary import shorten
 from tinyclip.zoo import load
 
 def forms(student, words, folder):

@@ -4,8 +4,8 @@ import open_clip, pytest, torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from shards import shard
-from tinyclip.cache import write_cache
-from tinyclip.cached import cached_pairs
+from tinyclip.data.cache import write_cache
+from tinyclip.data.cached import cached_pairs
 
 TRAIN,VAL = (image_transform_v2(PreprocessCfg(size=16), is_train=t, aug_cfg=dict(scale=(.3, 1.)) if t else None) for t in (True, False))
 TOKENIZER = open_clip.SimpleTokenizer(context_length=12)

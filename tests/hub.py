@@ -4,11 +4,11 @@ import pytest, torch
 
 transformers = pytest.importorskip('transformers', reason="transformers is optional: pip install 'tinyclip[export]'")
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from tinyclip import huggingface
+from tinyclip.zoo import to_transformers as huggingface
 from tinyclip.core import TinyclipError
-from tinyclip.huggingface import MODELLING
+from tinyclip.zoo.to_transformers import MODELLING
 from tinyclip.inheritance import build
-from tinyclip.vocabulary import shorten
+from tinyclip.zoo.vocabulary import shorten
 
 CAPTIONS = ['a photo of a cat', 'a photo of a dog', 'a ship on the sea', 'an aeroplane in the blue sky, far above the clouds and all the birds that there are', 'frogs']
 

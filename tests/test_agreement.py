@@ -4,9 +4,9 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
-from tinyclip.agreement import Answers, agreement, answers, divergence, overlap
+from tinyclip.evaluate.agreement import Answers, agreement, answers, divergence, overlap
 from tinyclip.core import TinyclipError
-from tinyclip.data import captioned, labelled
+from tinyclip.data.pairs import captioned, labelled
 from tinyclip.evaluate import zero_shot
 from tinyclip.inheritance import inherit
 from tinyclip.keep import manual

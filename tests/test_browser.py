@@ -199,7 +199,7 @@ def test_without_widgets_a_picture_is_updated(masks):
 def test_a_mistake_in_a_cell_costs_one_sentence(masks, code, says):
     nb = masks
     nb.idle()
-    nb.ask('from tinyclip.bench import bench')
+    nb.ask('from tinyclip.lab.setup import bench')
     nb.add(code)
     said, = nb.outputs(code)
     assert says in said and len(said.strip().splitlines())==1 and 'Traceback' not in said
@@ -240,12 +240,12 @@ def test_two_ways_are_watched_from_a_form(both):
 
 @once
 def test_a_finished_contest_shows_a_table_and_saves(both, tmp_path):
-    from tinyclip.measure import parameters
+    from tinyclip.evaluate.cost import parameters
     from tinyclip.zoo import load
     nb = both
     short = 'short = Arena(bench(steps=8, batch_size=8, n=64), share=.35).start()\nshort'
     nb.idle()
-    nb.ask('from tinyclip.arena import Arena\nfrom tinyclip.bench import bench')
+    nb.ask('from tinyclip.lab.comparison_app import Arena\nfrom tinyclip.lab.setup import bench')
     nb.add(short)
     nb.shows(short, 'finished')
     cell = nb.cell(short)

@@ -5,15 +5,16 @@ import open_clip, pytest, torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors.torch import load
 from shards import shard
-from tinyclip import cache as cache_module
-from tinyclip.cache import ask_teacher, cache_size, cached_already, write_cache, write_shards
-from tinyclip.fingerprints import differing, teacher_print
-from tinyclip.cli import main
+from tinyclip.data import cache as cache_module
+from tinyclip.data.cache import ask_teacher, cache_size, cached_already, write_cache, write_shards
+from tinyclip.data.fingerprints import differing, teacher_print
+from tinyclip.cli.main import main
 from tinyclip.core import TinyclipError
-from tinyclip.data import labelled, open_pairs
-from tinyclip.mix import mix
-from tinyclip.shapes import Shapes
-from tinyclip.sources import Order, Skip, as_source, read_shard
+from tinyclip.data.pairs import labelled
+from tinyclip.data import open_pairs
+from tinyclip.data.mix import mix
+from tinyclip.data.shapes import Shapes
+from tinyclip.data.sources import Order, Skip, as_source, read_shard
 from tinyclip.zoo import load as load_model
 from caches import * # with the fixture `data`
 
@@ -274,7 +275,7 @@ def test_tables_and_folders_become_shards(tmp_path):
         assert entries(str(out/'*.tar'))=={e for e in entries(tmp_path/source) if e[2]!=b'no picture'}
         written(str(out/'*.tar'), tmp_path/f'{source}-cache')
         assert len(list(opened(str(out/'*.tar'), tmp_path/f'{source}-cache').epoch(0)))==2
-        with pytest.raises(TinyclipError, match='Only webdataset shards.*tinyclip.cache.write_shards'): opened(str(tmp_path/source), tmp_path/f'{source}-cache')
+        with pytest.raises(TinyclipError, match='Only webdataset shards.*tinyclip.data.cache.write_shards'): opened(str(tmp_path/source), tmp_path/f'{source}-cache')
         with pytest.raises(TinyclipError, match='holds something already'): write_shards(tmp_path/source, out)
     order = [s.captions[0] for s in as_source(str(tmp_path/'things-shards'/'*.tar')).samples(as_source(str(tmp_path/'things-shards'/'*.tar')).urls)]
     assert order!=sorted(order) # classes are mixed

@@ -4,17 +4,17 @@ import pytest, torch
 import torch.nn.functional as F
 from test_distill import Pairs, different, when
 from shards import shard
-from tinyclip import cli
-from tinyclip.cache import ask_teacher, write_cache
-from tinyclip.cached import CachedBatch, cached_pairs
-from tinyclip.cli import main
+from tinyclip.cli import main as cli
+from tinyclip.data.cache import ask_teacher, write_cache
+from tinyclip.data.cached import CachedBatch, cached_pairs
+from tinyclip.cli.main import main
 from tinyclip.core import TinyclipError
 from tinyclip.data import open_pairs
 from tinyclip.distill import Distiller
-from tinyclip.engine import step
+from tinyclip.train.step import step
 from tinyclip.losses import Features, Objective
-from tinyclip.mix import mix
-from tinyclip.sources import as_source
+from tinyclip.data.mix import mix
+from tinyclip.data.sources import as_source
 from tinyclip.zoo import load as load_model
 from caches import * # with the fixture `data`
 

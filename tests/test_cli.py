@@ -2,7 +2,7 @@
 import json, signal, subprocess, sys, time
 import pytest, torch
 from safetensors.torch import load_file
-from tinyclip.cli import main
+from tinyclip.cli.main import main
 
 def test_json_goes_to_standard_output_alone():
     r = subprocess.run([sys.executable, '-m', 'tinyclip', 'measure', 'shapes-teacher', '--batch-size', '2', '--json'], capture_output=True, text=True)

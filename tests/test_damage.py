@@ -7,7 +7,7 @@ from samples import * # its fixtures guard every test here
 from shards import shard
 from tinyclip.core import TinyclipError
 from tinyclip.distill import Distiller
-from tinyclip.sources import read_shard
+from tinyclip.data.sources import read_shard
 
 @both
 def test_broken_things_are_counted_and_named(tmp_path, workers):

@@ -8,11 +8,12 @@ from PIL import Image
 from samples import * # its fixtures guard every test here
 from shards import shard
 from tinyclip.core import TinyclipError
-from tinyclip.data import captioned, check, labelled, open_pairs
-from tinyclip.mix import mix
-from tinyclip.pairs import worker_count
-from tinyclip.shapes import Shapes
-from tinyclip.sources import Order, as_source
+from tinyclip.data.pairs import captioned, labelled
+from tinyclip.data import check, open_pairs
+from tinyclip.data.mix import mix
+from tinyclip.data.pairs import worker_count
+from tinyclip.data.shapes import Shapes
+from tinyclip.data.sources import Order, as_source
 
 # --- order
 
@@ -89,7 +90,7 @@ def test_every_pair_once_whatever_the_ranks_and_workers(tmp_path, monkeypatch, k
     for workers in range(4):
         got,lengths = Counter(),[]
         for rank in range(world):
-            monkeypatch.setattr('tinyclip.pairs.processes', lambda: (rank, world))
+            monkeypatch.setattr('tinyclip.data.pairs.processes', lambda: (rank, world))
             one = rows(open_(source(), 1, workers=workers).epoch(1))
             got += one; lengths.append(one.total())
         ours = Counter({t:c for t,c in got.items() if t in mine})
@@ -120,7 +121,7 @@ def test_ranks_of_a_real_group(tmp_path, monkeypatch):
     assert got[0] + got[1] == said(*(f'caption {i}' for i in range(32)))
 
 def test_fewer_shards_than_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr('tinyclip.pairs.processes', lambda: (1, 4))
+    monkeypatch.setattr('tinyclip.data.pairs.processes', lambda: (1, 4))
     with pytest.raises(TinyclipError, match='3 shards cannot be dealt to 4 processes'): list(open_(shards(tmp_path)).epoch(0))
 
 def test_more_workers_than_shards(tmp_path):

@@ -2,9 +2,9 @@
 import threading, time
 import plotly.graph_objects as go
 import pytest
-import tinyclip.dial as module
+import tinyclip.live.dashboard.dial as module
 from tinyclip.core import TinyclipError
-from tinyclip.dial import Dial, filmed
+from tinyclip.live.dial import Dial, filmed
 
 def line(x, **kw): return go.Figure(go.Scatter(y=[x, 2*x]), dict(title=f'x is {x}', **kw))
 

@@ -5,16 +5,17 @@ from pathlib import Path
 from typing import NamedTuple
 import open_clip, pytest, torch
 from safetensors.torch import load_file
-from tinyclip.checkpoint import checkpoints
+from tinyclip.train.checkpoint import checkpoints
 from tinyclip.core import TinyclipError
 from tinyclip.data import open_pairs
 from tinyclip.distill import Distiller
-from tinyclip.engine import make_accelerator, step
-from tinyclip.events import read_events
+from tinyclip.train.engine import make_accelerator
+from tinyclip.train.step import step
+from tinyclip.train.events import read_events
 from tinyclip.inheritance import inherit
 from tinyclip.keep import manual
 from tinyclip.losses import Objective
-from tinyclip.shapes import Shapes
+from tinyclip.data.shapes import Shapes
 from tinyclip.zoo import load
 
 class Batch(NamedTuple): image:torch.Tensor; text:torch.Tensor

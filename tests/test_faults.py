@@ -6,12 +6,12 @@ import pytest, torch
 from safetensors.torch import load_file
 from test_distill import Pairs, different, job, tiny, when
 from test_stages import PLAN, plan
-from tinyclip.checkpoint import checkpoints
+from tinyclip.train.checkpoint import checkpoints
 from tinyclip.core import TinyclipError
 from tinyclip.data import open_pairs
-from tinyclip.events import Events, read_events
+from tinyclip.train.events import Events, read_events
 from tinyclip.losses import Objective
-from tinyclip.shapes import Shapes
+from tinyclip.data.shapes import Shapes
 from tinyclip.stages import Stage
 from tinyclip.zoo import load
 
@@ -253,7 +253,7 @@ def pair(tmp_path_factory):
 
 def by_hand(folder):
     "What the loss of step 5 must be: the checkpoint's student on the second batch of the second epoch"
-    from tinyclip.steps import step
+    from tinyclip.train.step import step
     student = tiny(2)
     student.load_state_dict(load_file(folder/'checkpoint-000004'/'student.safetensors'))
     return step(student.train(), tiny(0).eval(), list(Pairs().epoch(1))[1], Objective('affinity'))['loss'].item()

@@ -7,8 +7,8 @@ transformers = pytest.importorskip('transformers', reason="transformers is optio
 from safetensors.torch import load_file
 from hub import CAPTIONS, refuse, same, shake, short, tiny
 from tinyclip.core import TinyclipError
-from tinyclip.from_huggingface import from_transformers
-from tinyclip.huggingface import to_transformers
+from tinyclip.zoo.from_transformers import from_transformers
+from tinyclip.zoo.to_transformers import to_transformers
 
 # ---- models that transformers made
 

@@ -8,16 +8,16 @@ transformers = pytest.importorskip('transformers', reason="transformers is optio
 import open_clip
 from safetensors.torch import load_file
 from hub import CAPTIONS, compare, processor_of, refuse, same, shake, short, theirs, tiny
-from tinyclip import from_huggingface, huggingface
-from tinyclip.architecture import architecture
+from tinyclip.zoo import from_transformers as from_huggingface; from tinyclip.zoo import to_transformers as huggingface
+from tinyclip.towers.architecture import architecture
 from tinyclip.core import TinyclipError
-from tinyclip.folders import finish, preprocess_cfg
-from tinyclip.from_huggingface import from_transformers
-from tinyclip.huggingface import FILES, describe, obstacle, to_transformers
+from tinyclip.zoo.folders import finish, preprocess_cfg
+from tinyclip.zoo.from_transformers import from_transformers
+from tinyclip.zoo.to_transformers import FILES, describe, obstacle, to_transformers
 from tinyclip.inheritance import build, inherit
 from tinyclip.keep import choose, manual
 from tinyclip.masking import MaskedCLIP
-from tinyclip.vocabulary import shorten
+from tinyclip.zoo.vocabulary import shorten
 from tinyclip.zoo import load
 
 # ---- photographs, in a process without this package and without open_clip
@@ -249,7 +249,7 @@ def test_a_failure_while_writing_leaves_the_old_model(tmp_path, monkeypatch):
     compare(old, tmp_path/'m', 'clip')
 
 def test_a_killed_export_leaves_no_model(tmp_path):
-    code = "import os, sys, torch\nfrom tinyclip import huggingface, zoo\nhuggingface.clip_config = lambda *a: os._exit(9)\nhuggingface.to_transformers(zoo.load('shapes-teacher').model, sys.argv[1])"
+    code = "import os, sys, torch\nfrom tinyclip.zoo import to_transformers as huggingface; from tinyclip.zoo import loading as zoo\nhuggingface.clip_config = lambda *a: os._exit(9)\nhuggingface.to_transformers(zoo.load('shapes-teacher').model, sys.argv[1])"
     assert subprocess.run([sys.executable, '-c', code, str(tmp_path/'m')], cwd=Path(__file__).parent.parent).returncode==9
     assert not (tmp_path/'m').exists() and all(p.name[0]=='.' and p.name.endswith('.tmp') for p in tmp_path.iterdir())
 

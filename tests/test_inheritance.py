@@ -4,7 +4,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from tinyclip.core import TinyclipError
 from tinyclip.inheritance import build, fresh, inherit
 from tinyclip.keep import Keep, like, manual, student_sizes
-from tinyclip.architecture import architecture
+from tinyclip.towers.architecture import architecture
 from tinyclip.towers import layout
 
 quick = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 from test_distill import Pairs, job, tiny
 from test_stages import MASKS, plan
-from tinyclip.background import Background
-from tinyclip.contest import Contest, by_masks, by_rule
-from tinyclip.events import read_events
+from tinyclip.live.background import Background
+from tinyclip.comparison import Contest, by_masks, by_rule
+from tinyclip.train.events import read_events
 from tinyclip.live import Dashboard, Replay, watch
 
 HERE,STATUS = Path(__file__).parent, Path('/proc/self/status')
@@ -108,7 +108,7 @@ def test_an_interrupt_while_waiting(tmp_path, presses, says):
 # --- drawing and training do not hurt each other
 
 def test_a_figure_that_cannot_be_drawn_does_not_end_training(tmp_path, monkeypatch):
-    import tinyclip.live as module
+    import tinyclip.live.dashboard.dashboard as module
     def broken(*_): raise ZeroDivisionError('in the figure')
     live = watch(masked(tmp_path), 12, show='widgets', rate=5, start=False)
     with monkeypatch.context() as m:

@@ -4,19 +4,20 @@ from collections import Counter
 from pathlib import Path
 import numpy as np
 import open_clip, pytest, torch
-import tinyclip.tensors
+import tinyclip.data.transforms
 from open_clip.transform import PreprocessCfg, gray_scale, image_transform_v2
 from PIL import Image, ImageDraw
 from torchvision import transforms as T
 from shards import shard
 from tinyclip.core import TinyclipError
-from tinyclip.data import captioned, labelled, open_pairs
-from tinyclip.jpeg import MARGIN, first_step, opener, reduction, window
-from tinyclip.shapes import Shapes
-from tinyclip.pairs import rebatch
-from tinyclip.tensors import as_bytes, cook, pictures, with_label
-from tinyclip.mix import mix
-from tinyclip.sources import Order, Sample, as_source, decode
+from tinyclip.data.pairs import captioned, labelled
+from tinyclip.data import open_pairs
+from tinyclip.data.jpeg import MARGIN, first_step, opener, reduction, window
+from tinyclip.data.shapes import Shapes
+from tinyclip.data.pairs import rebatch
+from tinyclip.data.transforms import as_bytes, cook, pictures, with_label
+from tinyclip.data.mix import mix
+from tinyclip.data.sources import Order, Sample, as_source, decode
 
 TRAIN,VAL = (image_transform_v2(PreprocessCfg(size=32), is_train=t) for t in (True, False))
 TOKENIZER = open_clip.SimpleTokenizer(context_length=12)
@@ -85,7 +86,7 @@ def test_large_pictures_differ_less_than_the_resize_method(transform, mode, size
 
 def test_the_decoder_makes_fewer_pixels(monkeypatch):
     seen = []
-    monkeypatch.setattr('tinyclip.jpeg.to_rgb', lambda im: (seen.append(im.size), im)[1])
+    monkeypatch.setattr('tinyclip.data.jpeg.to_rgb', lambda im: (seen.append(im.size), im)[1])
     opener(VAL)(picture(0, (640,480))); opener(VAL)(picture(0, (90,80)))
     assert seen == [(80,60), (90,80)]
 
@@ -143,11 +144,11 @@ def test_parted_or_whole_the_same_to_the_bit(transform, reduced):
 def test_workers_hand_over_bytes(tmp_path, monkeypatch):
     "A quarter of what it was, and the same batches"
     seen,source = [],shards(tmp_path)
-    ready = tinyclip.tensors.Chunk.ready
-    monkeypatch.setattr(tinyclip.tensors.Chunk, 'ready', lambda c: (seen.append(c.fields[0].dtype), ready(c))[1])
+    ready = tinyclip.data.transforms.Chunk.ready
+    monkeypatch.setattr(tinyclip.data.transforms.Chunk, 'ready', lambda c: (seen.append(c.fields[0].dtype), ready(c))[1])
     got = list(open_(source, workers=2).epoch(0))
     assert set(seen)=={torch.uint8} and same(got, list(open_(source).epoch(0)))
-    monkeypatch.setattr(tinyclip.tensors, 'as_bytes', lambda t: (t, None)); seen.clear()
+    monkeypatch.setattr(tinyclip.data.transforms, 'as_bytes', lambda t: (t, None)); seen.clear()
     assert same(got, list(open_(source, workers=2).epoch(0))) and set(seen)=={torch.float32}
 
 # --- mixing
@@ -253,7 +254,7 @@ def test_a_mark_leads_to_the_same_batches(tmp_path, kind, size, workers):
 def test_nothing_before_the_mark_is_decoded(tmp_path, monkeypatch):
     seen = []
     make = lambda: open_(csv(tmp_path), 16, reduced=False)
-    monkeypatch.setattr('tinyclip.tensors.decode', lambda image: (seen.append(image), decode(image))[1])
+    monkeypatch.setattr('tinyclip.data.transforms.decode', lambda image: (seen.append(image), decode(image))[1])
     one = make(); whole = list(one.epoch(0)); every,seen[:] = list(seen),[]
     two = make(); two.recall(one.mark(0, 2)); assert same(whole[2:], list(two.epoch(0, 2)))
     assert len(every)==70 and seen==every[32:]

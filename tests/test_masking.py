@@ -5,12 +5,12 @@ import pytest, torch
 from hypothesis import given, strategies as st
 from test_distill import Pairs, different, job, tiny, when
 from test_inheritance import models, outputs, quick
-from tinyclip.architecture import architecture, create
+from tinyclip.towers.architecture import architecture, create
 from tinyclip.core import TinyclipError
-from tinyclip.events import read_events
+from tinyclip.train.events import read_events
 from tinyclip.inheritance import build
 from tinyclip.masking import BRANCHES, KINDS, MaskedCLIP
-from tinyclip.measure import parameters
+from tinyclip.evaluate.cost import parameters
 from tinyclip.sparsity import Goal, Sparsity
 
 def scatter(masked, scale, seed=0):
@@ -60,7 +60,7 @@ def test_cut_reloads_in_a_fresh_process(tmp_path):
     image,text = torch.randn(2,3,48,48, generator=torch.Generator().manual_seed(0)), torch.randint(1, 99, (2,16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(): torch.save((image, text, cut.encode_image(image), cut.encode_text(text)), tmp_path/'io.pt')
     save(cut, tmp_path/'student')
-    code = f"""import torch; from tinyclip.zoo import load
+    code = f"""import torch; from tinyclip.zoo.loading import load
 m,_,_ = load({str(tmp_path/'student')!r}); image,text,i,t = torch.load({str(tmp_path/'io.pt')!r})
 with torch.no_grad(): assert torch.equal(m.encode_image(image), i) and torch.equal(m.encode_text(text), t)
 print(len(m.keep['image.width']))"""

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest, torch
 from torch import nn
 import tinyclip
-from tinyclip import measure
-from tinyclip.architecture import config, create
-from tinyclip.chart import AXES, chart, label_places, overlap, save_chart, scale
+from tinyclip.evaluate import cost as measure
+from tinyclip.towers.architecture import config, create
+from tinyclip.lab.chart import AXES, chart, label_places, overlap, save_chart, scale
 from tinyclip.core import TinyclipError
 from tinyclip.inheritance import inherit
 from tinyclip.keep import choose

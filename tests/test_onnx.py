@@ -8,14 +8,14 @@ from PIL import Image
 for _m in ('onnx', 'onnxruntime', 'onnxscript'):
     if importlib.util.find_spec(_m) is None: pytest.skip(f"{_m} is not installed: pip install 'tinyclip[export]'", allow_module_level=True)
 
-from tinyclip import onnx_export as X
+from tinyclip.zoo import onnx as X
 from tinyclip.core import TinyclipError
-from tinyclip.data import labelled
+from tinyclip.data.pairs import labelled
 from tinyclip.inheritance import build, inherit
 from tinyclip.keep import choose
 from tinyclip.masking import MaskedCLIP
-from tinyclip.onnx_export import OnnxCLIP, onnx_report, to_onnx
-from tinyclip.vocabulary import shorten
+from tinyclip.zoo.onnx import OnnxCLIP, onnx_report, to_onnx
+from tinyclip.zoo.vocabulary import shorten
 from tinyclip.zoo import load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -251,7 +251,7 @@ def test_an_error_in_the_middle(old, tmp_path, monkeypatch):
 
 KILLED = '''
 import json, os, shutil, signal, sys
-import tinyclip.onnx_export as X
+import tinyclip.zoo.loading.onnx as X
 from tinyclip.inheritance import build
 assert not {'onnx', 'onnxruntime', 'onnxscript'} & set(sys.modules) # asked for when needed
 import torch

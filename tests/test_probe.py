@@ -4,8 +4,8 @@ import pytest, torch
 from torch import nn
 from torch.nn import functional as F
 from tinyclip.core import Table, TinyclipError
-from tinyclip.data import labelled
-from tinyclip.probe import _minimise, accuracy, held_out, image_features, linear_head, linear_probe, logistic, sweep
+from tinyclip.data.pairs import labelled
+from tinyclip.evaluate.probe import _minimise, accuracy, held_out, image_features, linear_head, linear_probe, logistic, sweep
 from tinyclip.zoo import load
 
 @functools.cache

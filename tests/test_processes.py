@@ -5,14 +5,14 @@ import pytest, torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from test_distill import Batch, Pairs, tiny
-from tinyclip.checkpoint import checkpoints
+from tinyclip.train.checkpoint import checkpoints
 from tinyclip.core import processes
 from tinyclip.distill import Distiller
-from tinyclip.engine import Engine, make_accelerator
-from tinyclip.events import read_events
+from tinyclip.train.engine import Engine, make_accelerator
+from tinyclip.train.events import read_events
 from tinyclip.losses import LOSSES, Objective
 from tinyclip.masking import MaskedCLIP
-from tinyclip.sharding import full
+from tinyclip.train.sharding import full
 from tinyclip.sparsity import Sparsity
 from tinyclip.zoo import load
 

@@ -6,7 +6,7 @@ from tinyclip.core import Table, TinyclipError
 from tinyclip.inheritance import build, inherit
 from tinyclip.keep import choose
 from tinyclip.masking import MaskedCLIP
-from tinyclip.redundancy import blocks_of, drop_bars, drop_one, layer_features, similarity, similarity_map, token_mean, without_layer
+from tinyclip.evaluate.redundancy import blocks_of, drop_bars, drop_one, layer_features, similarity, similarity_map, token_mean, without_layer
 
 EOS = 31
 

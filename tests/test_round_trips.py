@@ -1,12 +1,12 @@
 "From a student to whatever its users have, in a fresh process, and back: logits on real photographs"
 import subprocess, sys
 import open_clip, pytest, torch
-from tinyclip.data import labelled
-from tinyclip.huggingface import to_transformers
+from tinyclip.data.pairs import labelled
+from tinyclip.zoo.to_transformers import to_transformers
 from tinyclip.inheritance import inherit
 from tinyclip.keep import choose, manual
-from tinyclip.onnx_export import OnnxCLIP, to_onnx
-from tinyclip.vocabulary import shorten
+from tinyclip.zoo.onnx import OnnxCLIP, to_onnx
+from tinyclip.zoo.vocabulary import shorten
 from tinyclip.zoo import load, save
 
 NAMES = ['aeroplane', 'car', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'lorry']
@@ -30,7 +30,7 @@ def scores(model, pixels, tokens): return model.logit_scale.exp()*model.encode_i
 def near(got, want, tolerance): assert (got-want).abs().max() <= tolerance*want.abs().max()
 
 LOADERS = {'uniform':"import sys; sys.modules['tinyclip'] = None; import open_clip; model = open_clip.create_model('local-dir:'+folder).eval(); words = open_clip.get_tokenizer('local-dir:'+folder)",
-           'slim':"from tinyclip.zoo import load; model,_,words = load(folder)"}
+           'slim':"from tinyclip.zoo.loading import load; model,_,words = load(folder)"}
 
 @pytest.mark.parametrize('kind', LOADERS)
 def test_a_folder_in_a_fresh_process(photographs, tmp_path, kind):

@@ -2,7 +2,7 @@
 import hashlib, os, re, subprocess, sys
 import numpy as np, pytest, torch
 from tinyclip.core import TinyclipError
-from tinyclip.shapes import COLOURS, SHAPES, SIZES, SPLITS, WORDS, Shapes, combinations, heldout, render, trained
+from tinyclip.data.shapes import COLOURS, SHAPES, SIZES, SPLITS, WORDS, Shapes, combinations, heldout, render, trained
 
 def print_of(split, indices, **kwargs):
     images,captions,labels = Shapes(split, **kwargs).batch(indices)

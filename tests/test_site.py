@@ -21,7 +21,7 @@ def test_the_site_is_in_order(built):
     assert not wrong, '\n'.join(wrong)
 
 def test_it_is_the_processed_site(built):
-    losses = site.Page(built, built/'01_losses.ipynb')
+    losses = site.Page(built, built/'losses/03_mimicking.ipynb')
     assert losses.html=='losses.html' and 'affinity_mimicking' in losses.anchors
     assert (built/'images'/'card.png').is_file() and not [*built.rglob('runs')]
 
@@ -161,7 +161,7 @@ def test_a_widget_with_its_state_is_alive(small):
     assert not [w for w in site.check(small) if 'live widget' in w]
 
 @pytest.mark.parametrize('heading,anchor', [('As numbers', 'as-numbers'), ('What is it? `Keep`', 'what-is-it-keep'), ('layer_shares', 'layer_shares'), ('3. Cut & distil', 'cut-distil'),
-                                            ('Keep.from_json', 'keep.from_json'), ('[Losses](01_losses.ipynb) again', 'losses-again'), ('Über 25 %', 'über-25'), ('42', 'section')])
+                                            ('Keep.from_json', 'keep.from_json'), ('[Losses](losses/03_mimicking.ipynb) again', 'losses-again'), ('Über 25 %', 'über-25'), ('42', 'section')])
 def test_anchors_are_pandocs(heading, anchor): assert site.slug(heading)==anchor
 
 def test_the_shell_hears_of_it(small, monkeypatch, capsys):

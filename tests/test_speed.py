@@ -4,13 +4,13 @@ import open_clip, pytest, torch
 from torch.overrides import TorchFunctionMode
 from test_distill import Pairs, different, job, tiny
 from tinyclip.core import TinyclipError, autocast
-from tinyclip.engine import Engine, make_accelerator
+from tinyclip.train.engine import Engine, make_accelerator
 from tinyclip.inheritance import inherit
 from tinyclip.keep import manual
 from tinyclip.losses import Objective
 from tinyclip.masking import MaskedCLIP
 from tinyclip.sparsity import Sparsity
-from tinyclip.speed import lean
+from tinyclip.train.speed import lean
 from tinyclip.stages import SHORT
 
 def resnet(seed=0): return tiny(seed, size=32, layers=(1, 1, 1, 1), width=8, head_width=4)
@@ -75,7 +75,7 @@ def test_compiled_is_the_same(backend):
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='no C++ compiler here')
 def test_compiled_runs_fuse_their_tiles(monkeypatch):
-    import tinyclip.tiling as tiling
+    import tinyclip.losses.mimicking.tiled as tiling
     asked,real = [],tiling._fused
     monkeypatch.setattr(tiling, '_fused', lambda f: asked.append(f.__name__) or real(f))
     def after(**kw):

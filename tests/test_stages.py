@@ -6,8 +6,8 @@ from test_distill import Pairs, different, tiny
 from tinyclip.core import TinyclipError
 from tinyclip.data import open_pairs
 from tinyclip.keep import at_share
-from tinyclip.measure import parameters
-from tinyclip.shapes import Shapes
+from tinyclip.evaluate.cost import parameters
+from tinyclip.data.shapes import Shapes
 from tinyclip.sparsity import Sparsity
 from tinyclip.stages import SHORT, Stage, Stages, compare, laion400m, yfcc15m
 from tinyclip.zoo import load
@@ -94,7 +94,7 @@ def test_a_trained_cut_meets_its_target_and_equals_its_masked_model(tmp_path, sh
     for t in ('image', 'text'): assert abs(there[t]/whole[t]-share) <= .01, (t, there[t]/whole[t])
 
 def test_uniform_stages_end_as_plain_open_clip(tmp_path):
-    from tinyclip.architecture import architecture
+    from tinyclip.towers.architecture import architecture
     teacher = load('shapes-teacher').model
     _,preprocess,tokenizer = load('shapes-teacher')
     pairs = open_pairs(Shapes('train', n=32), preprocess, tokenizer, 8)
@@ -159,7 +159,7 @@ def test_a_run_goes_on_with_other_intervals(tmp_path):
     assert len(plan(tmp_path, save_every=5, log_every=2).fit(resume=True))==2
 
 def test_both_phases_recompute_where_they_are_told_to(tmp_path, straight, monkeypatch):
-    from tinyclip.engine import Engine
+    from tinyclip.train.engine import Engine
     seen,real = [],Engine.update
     def spy(self, *a, **k): seen.append(any(getattr(m, 'grad_checkpointing', False) or vars(m).get('recompute', False) for m in self.live.modules())); return real(self, *a, **k)
     monkeypatch.setattr(Engine, 'update', spy)

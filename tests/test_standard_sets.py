@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 from tinyclip.core import TinyclipError
 from tinyclip.evaluate import zero_shot
-from tinyclip.pairs import captioned, labelled
-from tinyclip.tensors import transforms
-from tinyclip.sources import Order, Sample, Shards, Skip, decode
-from tinyclip.standard_sets import SETS, ClassFolders, Karpathy, ObjectNet, class_names, evaluate_on, objectnet_classes, standard, wnids
+from tinyclip.data.pairs import captioned, labelled
+from tinyclip.data import transforms
+from tinyclip.data.sources import Order, Sample, Shards, Skip, decode
+from tinyclip.evaluate.standard_sets import SETS, ClassFolders, Karpathy, ObjectNet, class_names, evaluate_on, objectnet_classes, standard, wnids
 
 ALL = Order(shuffle=False, size=10**6)
 samples = lambda source: [s for chunk in source.chunks(ALL) for s in chunk]
@@ -158,7 +158,7 @@ def teacher():
 
 def test_cifar10_agrees_with_clip_benchmark_and_with_the_documented_number(tmp_path, shared, teacher, theirs):
     pytest.importorskip('sklearn')
-    from tinyclip.clip_benchmark import benchmark
+    from tinyclip.evaluate.benchmarks import benchmark
     data,(model,preprocess,tokenizer) = shared/'data/cifar10', teacher
     (tmp_path/'test').mkdir(); (tmp_path/'test/nshards.txt').write_text('1'); (tmp_path/'test/0.tar').symlink_to(data/'val-0000.tar')
     shutil.copy(data/'classnames.txt', tmp_path); (tmp_path/'zeroshot_classification_templates.txt').write_text('a photo of a {c}.')
@@ -170,7 +170,7 @@ def test_cifar10_agrees_with_clip_benchmark_and_with_the_documented_number(tmp_p
 
 def test_flickr8k_agrees_by_three_roads(tmp_path, shared, teacher, theirs):
     "From shards, from a Karpathy file, and through CLIP_benchmark with its own recall"
-    from tinyclip.clip_benchmark import benchmark
+    from tinyclip.evaluate.benchmarks import benchmark
     model,preprocess,tokenizer = teacher
     some = [s for s,_ in zip(Shards(str(shared/'data/flickr8k/val-0000.tar')).samples([str(shared/'data/flickr8k/val-0000.tar')]), range(200))]
     assert all(isinstance(s, Sample) and len(s.captions)==5 for s in some)
@@ -320,7 +320,7 @@ def test_labels_of_another_set_are_refused(tmp_path, small):
     ('has no test/nshards.txt', dict(name='wds/x')), ('image caption selection', dict(name='winoground')), ('would now fetch it (wget', dict(name='flickr8k')),
     ('would now fetch it (https', dict(name='imagenetv2')), ('needs the package', dict(name='vtab/pets'))])
 def test_the_adapter_refuses(tmp_path, theirs, message, kw):
-    from tinyclip.clip_benchmark import open_benchmark
+    from tinyclip.evaluate.benchmarks import open_benchmark
     if message=='needs the package' and _installed('tensorflow'): pytest.skip('tensorflow is installed')
     given = dict(name='cifar10', root=tmp_path, preprocess=lambda im: torch.zeros(3, 4, 4)) | kw
     with pytest.raises(TinyclipError) as e: open_benchmark(given.pop('name'), given.pop('root'), given.pop('preprocess'), **given)
@@ -332,7 +332,7 @@ def _installed(name):
     return find_spec(name) is not None
 
 def test_shards_without_names_and_broken_shards(tmp_path, theirs, small, capsys):
-    from tinyclip.clip_benchmark import benchmark
+    from tinyclip.evaluate.benchmarks import benchmark
     Image.new('RGB', (16, 16)).save(b := io.BytesIO(), 'PNG')
     shard(tmp_path/'test/0.tar', [dict(png=b.getvalue(), cls=b'0'), dict(png=b'broken', cls=b'1')]); (tmp_path/'test/nshards.txt').write_text('1')
     with pytest.raises(TinyclipError, match='they stand in classnames.txt'): benchmark(*small, 'wds/x', tmp_path, progress=False)
@@ -342,7 +342,7 @@ def test_shards_without_names_and_broken_shards(tmp_path, theirs, small, capsys)
     with pytest.raises(TinyclipError, match="'wds/x' cannot be read"): benchmark(*small, 'wds/x', tmp_path, progress=False)
 
 def test_the_adapter_prints_nothing_on_stdout(tmp_path, theirs, small, capsys):
-    from tinyclip.clip_benchmark import benchmark
+    from tinyclip.evaluate.benchmarks import benchmark
     picture(tmp_path/'b.jpg'); picture(tmp_path/'c.jpg', (0, 90, 255)); (tmp_path/'ann.txt').write_text('image,caption\nb.jpg,One\nb.jpg,Two\nc.jpg,Three\n')
     r = benchmark(*small, 'flickr30k', tmp_path, annotation_file=str(tmp_path/'ann.txt'), theirs=True, progress=False, workers=1)
     assert (r['task'], r['images'], r['texts']) == ('retrieval', 2, 3) and r['theirs']['image_retrieval_recall@1']==pytest.approx(r['t2i_r1'])
@@ -350,7 +350,7 @@ def test_the_adapter_prints_nothing_on_stdout(tmp_path, theirs, small, capsys):
 
 def test_without_the_package(monkeypatch, tmp_path):
     import sys
-    from tinyclip.clip_benchmark import open_benchmark
+    from tinyclip.evaluate.benchmarks import open_benchmark
     for m in [m for m in sys.modules if m.split('.')[0]=='clip_benchmark']: monkeypatch.delitem(sys.modules, m)
     monkeypatch.setitem(sys.modules, 'clip_benchmark', None)
     with pytest.raises(TinyclipError, match=r"pip install 'tinyclip\[eval\]'"): open_benchmark('cifar10', tmp_path, None)

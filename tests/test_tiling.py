@@ -7,11 +7,12 @@ from hypothesis import given, settings, strategies as st
 from open_clip.loss import DistillClipLoss
 from torch.nn import functional as F
 from tinyclip.core import TinyclipError
-from tinyclip.losses import LOSSES, Features, Objective, affinity_mimicking, contrastive, gather
-from tinyclip.measure import peak_memory
+from tinyclip.losses import LOSSES, Features, Objective, affinity_mimicking, contrastive
+from tinyclip.losses.distributed import gather
+from tinyclip.evaluate.cost import peak_memory
 from tinyclip.core import processes
-from tinyclip.gathering import share
-from tinyclip.tiling import SMALL, tile_size, tiled_cross_entropy, tiled_log_sum_exp
+from tinyclip.losses.distributed import share
+from tinyclip.losses.tiled import SMALL, tile_size, tiled_cross_entropy, tiled_log_sum_exp
 
 def unit(*shape, seed, kind=torch.float64): return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1).to(kind)
 def weights(*n): return [torch.rand(k, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in n]
@@ -159,9 +160,9 @@ def test_memory_stays_small():
     assert peak < n*n*4/2
 
 def test_large_batches_are_tiled_by_themselves(monkeypatch):
-    import tinyclip.losses, tinyclip.tiling
+    import tinyclip.losses.mimicking, tinyclip.losses.tiled
     assert tile_size(2048, 2048) is None and tile_size(2048, 2049)==1024 and SMALL==2048**2
-    monkeypatch.setattr(tinyclip.tiling, 'SMALL', 15)
+    monkeypatch.setattr(tinyclip.losses.tiled, 'SMALL', 15)
     seen,real = [],tinyclip.losses.tiled_cross_entropy
     monkeypatch.setattr(tinyclip.losses, 'tiled_cross_entropy', lambda *a, **k: seen.append(len(a[0])) or real(*a, **k))
     for n in (3, 4): affinity_mimicking(*[unit(n, 5, seed=i) for i in range(4)])

@@ -4,14 +4,14 @@ from pathlib import Path
 import open_clip, pytest, torch
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from open_clip.tokenizer import SimpleTokenizer, bytes_to_unicode, default_bpe
-from tinyclip.architecture import architecture
+from tinyclip.towers.architecture import architecture
 from tinyclip.core import TinyclipError
 from tinyclip.inheritance import build, inherit
 from tinyclip.keep import Keep, manual
 from tinyclip.masking import MaskedCLIP
-from tinyclip.shapes import Shapes
+from tinyclip.data.shapes import Shapes
 from tinyclip.towers import layout
-from tinyclip.vocabulary import (MOST, ShortTokenizer, check_merges, coverage, merges_used, read_merges, select_rows, shorten, table_sizes, tokenizer_of,
+from tinyclip.zoo.vocabulary import (MOST, ShortTokenizer, check_merges, coverage, merges_used, read_merges, select_rows, shorten, table_sizes, tokenizer_of,
                                  vocab_and_merges)
 
 quick = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest, torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tinyclip import folders, zoo
-from tinyclip.architecture import config
+from tinyclip.zoo import folders; from tinyclip.zoo import loading as zoo
+from tinyclip.towers.architecture import config
 from tinyclip.core import TinyclipError
-from tinyclip.download import download
-from tinyclip.folders import BPE, CONFIG, KEEP, WEIGHTS
-from tinyclip.huggingface import to_transformers
+from tinyclip.zoo.download import download
+from tinyclip.zoo.folders import BPE, CONFIG, KEEP, WEIGHTS
+from tinyclip.zoo.to_transformers import to_transformers
 from tinyclip.inheritance import build, inherit
 from tinyclip.keep import choose
-from tinyclip.measure import resident
-from tinyclip.released import released
-from tinyclip.vocabulary import shorten
+from tinyclip.evaluate.cost import resident
+from tinyclip.zoo.released import released
+from tinyclip.zoo.vocabulary import shorten
 
 CFG = dict(embed_dim=8, vision_cfg=dict(image_size=8, layers=2, width=16, patch_size=4, head_width=8),
            text_cfg=dict(context_length=6, vocab_size=40, width=16, heads=2, layers=2))
@@ -349,7 +349,7 @@ def test_a_killed_download_goes_on(server, tmp_path, monkeypatch):
     size = (server.root/f'{name}.pt').stat().st_size
     server.handler.pause = .01
     cache = tmp_path/'cache'
-    child = subprocess.Popen([sys.executable, '-c', f'from tinyclip.download import download; download("{server.url}/{name}.pt", r"{cache}/{name}.pt", progress=False)'])
+    child = subprocess.Popen([sys.executable, '-c', f'from tinyclip.zoo.download import download; download("{server.url}/{name}.pt", r"{cache}/{name}.pt", progress=False)'])
     part = cache/f'{name}.pt.part'
     for _ in range(3000):
         if part.is_file() and part.stat().st_size > 2_000_000: break
@@ -397,7 +397,7 @@ def test_a_damaged_download_says_so(server, tmp_path, monkeypatch):
 def test_many_at_once(server, tmp_path):
     "Four processes that want the same file fetch it once"
     (server.root/'x.bin').write_bytes(os.urandom(300_000))
-    code = f'from tinyclip.download import download; download("{server.url}/x.bin", r"{tmp_path}/x.bin", progress=False)'
+    code = f'from tinyclip.zoo.download import download; download("{server.url}/x.bin", r"{tmp_path}/x.bin", progress=False)'
     for p in [subprocess.Popen([sys.executable, '-c', code]) for _ in range(3)]: assert p.wait()==0
     assert server.asked==[0] and (tmp_path/'x.bin').read_bytes()==(server.root/'x.bin').read_bytes()
 

@@ -1,5 +1,5 @@
 "python -m tinyclip ..."
 import sys
-from tinyclip.cli import main
+from tinyclip.cli.main import main
 
 sys.exit(main())

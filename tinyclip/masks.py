@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn, Tensor
 from .core import TinyclipError, unknown
-from .towers import branch, layout, parts
+from .towers.layout import branch, layout, parts
 
 # %% ../nbs/03_masks.ipynb #a2b1d153
 TOWERS = ('image', 'text') # in this order wherever there is a value for each

@@ -1,0 +1,1 @@
+"Set-ups, figures and reports of the labs and the demo"

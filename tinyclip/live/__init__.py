@@ -1,0 +1,2 @@
+"The live view of a run in a notebook"
+from .dashboard import *

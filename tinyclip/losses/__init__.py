@@ -1,0 +1,2 @@
+"Losses for a student and its teacher: affinity mimicking and its relatives, whole, tiled, and over many processes"
+from .mimicking import *

@@ -1,0 +1,1 @@
+"The training loop below `tinyclip.distill`: one step, one engine, one run"
