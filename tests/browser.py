@@ -1,65 +1,140 @@
-"JupyterLab as a user has it: a server of its own, Debian's chromium, and a notebook whose buttons are pressed and whose page is read"
-import json, os, re, shutil, socket, subprocess, sys, time, urllib.request
+"""JupyterLab as a user has it: a server of its own, Debian's chromium, and a notebook whose
+buttons are pressed and whose page is read"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-SETTINGS = { # <folder of user settings>/<package>/<plugin>.jupyterlab-settings
-    '@jupyterlab/apputils-extension/notification':dict(fetchNews='false', checkForUpdates=False, doNotDisturbMode=True),
-    '@jupyterlab/notebook-extension/tracker':dict(windowingMode='none'), # cells off the screen can be read, too
-    '@jupyterlab/docmanager-extension/plugin':dict(autosave=False)}
-GONE = re.compile(r'Task exception was never retrieved\nfuture: [^\n]*WebSocketProtocol13.*?\ntornado\.websocket\.WebSocketClosedError\n', re.S) # tornado, of a page that was closed while the server wrote to it
+CHROMIUM = next(
+    filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None
+)
+SETTINGS = {  # <folder of user settings>/<package>/<plugin>.jupyterlab-settings
+    '@jupyterlab/apputils-extension/notification': dict(
+        fetchNews='false', checkForUpdates=False, doNotDisturbMode=True
+    ),
+    '@jupyterlab/notebook-extension/tracker': dict(
+        windowingMode='none'
+    ),  # cells off the screen can be read, too
+    '@jupyterlab/docmanager-extension/plugin': dict(autosave=False),
+}
+GONE = re.compile(
+    r'Task exception was never retrieved\nfuture: '
+    r'[^\n]*WebSocketProtocol13.*?\ntornado\.websocket\.WebSocketClosedError\n',
+    re.S,
+)  # tornado, of a page that was closed while the server wrote to it
+
 
 def copy_notebook(nb, to, **changes):
-    "Copy a notebook without its outputs; `changes` replace pieces of its code, each of which must be there"
+    """Copy a notebook without its outputs; `changes` replace pieces of its code, each of which
+    must be there"""
     d = json.loads(Path(nb).read_text())
     for c in d['cells']:
-        if c['cell_type']!='code': continue
-        c['outputs'],c['execution_count'],c['source'] = [], None, ''.join(c['source'])
-    for old,new in changes.items():
-        assert any(old in c['source'] for c in d['cells'] if c['cell_type']=='code'), f'{nb} no longer holds {old}'
+        if c['cell_type'] != 'code':
+            continue
+        c['outputs'], c['execution_count'], c['source'] = [], None, ''.join(c['source'])
+    for old, new in changes.items():
+        assert any(old in c['source'] for c in d['cells'] if c['cell_type'] == 'code'), (
+            f'{nb} no longer holds {old}'
+        )
         for c in d['cells']:
-            if c['cell_type']=='code': c['source'] = c['source'].replace(old, new)
+            if c['cell_type'] == 'code':
+                c['source'] = c['source'].replace(old, new)
     Path(to).write_text(json.dumps(d))
+
 
 class Lab:
     "A running JupyterLab"
-    def __init__(self, address, root, log): self.address,self.root,self.log,self.said = address, Path(root), log, [] # `said`: errors of its pages
-    def complaints(self): return [l for l in GONE.sub('', self.log.read_text()).splitlines() if 'Traceback' in l or 'ERROR' in l]
+
+    def __init__(self, address, root, log):
+        # `said`: errors of its pages
+        self.address = address
+        self.root = Path(root)
+        self.log = log
+        self.said = []
+
+    def complaints(self):
+        return [
+            l
+            for l in GONE.sub('', self.log.read_text()).splitlines()
+            if 'Traceback' in l or 'ERROR' in l
+        ]
+
 
 @contextmanager
 def jupyterlab(root, home, settings={}, **env):
     "Serve `root`; settings, logs and whatever else a server leaves go to `home`"
     home = Path(home)
-    for k,v in (SETTINGS | settings).items():
-        f = home/'settings'/f'{k}.jupyterlab-settings'
-        f.parent.mkdir(parents=True, exist_ok=True); f.write_text(json.dumps(v))
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    address,log = f'http://127.0.0.1:{port}', home/'log'
-    env = os.environ | {f'JUPYTER_{n}_DIR':str(home/n.lower()) for n in ('CONFIG', 'RUNTIME', 'DATA')} | dict(IPYTHONDIR=str(home/'ipython'), PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1') | env
-    command = ['-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--IdentityProvider.token=', '--ServerApp.port_retries=0', f'--ServerApp.root_dir={root}',
-               '--expose-app-in-browser', '--LabApp.extension_manager=readonly', f'--LabApp.user_settings_dir={home}/settings', f'--LabApp.workspaces_dir={home}/workspaces']
+    for k, v in (SETTINGS | settings).items():
+        f = home / 'settings' / f'{k}.jupyterlab-settings'
+        f.parent.mkdir(parents=True, exist_ok=True)
+        f.write_text(json.dumps(v))
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    address, log = f'http://127.0.0.1:{port}', home / 'log'
+    env = (
+        os.environ
+        | {f'JUPYTER_{n}_DIR': str(home / n.lower()) for n in ('CONFIG', 'RUNTIME', 'DATA')}
+        | dict(IPYTHONDIR=str(home / 'ipython'), PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+        | env
+    )
+    command = [
+        '-m',
+        'jupyterlab',
+        '--no-browser',
+        '--allow-root',
+        '--ip=127.0.0.1',
+        f'--port={port}',
+        '--IdentityProvider.token=',
+        '--ServerApp.port_retries=0',
+        f'--ServerApp.root_dir={root}',
+        '--expose-app-in-browser',
+        '--LabApp.extension_manager=readonly',
+        f'--LabApp.user_settings_dir={home}/settings',
+        f'--LabApp.workspaces_dir={home}/workspaces',
+    ]
     with open(log, 'w') as out:
         p = subprocess.Popen([sys.executable, *command], stdout=out, stderr=out, env=env)
         try:
             for _ in range(480):
-                if p.poll() is not None: raise RuntimeError(log.read_text()[-2000:])
-                try: urllib.request.urlopen(f'{address}/api/status', timeout=2); break
-                except OSError: time.sleep(.25)
-            else: raise TimeoutError('JupyterLab did not start')
+                if p.poll() is not None:
+                    raise RuntimeError(log.read_text()[-2000:])
+                try:
+                    urllib.request.urlopen(f'{address}/api/status', timeout=2)
+                    break
+                except OSError:
+                    time.sleep(0.25)
+            else:
+                raise TimeoutError('JupyterLab did not start')
             yield Lab(address, root, log)
         finally:
-            p.terminate() # shuts the kernels down, too
+            p.terminate()  # shuts the kernels down, too
             p.wait(30)
+
 
 @contextmanager
 def chromium():
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as pw:
-        b = pw.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox', '--disable-gpu', '--disable-background-networking'])
-        try: yield b
-        finally: b.close()
+        b = pw.chromium.launch(
+            executable_path=CHROMIUM,
+            args=['--no-sandbox', '--disable-gpu', '--disable-background-networking'],
+        )
+        try:
+            yield b
+        finally:
+            b.close()
+
 
 SCRIPT = '''
 const nb = () => window.jupyterapp?.shell.currentWidget;
@@ -85,10 +160,15 @@ window.T = {
     f.onIOPub = m => { if (m.header.msg_type==='stream') out += m.content.text; if (m.header.msg_type==='error') out += m.content.ename+': '+m.content.evalue };
     await f.done; return out.trim() }}'''
 
+
 class Notebook:
     "A notebook in a page; a cell is named by a piece of its code"
+
     def __init__(self, browser, lab, name):
-        self.browser,self.lab,self.name,self.page = browser, lab, name, None
+        self.browser = browser
+        self.lab = lab
+        self.name = name
+        self.page = None
         self.open()
 
     def open(self):
@@ -97,7 +177,9 @@ class Notebook:
             self.page = self.browser.new_page(viewport=dict(width=1400, height=1400))
             self.page.set_default_timeout(90_000)
             self.page.add_init_script(SCRIPT)
-            self.page.on('console', lambda m: self.lab.said.append(m.text) if m.type=='error' else None)
+            self.page.on(
+                'console', lambda m: self.lab.said.append(m.text) if m.type == 'error' else None
+            )
             self.page.on('pageerror', lambda e: self.lab.said.append(str(e)))
         self.page.goto(f'{self.lab.address}/doc/tree/{self.name}')
         self.until('T.ready()')
@@ -108,18 +190,34 @@ class Notebook:
         self.page.evaluate('T.nb().sessionContext.shutdown()')
         self.page.close()
 
-    def get(self, script, arg=None): return self.page.evaluate(script, arg)
+    def get(self, script, arg=None):
+        return self.page.evaluate(script, arg)
+
     def until(self, script, arg=None):
         "Wait until a script comes true; what the page said goes into the error"
-        try: self.page.wait_for_function(script, arg=arg)
+        try:
+            self.page.wait_for_function(script, arg=arg)
         except Exception:
-            (ROOT/'test-artefacts').mkdir(exist_ok=True)
-            self.page.screenshot(path=ROOT/'test-artefacts'/'failed.png')
+            (ROOT / 'test-artefacts').mkdir(exist_ok=True)
+            self.page.screenshot(path=ROOT / 'test-artefacts' / 'failed.png')
             cell = arg[0] if isinstance(arg, list) else arg
-            shown = [self.step(cell), self.points(cell), *self.get('t => T.words(t)', cell)] if cell and self.get('t => T.index(t)>=0', cell) else ''
-            raise AssertionError(f'{script} with {arg} did not come true; the cell shows {shown}, the page says {set(self.lab.said)}, cells say {self.get("T.errors()")}') from None
-    def command(self, name): self.page.evaluate('n => { window.jupyterapp.commands.execute(n) }', name) # braces: do not wait
-    def save(self): self.page.evaluate('T.nb().context.save()')
+            shown = (
+                [self.step(cell), self.points(cell), *self.get('t => T.words(t)', cell)]
+                if cell and self.get('t => T.index(t)>=0', cell)
+                else ''
+            )
+            raise AssertionError(
+                f'{script} with {arg} did not come true; the cell shows {shown}, the page '
+                f'says {set(self.lab.said)}, cells say {self.get("T.errors()")}'
+            ) from None
+
+    def command(self, name):
+        self.page.evaluate(
+            'n => { window.jupyterapp.commands.execute(n) }', name
+        )  # braces: do not wait
+
+    def save(self):
+        self.page.evaluate('T.nb().context.save()')
 
     def run_all(self):
         "Run all cells but those that `add` added, which go; an error in one is raised here"
@@ -129,52 +227,86 @@ class Notebook:
         self.until('T.errors().length || T.coded().every(c => c.model.executionCount!==null)')
         assert not (e := self.get('T.errors()')), e
         self.idle()
+
     def tidy(self):
         "Take away the cells that were added"
         self.idle()
         self.get('T.tidy()')
+
     def run(self, cell, wait=True):
         "Run one cell"
         self.get('t => T.run(t)', cell)
-        if wait: self.until('t => T.ran(t)', cell); self.idle()
+        if wait:
+            self.until('t => T.ran(t)', cell)
+            self.idle()
+
     def add(self, source, wait=True):
         "Add a cell at the end, and run it"
         self.get('s => T.add(s)', source)
         self.run(source, wait)
-    def idle(self): self.until("T.status()==='idle'")
-    def interrupt(self): self.command('notebook:interrupt-kernel')
+
+    def idle(self):
+        self.until("T.status()==='idle'")
+
+    def interrupt(self):
+        self.command('notebook:interrupt-kernel')
 
     def ask(self, code):
         "Run code in the kernel, out of sight, between cells; what it printed"
         return self.page.evaluate('c => T.ask(c)', code)
-    def value(self, expression): return json.loads(self.ask(f'import json; print(json.dumps({expression}))'))
+
+    def value(self, expression):
+        return json.loads(self.ask(f'import json; print(json.dumps({expression}))'))
+
     def until_kernel(self, expression):
         "Wait until an expression comes true in the kernel"
         for _ in range(300):
-            if self.value(f'bool({expression})'): return
+            if self.value(f'bool({expression})'):
+                return
             self.page.wait_for_timeout(200)
         raise AssertionError(f'{expression} did not come true')
 
-    def cell(self, cell): return self.page.locator('.jp-Notebook-cell').nth(self.get('t => T.index(t)', cell))
-    def outputs(self, cell): return self.cell(cell).locator('.jp-OutputArea-output').all_inner_texts()
-    def source(self, cell): return self.get('t => T.find(t).model.sharedModel.source', cell)
-    def press(self, cell, button): self.cell(cell).locator(f'button.jupyter-button:has-text("{button}")').first.click()
+    def cell(self, cell):
+        return self.page.locator('.jp-Notebook-cell').nth(self.get('t => T.index(t)', cell))
+
+    def outputs(self, cell):
+        return self.cell(cell).locator('.jp-OutputArea-output').all_inner_texts()
+
+    def source(self, cell):
+        return self.get('t => T.find(t).model.sharedModel.source', cell)
+
+    def press(self, cell, button):
+        self.cell(cell).locator(f'button.jupyter-button:has-text("{button}")').first.click()
+
     def slide(self, cell, *keys):
         "Move the cell's first slider, by keyboard"
         self.cell(cell).locator('.widget-slider .noUi-handle').first.focus()
-        for k in keys: self.page.keyboard.press(k)
+        for k in keys:
+            self.page.keyboard.press(k)
+
     def fill(self, cell, label, text):
         "Type into a field of a form"
         field = self.cell(cell).get_by_label(label, exact=True).first
-        field.fill(text); field.press('Tab')
+        field.fill(text)
+        field.press('Tab')
 
-    def step(self, cell): return self.get('t => T.step(t)', cell)
-    def points(self, cell): return self.get('t => T.points(t)', cell)
+    def step(self, cell):
+        return self.get('t => T.step(t)', cell)
+
+    def points(self, cell):
+        return self.get('t => T.points(t)', cell)
+
     def grows(self, cell):
         "See the figure change and the steps count up; the step then shown"
-        self.until('([t, n, s]) => T.points(t)>n && T.step(t)>s', [cell, self.points(cell), self.step(cell)])
+        self.until(
+            '([t, n, s]) => T.points(t)>n && T.step(t)>s',
+            [cell, self.points(cell), self.step(cell)],
+        )
         return self.step(cell)
-    def shows(self, cell, word): self.until('([t, w]) => T.facts(t).startsWith(w)', [cell, word])
+
+    def shows(self, cell, word):
+        self.until('([t, w]) => T.facts(t).startsWith(w)', [cell, word])
+
     def says(self, cell, words):
         "Wait for words in the output of widgets, and return the whole sentence"
         self.until('([t, w]) => T.words(t).some(s => s.includes(w))', [cell, words])
@@ -182,9 +314,9 @@ class Notebook:
 
     def shot(self, cell, name):
         "Keep a picture of a cell in `test-artefacts`"
-        (ROOT/'test-artefacts').mkdir(exist_ok=True)
+        (ROOT / 'test-artefacts').mkdir(exist_ok=True)
         box = self.cell(cell).bounding_box()
-        self.page.set_viewport_size(dict(width=1400, height=max(1400, int(box['height'])+200)))
+        self.page.set_viewport_size(dict(width=1400, height=max(1400, int(box['height']) + 200)))
         self.page.mouse.move(0, 0)
-        self.cell(cell).screenshot(path=ROOT/'test-artefacts'/f'{name}.png')
+        self.cell(cell).screenshot(path=ROOT / 'test-artefacts' / f'{name}.png')
         self.page.set_viewport_size(dict(width=1400, height=1400))

@@ -1,32 +1,60 @@
-"The labs in a real JupyterLab: run, watched, steered, interrupted, reloaded, left and misused, under both of its rules for messages of widgets."
-import importlib.util, json
+"""The labs in a real JupyterLab: run, watched, steered, interrupted, reloaded, left and misused,
+under both of its rules for messages of widgets."""
+
+import importlib.util
+import json
+
 import pytest
 from browser import CHROMIUM, ROOT, Notebook, chromium, copy_notebook, jupyterlab
 
-pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason='no chromium on PATH: apt-get install chromium'),
-              pytest.mark.skipif(not importlib.util.find_spec('playwright'), reason='no playwright: pip install playwright (its own browsers are not needed)')]
-RULES = dict(default={}, disabled={'@jupyterlab/apputils-extension/kernels-settings':dict(commsOverSubshells='disabled')})
-LONG = {'b = bench()':'b = bench(steps=2000, batch_size=8)', 'b.steps//100':'1', 'warmup=.6':'warmup=.005', 'feel=.15':'feel=.005'} # the target arrives within 20 steps, and every step is told
-BOTH = {'b = bench()':'b = bench(steps=190, batch_size=8, n=64)'}
-KNOWN = ( # what pages may say, and why
-    "Error setting state: Cannot read properties of undefined (reading 'length')", # plotly: the figure of a cell that was cleared is updated until the cell's next run closes it
-    'no comm channel defined', # plotly: the answer to an update that came just before the figure was closed
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason='no chromium on PATH: apt-get install chromium'),
+    pytest.mark.skipif(
+        not importlib.util.find_spec('playwright'),
+        reason='no playwright: pip install playwright (its own browsers are not needed)',
+    ),
+]
+RULES = dict(
+    default={},
+    disabled={
+        '@jupyterlab/apputils-extension/kernels-settings': dict(commsOverSubshells='disabled')
+    },
 )
+LONG = {
+    'b = bench()': 'b = bench(steps=2000, batch_size=8)',
+    'b.steps//100': '1',
+    'warmup=.6': 'warmup=.005',
+    'feel=.15': 'feel=.005',
+}  # the target arrives within 20 steps, and every step is told
+BOTH = {'b = bench()': 'b = bench(steps=190, batch_size=8, n=64)'}
+KNOWN = (  # what pages may say, and why
+    # plotly: the figure of a cell that was cleared is updated until the cell's next run closes it
+    "Error setting state: Cannot read properties of undefined (reading 'length')",
+    # plotly: the answer to an update that came just before the figure was closed
+    'no comm channel defined',
+)
+
 
 @pytest.fixture(scope='module')
 def browser():
-    with chromium() as b: yield b
+    with chromium() as b:
+        yield b
+
 
 @pytest.fixture(scope='module', params=RULES)
 def lab(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(f'lab-{request.param}')
-    copy_notebook(ROOT/'nbs/labs/live_masks.ipynb', root/'masks.ipynb', **LONG)
-    copy_notebook(ROOT/'nbs/labs/manual_or_automatic.ipynb', root/'both.ipynb', **BOTH)
+    copy_notebook(ROOT / 'nbs/labs/live_masks.ipynb', root / 'masks.ipynb', **LONG)
+    copy_notebook(ROOT / 'nbs/labs/manual_or_automatic.ipynb', root / 'both.ipynb', **BOTH)
     with jupyterlab(root, tmp_path_factory.mktemp('home'), RULES[request.param]) as lab:
         lab.rule = request.param
         yield lab
 
-once = pytest.mark.parametrize('lab', ['default'], indirect=True) # the rule is about messages to the kernel; these tests send none
+
+once = pytest.mark.parametrize(
+    'lab', ['default'], indirect=True
+)  # the rule is about messages to the kernel; these tests send none
+
 
 def opened(name):
     @pytest.fixture(scope='module')
@@ -35,9 +63,12 @@ def opened(name):
         nb.run_all()
         yield nb
         nb.close()
+
     return notebook
 
-masks,both = opened('masks'), opened('both')
+
+masks, both = opened('masks'), opened('both')
+
 
 @pytest.fixture(autouse=True)
 def nothing_complains(lab):
@@ -47,30 +78,48 @@ def nothing_complains(lab):
     assert not [s for s in lab.said if s not in KNOWN]
     assert not lab.complaints()
 
+
 CELL = 'live = watch('
+
 
 def fresh(nb):
     "Another run in its own folder, which trains when this returns"
     nb.tidy()
-    for c in ('masked = MaskedCLIP(', CELL): nb.run(c)
+    for c in ('masked = MaskedCLIP(', CELL):
+        nb.run(c)
     nb.until_kernel('live.run.step()>0')
-    return nb.lab.root/nb.value('str(run.folder)')
+    return nb.lab.root / nb.value('str(run.folder)')
+
 
 def quiet(nb, cell, live):
     "Wait until the page shows the step that the kernel stands at"
-    nb.until('([t, s]) => T.step(t)===s', [cell, nb.value(f'{live}.run.ask({live}.run.step).result()')])
+    nb.until(
+        '([t, s]) => T.step(t)===s', [cell, nb.value(f'{live}.run.ask({live}.run.step).result()')]
+    )
 
-def checkpoints(folder): return sorted(int(p.name.split('-')[1]) for p in folder.rglob('checkpoint-*') if p.is_dir())
-def told(folder): return [e for e in map(json.loads, (folder/'events.jsonl').read_text().splitlines()) if e['event']=='log']
+
+def checkpoints(folder):
+    return sorted(int(p.name.split('-')[1]) for p in folder.rglob('checkpoint-*') if p.is_dir())
+
+
+def told(folder):
+    return [
+        e
+        for e in map(json.loads, (folder / 'events.jsonl').read_text().splitlines())
+        if e['event'] == 'log'
+    ]
+
 
 def test_masks_are_watched_and_steered(masks):
-    nb = masks # all its cells have run
-    folder = nb.lab.root/nb.value('str(run.folder)')
+    nb = masks  # all its cells have run
+    folder = nb.lab.root / nb.value('str(run.folder)')
     nb.grows(CELL)
     nb.until('t => T.line(t, "image: target").at(-1)===50', CELL)
-    nb.slide(CELL, *['ArrowLeft']*3)
+    nb.slide(CELL, *['ArrowLeft'] * 3)
     nb.until_kernel("sparsity.goal.asked['image']==.35 and sparsity.goal.asked['text']==.35")
-    nb.until('t => T.line(t, "image: target").at(-1)===35 && T.line(t, "text: target").at(-1)===35', CELL)
+    nb.until(
+        't => T.line(t, "image: target").at(-1)===35 && T.line(t, "text: target").at(-1)===35', CELL
+    )
     assert 'Each tower shall keep 35%' in nb.says(CELL, '35%')
 
     nb.press(CELL, 'Pause')
@@ -78,35 +127,41 @@ def test_masks_are_watched_and_steered(masks):
     quiet(nb, CELL, 'live')
     still = nb.step(CELL)
     nb.page.wait_for_timeout(2000)
-    assert nb.step(CELL)==still
+    assert nb.step(CELL) == still
     nb.press(CELL, 'Go on')
     nb.shows(CELL, 'training')
-    assert nb.grows(CELL)>still
+    assert nb.grows(CELL) > still
 
     nb.press(CELL, 'Cut here')
     assert 'tower' in nb.says(CELL, 'tudent of step')
     nb.shot(CELL, f'masks-{nb.lab.rule}')
-    assert nb.value("type(live.student).__name__!='MaskedCLIP' and parameters(live.student)['towers']<=parameters(b.teacher)['towers']")
+    assert nb.value(
+        "type(live.student).__name__!='MaskedCLIP' and "
+        "parameters(live.student)['towers']<=parameters(b.teacher)['towers']"
+    )
 
-    nb.ask('seen = []; plain = run.stop\nrun.stop = lambda: (seen.append(live.run.step()), plain())')
+    nb.ask(
+        'seen = []; plain = run.stop\nrun.stop = lambda: (seen.append(live.run.step()), plain())'
+    )
     nb.press(CELL, 'Stop')
     nb.shows(CELL, 'stopped')
     end = nb.value('live.run.step()')
-    assert nb.step(CELL)==end and end<=nb.value('seen[0]')+2
-    assert checkpoints(folder)==[end] and told(folder)[-1]['step']==end
+    assert nb.step(CELL) == end and end <= nb.value('seen[0]') + 2
+    assert checkpoints(folder) == [end] and told(folder)[-1]['step'] == end
     nb.press(CELL, 'Start')
     nb.shows(CELL, 'training')
-    assert nb.grows(CELL)>end
+    assert nb.grows(CELL) > end
     nb.ask('live.run.stop(); live.run.wait()')
-    assert [e['step'] for e in told(folder)]==[*range(1, checkpoints(folder)[-1]+1)]
+    assert [e['step'] for e in told(folder)] == [*range(1, checkpoints(folder)[-1] + 1)]
+
 
 def test_the_stop_square_stops_the_run(masks):
     nb = masks
     folder = fresh(nb)
-    nb.interrupt() # no cell runs
+    nb.interrupt()  # no cell runs
     nb.shows(CELL, 'stopped')
-    assert checkpoints(folder)==[nb.value('live.run.step()')]
-    nb.press(CELL, 'Start') # served on another thread, which must not matter
+    assert checkpoints(folder) == [nb.value('live.run.step()')]
+    nb.press(CELL, 'Start')  # served on another thread, which must not matter
     nb.shows(CELL, 'training')
     nb.grows(CELL)
     nb.interrupt()
@@ -114,11 +169,12 @@ def test_the_stop_square_stops_the_run(masks):
     folder = fresh(nb)
     nb.add('live.run.result().finished', wait=False)
     nb.until("T.status()==='busy'")
-    nb.interrupt() # this cell waits
+    nb.interrupt()  # this cell waits
     nb.until("t => T.ran(t)", 'live.run.result().finished')
-    assert nb.outputs('live.run.result().finished')[-1].strip()=='False'
-    assert checkpoints(folder)==[nb.value('live.run.step()')]
+    assert nb.outputs('live.run.result().finished')[-1].strip() == 'False'
+    assert checkpoints(folder) == [nb.value('live.run.step()')]
     nb.shows(CELL, 'stopped')
+
 
 def test_running_a_cell_again_leaves_one_trainer(masks):
     nb = masks
@@ -126,13 +182,18 @@ def test_running_a_cell_again_leaves_one_trainer(masks):
     first = fresh(nb)
     nb.ask('before = live')
     nb.run_all()
-    second = nb.lab.root/nb.value('str(run.folder)')
-    assert first!=second and nb.value(trainers)==1 and nb.value('[before.run.state(), live.run.state()]')==['stopped', 'training']
-    nb.run(CELL) # the same job: it goes on
+    second = nb.lab.root / nb.value('str(run.folder)')
+    assert (
+        first != second
+        and nb.value(trainers) == 1
+        and nb.value('[before.run.state(), live.run.state()]') == ['stopped', 'training']
+    )
+    nb.run(CELL)  # the same job: it goes on
     nb.grows(CELL)
-    assert nb.value(trainers)==1 and nb.value('live.run.state()')=='training'
+    assert nb.value(trainers) == 1 and nb.value('live.run.state()') == 'training'
     nb.ask('live.run.stop(); live.run.wait()')
-    assert [e['step'] for e in told(second)]==[*range(1, checkpoints(second)[-1]+1)]
+    assert [e['step'] for e in told(second)] == [*range(1, checkpoints(second)[-1] + 1)]
+
 
 @once
 def test_a_dashboard_shown_twice_is_alive_in_both_cells(masks):
@@ -146,32 +207,38 @@ def test_a_dashboard_shown_twice_is_alive_in_both_cells(masks):
     nb.grows(CELL)
     nb.ask('live.run.stop(); live.run.wait()')
 
+
 @once
 def test_figures_are_as_wide_as_the_page(masks):
     nb = masks
     fresh(nb)
-    wide = 't => [...T.find(t).node.querySelectorAll(".js-plotly-plot")].every(g => g._fullLayout.width===g.clientWidth && g.clientWidth>1000)'
+    wide = (
+        't => [...T.find(t).node.querySelectorAll(".js-plotly-plot")].every(g => '
+        'g._fullLayout.width===g.clientWidth && g.clientWidth>1000)'
+    )
     nb.until(wide, CELL)
     nb.ask('live.run.stop(); live.run.wait()')
     nb.run('Replay(')
     nb.until(wide, 'Replay(')
     nb.shot('Replay(', f'replay-{nb.lab.rule}')
 
+
 def test_the_page_is_reloaded_closed_and_opened_again(masks):
     nb = masks
-    nb.run('Replay(') # another figure, so that the page has more than one to read again
+    nb.run('Replay(')  # another figure, so that the page has more than one to read again
     folder = fresh(nb)
     nb.grows(CELL)
     nb.save()
-    nb.open() # a reload
+    nb.open()  # a reload
     nb.until('t => T.points(t)>0', CELL)
     seen = nb.grows(CELL)
     nb.page.close()
     n = len(told(folder))
-    while len(told(folder))<n+3: pass
+    while len(told(folder)) < n + 3:
+        pass
     nb.open()
-    nb.until('([t, n]) => T.points(t)>0 && T.step(t)>n', [CELL, n+2])
-    assert nb.grows(CELL)>seen
+    nb.until('([t, n]) => T.points(t)>0 && T.step(t)>n', [CELL, n + 2])
+    assert nb.grows(CELL) > seen
     nb.press(CELL, 'Stop')
     nb.shows(CELL, 'stopped')
     end = nb.step(CELL)
@@ -180,32 +247,56 @@ def test_the_page_is_reloaded_closed_and_opened_again(masks):
     nb.until('([t, n]) => T.line(t, "loss").length===n', [CELL, end])
     nb.shot(CELL, f'reloaded-{nb.lab.rule}')
 
+
 @once
 def test_without_widgets_a_picture_is_updated(masks):
     nb = masks
     fresh(nb)
     nb.add(nb.source('masked = MaskedCLIP(') + "\npage = watch(run, b.steps, show='html')\npage")
     cell = 'page = watch('
-    text = lambda: ' '.join(nb.outputs(cell))
-    nb.until('t => / step \\d/.test(" "+T.find(t).node.querySelector(".jp-OutputArea-output")?.innerText)', cell)
+
+    def text():
+        return ' '.join(nb.outputs(cell))
+
+    nb.until(
+        't => / step \\d/.test(" '
+        '"+T.find(t).node.querySelector(".jp-OutputArea-output")?.innerText)',
+        cell,
+    )
     before = text()
-    nb.until('([t, s]) => T.find(t).node.querySelector(".jp-OutputArea-output").innerText.trim()!==s.trim()', [cell, before])
-    assert nb.cell(cell).locator('.jp-OutputArea-output svg').count() and nb.cell(cell).locator('.jp-OutputArea-output img').count()
+    nb.until(
+        '([t, s]) => '
+        'T.find(t).node.querySelector(".jp-OutputArea-output").innerText.trim()!==s.trim()',
+        [cell, before],
+    )
+    assert (
+        nb.cell(cell).locator('.jp-OutputArea-output svg').count()
+        and nb.cell(cell).locator('.jp-OutputArea-output img').count()
+    )
     nb.shot(cell, f'html-{nb.lab.rule}')
     nb.ask('page.run.stop(); page.run.wait()')
 
+
 @once
-@pytest.mark.parametrize('code, says', [("bench('nowhere/model')", "no model folder 'nowhere/model'"), ("bench(data='nowhere-*.tar')", 'nowhere-*.tar')])
+@pytest.mark.parametrize(
+    'code, says',
+    [
+        ("bench('nowhere/model')", "no model folder 'nowhere/model'"),
+        ("bench(data='nowhere-*.tar')", 'nowhere-*.tar'),
+    ],
+)
 def test_a_mistake_in_a_cell_costs_one_sentence(masks, code, says):
     nb = masks
     nb.idle()
     nb.ask('from tinyclip.lab.setup import bench')
     nb.add(code)
-    said, = nb.outputs(code)
-    assert says in said and len(said.strip().splitlines())==1 and 'Traceback' not in said
+    (said,) = nb.outputs(code)
+    assert says in said and len(said.strip().splitlines()) == 1 and 'Traceback' not in said
     nb.shot(code, f'mistake-{nb.lab.rule}')
 
+
 FORM = 'arena = Arena('
+
 
 def test_two_ways_are_watched_from_a_form(both):
     nb = both
@@ -216,32 +307,36 @@ def test_two_ways_are_watched_from_a_form(both):
     quiet(nb, FORM, 'arena.live')
     still = nb.step(FORM)
     nb.page.wait_for_timeout(2000)
-    assert nb.step(FORM)==still
+    assert nb.step(FORM) == still
     nb.shot(FORM, f'form-{nb.lab.rule}')
 
     nb.fill(FORM, 'teacher', 'ViT-B-33')
     nb.press(FORM, 'Run both')
     said = nb.says(FORM, "no model named 'ViT-B-33'")
-    assert '\n' not in said and not any(w in ' '.join(nb.get('t => T.words(t)', FORM)) for w in ('Traceback', 'File "'))
-    assert nb.cell(FORM).locator('.widget-html-content span[style*="c0392b"]').count()==1
+    assert '\n' not in said and not any(
+        w in ' '.join(nb.get('t => T.words(t)', FORM)) for w in ('Traceback', 'File "')
+    )
+    assert nb.cell(FORM).locator('.widget-html-content span[style*="c0392b"]').count() == 1
     nb.shot(FORM, f'form-mistake-{nb.lab.rule}')
 
-    nb.press(FORM, 'Go on') # what trained, still does
+    nb.press(FORM, 'Go on')  # what trained, still does
     nb.grows(FORM)
     nb.fill(FORM, 'teacher', 'shapes-teacher')
     nb.fill(FORM, 'steps each', '50')
     nb.press(FORM, 'Run both')
     nb.until('t => T.facts(t).includes("of 100")', FORM)
     nb.grows(FORM)
-    assert nb.value('arena.setting.batch_size')==8
+    assert nb.value('arena.setting.batch_size') == 8
     nb.press(FORM, 'Stop')
     nb.shows(FORM, 'stopped')
-    assert checkpoints(nb.lab.root/nb.value('str(arena.contest.folder)'))
+    assert checkpoints(nb.lab.root / nb.value('str(arena.contest.folder)'))
+
 
 @once
 def test_a_finished_contest_shows_a_table_and_saves(both, tmp_path):
     from tinyclip.evaluate.cost import parameters
     from tinyclip.zoo import load
+
     nb = both
     short = 'short = Arena(bench(steps=8, batch_size=8, n=64), share=.35).start()\nshort'
     nb.idle()
@@ -250,10 +345,13 @@ def test_a_finished_contest_shows_a_table_and_saves(both, tmp_path):
     nb.shows(short, 'finished')
     cell = nb.cell(short)
     nb.until('t => T.find(t).node.querySelectorAll("table").length>0', short)
-    assert {'teacher', 'manual', 'automatic'} <= set(cell.locator('table').first.inner_text().split())
-    cell.get_by_label('save in', exact=True).fill(str(tmp_path)); cell.get_by_label('save in', exact=True).press('Tab')
+    assert {'teacher', 'manual', 'automatic'} <= set(
+        cell.locator('table').first.inner_text().split()
+    )
+    cell.get_by_label('save in', exact=True).fill(str(tmp_path))
+    cell.get_by_label('save in', exact=True).press('Tab')
     nb.press(short, 'Save automatic')
     nb.says(short, 'saved: ')
     nb.shot(short, f'finished-{nb.lab.rule}')
-    student = load(tmp_path/'automatic').model
-    assert parameters(student)['towers'] < .37*parameters(load('shapes-teacher').model)['towers']
+    student = load(tmp_path / 'automatic').model
+    assert parameters(student)['towers'] < 0.37 * parameters(load('shapes-teacher').model)['towers']

@@ -1,176 +1,353 @@
-"Faster ways of the same step: what they compute, what they leave behind, and that nothing waits for the device"
-import copy, shutil
-import open_clip, pytest, torch
-from torch.overrides import TorchFunctionMode
+"""Faster ways of the same step: what they compute, what they leave behind, and that nothing
+waits for the device"""
+
+import copy
+import shutil
+
+import open_clip
+import pytest
+import torch
 from test_distill import Pairs, different, job, tiny
+from torch.overrides import TorchFunctionMode
+
 from tinyclip.core import TinyclipError, autocast
-from tinyclip.train.engine import Engine, make_accelerator
 from tinyclip.inheritance import inherit
 from tinyclip.keep import manual
 from tinyclip.losses import Objective
 from tinyclip.masking import MaskedCLIP
 from tinyclip.sparsity import Sparsity
-from tinyclip.train.speed import lean
 from tinyclip.stages import SHORT
+from tinyclip.train.engine import Engine, make_accelerator
+from tinyclip.train.speed import lean
 
-def resnet(seed=0): return tiny(seed, size=32, layers=(1, 1, 1, 1), width=8, head_width=4)
+
+def resnet(seed=0):
+    return tiny(seed, size=32, layers=(1, 1, 1, 1), width=8, head_width=4)
+
 
 def engine(student, teacher=None, precision='fp32', objective='affinity', **kw):
-    return Engine(student, tiny(0) if teacher is None else teacher, objective if isinstance(objective, Objective) else Objective(objective), make_accelerator(precision, 'cpu'), **kw)
+    return Engine(
+        student,
+        tiny(0) if teacher is None else teacher,
+        objective if isinstance(objective, Objective) else Objective(objective),
+        make_accelerator(precision, 'cpu'),
+        **kw,
+    )
 
-def batch(size=16, **kw): return next(Pairs(size=size, **kw).epoch(0))
+
+def batch(size=16, **kw):
+    return next(Pairs(size=size, **kw).epoch(0))
+
 
 def slopes(e, b):
     "Gradients of one batch by name"
-    e.slopes(b, False, 0.)
-    grads = {n:p.grad.clone() for n,p in e.live.named_parameters() if p.grad is not None}
+    e.slopes(b, False, 0.0)
+    grads = {n: p.grad.clone() for n, p in e.live.named_parameters() if p.grad is not None}
     e.release()
     return grads
 
+
 def far(a, b):
     whole = sum(v.square().sum() for v in b.values()).sqrt()
-    return (sum((a[k]-b[k]).square().sum() for k in b).sqrt()/whole).item()
+    return (sum((a[k] - b[k]).square().sum() for k in b).sqrt() / whole).item()
+
 
 class Waits(TorchFunctionMode):
-    "Notes what would make a program wait for its GPU: numbers read out of tensors, tensors brought to the CPU or made there"
-    COPIES = {'new_tensor', 'tensor', 'as_tensor'} # of Python numbers, which wait for the device as well
-    ASKS = {'item', 'tolist', 'cpu', 'numpy', '__bool__', '__float__', '__int__', '__index__', '__contains__', 'nonzero', 'equal', 'allclose', 'unique'}
-    def __init__(self): super().__init__(); self.seen = []
+    """Notes what would make a program wait for its GPU: numbers read out of tensors, tensors
+    brought to the CPU or made there"""
+
+    COPIES = {
+        'new_tensor',
+        'tensor',
+        'as_tensor',
+    }  # of Python numbers, which wait for the device as well
+    ASKS = {
+        'item',
+        'tolist',
+        'cpu',
+        'numpy',
+        '__bool__',
+        '__float__',
+        '__int__',
+        '__index__',
+        '__contains__',
+        'nonzero',
+        'equal',
+        'allclose',
+        'unique',
+    }
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
     def __torch_function__(self, f, types, args=(), kwargs=None):
         name = getattr(f, '__name__', '')
-        if name in self.COPIES or name in self.ASKS and isinstance(args[0], torch.Tensor): self.seen.append(name)
+        if name in self.COPIES or name in self.ASKS and isinstance(args[0], torch.Tensor):
+            self.seen.append(name)
         return f(*args, **(kwargs or {}))
+
 
 def test_waiting_is_seen():
     x = torch.ones(2)
-    for f in (lambda: x[0].item(), lambda: x.tolist(), lambda: bool(x[0]), lambda: x.cpu(), lambda: torch.tensor([1.]), lambda: x.new_tensor([1.]), lambda: torch.as_tensor(1.), lambda: float(x[0])):
-        with Waits() as w: f()
+    for f in (
+        lambda: x[0].item(),
+        lambda: x.tolist(),
+        lambda: bool(x[0]),
+        lambda: x.cpu(),
+        lambda: torch.tensor([1.0]),
+        lambda: x.new_tensor([1.0]),
+        lambda: torch.as_tensor(1.0),
+        lambda: float(x[0]),
+    ):
+        with Waits() as w:
+            f()
         assert w.seen
 
-def masked(): return MaskedCLIP(tiny(1, layers=2), start=0.)
 
-@pytest.mark.parametrize('name, student, kw', [('plain', tiny, {}), ('chunks', tiny, dict(chunk_size=3)), ('tiles', tiny, dict(objective=Objective(['affinity', 'contrastive', 'uni_modal'], tile=3))), ('checkpointing', tiny, dict(grad_checkpointing=True)),
-    ('masks', masked, dict(masks=dict(form='two-sided'))), ('projected masks', masked, dict(masks=SHORT)), ('resnet', resnet, {})])
+def masked():
+    return MaskedCLIP(tiny(1, layers=2), start=0.0)
+
+
+@pytest.mark.parametrize(
+    'name, student, kw',
+    [
+        ('plain', tiny, {}),
+        ('chunks', tiny, dict(chunk_size=3)),
+        (
+            'tiles',
+            tiny,
+            dict(objective=Objective(['affinity', 'contrastive', 'uni_modal'], tile=3)),
+        ),
+        ('checkpointing', tiny, dict(grad_checkpointing=True)),
+        ('masks', masked, dict(masks=dict(form='two-sided'))),
+        ('projected masks', masked, dict(masks=SHORT)),
+        ('resnet', resnet, {}),
+    ],
+)
 def test_no_step_waits(name, student, kw):
-    s,kw = student(1) if student is not masked else masked(), dict(kw)
-    how = {k:v for k,v in kw.pop('masks', {}).items() if k!='hard'}
-    penalty = Sparsity(s, .5, **how) if how else None
-    e = engine(s, resnet() if name=='resnet' else None, precision='bf16', penalty=penalty, **dict(objective=['affinity', 'contrastive']) | kw)
-    b = batch(32 if name=='resnet' else 16)
-    for done in (0., .5): e.update(b, 1e-3, done=done) # past the moment when masks are ranked, which happens once
-    with Waits() as w: e.update(b, 1e-3, done=.6)
+    s = student(1) if student is not masked else masked()
+    kw = dict(kw)
+    how = {k: v for k, v in kw.pop('masks', {}).items() if k != 'hard'}
+    penalty = Sparsity(s, 0.5, **how) if how else None
+    e = engine(
+        s,
+        resnet() if name == 'resnet' else None,
+        precision='bf16',
+        penalty=penalty,
+        **dict(objective=['affinity', 'contrastive']) | kw,
+    )
+    b = batch(32 if name == 'resnet' else 16)
+    for done in (0.0, 0.5):
+        e.update(b, 1e-3, done=done)  # past the moment when masks are ranked, which happens once
+    with Waits() as w:
+        e.update(b, 1e-3, done=0.6)
     assert not w.seen
-    with Waits() as w: e.tally.read()
-    assert w.seen # as log points do
+    with Waits() as w:
+        e.tally.read()
+    assert w.seen  # as log points do
     e.release()
 
-@pytest.mark.parametrize('backend', ['aot_eager', pytest.param(True, marks=pytest.mark.skipif(not shutil.which('g++'), reason='no C++ compiler here'))])
+
+@pytest.mark.parametrize(
+    'backend',
+    [
+        'aot_eager',
+        pytest.param(
+            True, marks=pytest.mark.skipif(not shutil.which('g++'), reason='no C++ compiler here')
+        ),
+    ],
+)
 def test_compiled_is_the_same(backend):
     want = slopes(engine(tiny(1)), batch())
-    student,teacher = tiny(1),tiny(0)
+    student, teacher = tiny(1), tiny(0)
     got = slopes(engine(student, teacher, compile=backend), batch())
     assert far(got, want) < 1e-5
     assert student._compiled_call_impl is None and teacher._compiled_call_impl is None
     copy.deepcopy(student)(*batch())
 
+
 @pytest.mark.skipif(not shutil.which('g++'), reason='no C++ compiler here')
 def test_compiled_runs_fuse_their_tiles(monkeypatch):
     import tinyclip.losses.mimicking.tiled as tiling
-    asked,real = [],tiling._fused
+
+    asked, real = [], tiling._fused
     monkeypatch.setattr(tiling, '_fused', lambda f: asked.append(f.__name__) or real(f))
+
     def after(**kw):
         e = engine(tiny(1), objective=Objective(['affinity', 'contrastive'], tile=3), **kw)
-        e.update(batch(), 1e-3); e.release()
+        e.update(batch(), 1e-3)
+        e.release()
         return torch.cat([p.detach().flatten() for p in e.live.parameters()])
+
     plain = after()
     assert not asked
-    together = (plain-after(compile=True)).abs()
-    assert set(asked)=={'summary', 'slope'}
-    assert together.mean() < 1e-5 and together.max() < 2.1e-3 # Adam turns roundings into whole steps of 1e-3 where a gradient is next to nothing
+    together = (plain - after(compile=True)).abs()
+    assert set(asked) == {'summary', 'slope'}
+    assert (
+        together.mean() < 1e-5 and together.max() < 2.1e-3
+    )  # Adam turns roundings into whole steps of 1e-3 where a gradient is next to nothing
+
 
 def test_compiled_masks_are_the_same():
     def run(**kw):
         s = masked()
-        e = engine(s, penalty=Sparsity(s, .5, **{k:v for k,v in SHORT.items() if k!='hard'}), **kw)
+        e = engine(
+            s, penalty=Sparsity(s, 0.5, **{k: v for k, v in SHORT.items() if k != 'hard'}), **kw
+        )
         torch.manual_seed(3)
-        with s.one_draw(): return slopes(e, batch())
+        with s.one_draw():
+            return slopes(e, batch())
+
     assert far(run(compile='aot_eager'), run()) < 1e-5
     assert far(run(chunk_size=3, compile='aot_eager'), run()) < 1e-5
+
 
 def test_a_compiled_run_trains_and_goes_on(tmp_path):
     straight = job().fit(6).student
     compiled = job(compile='aot_eager').fit(6).student
-    worst = max((a-b).abs().max().item() for a,b in zip(straight.parameters(), compiled.parameters()))
-    assert worst < 6e-3 # Adam turns roundings into whole steps of 1e-3 where a gradient is next to nothing
-    assert straight.state_dict().keys()==compiled.state_dict().keys()
+    worst = max(
+        (a - b).abs().max().item() for a, b in zip(straight.parameters(), compiled.parameters())
+    )
+    assert (
+        worst < 6e-3
+    )  # Adam turns roundings into whole steps of 1e-3 where a gradient is next to nothing
+    assert straight.state_dict().keys() == compiled.state_dict().keys()
+
 
 def test_checkpointing_is_the_same_and_set_back():
     student = tiny(1, layers=2)
     got = slopes(engine(student, grad_checkpointing=True), batch())
     assert far(got, slopes(engine(tiny(1, layers=2)), batch())) < 1e-6
-    assert not student.visual.transformer.grad_checkpointing and not student.transformer.grad_checkpointing
-    cut = inherit(tiny(1, layers=2, width=64), manual(tiny(1, layers=2, width=64), image_width=.5)) # slim blocks recompute, too
-    assert far(slopes(engine(copy.deepcopy(cut), grad_checkpointing=True), batch()), slopes(engine(copy.deepcopy(cut)), batch())) < 1e-6
-    with pytest.raises(TinyclipError, match='cannot recompute'): engine(torch.nn.Linear(2, 2), grad_checkpointing=True)
+    assert (
+        not student.visual.transformer.grad_checkpointing
+        and not student.transformer.grad_checkpointing
+    )
+    cut = inherit(
+        tiny(1, layers=2, width=64), manual(tiny(1, layers=2, width=64), image_width=0.5)
+    )  # slim blocks recompute, too
+    assert (
+        far(
+            slopes(engine(copy.deepcopy(cut), grad_checkpointing=True), batch()),
+            slopes(engine(copy.deepcopy(cut)), batch()),
+        )
+        < 1e-6
+    )
+    with pytest.raises(TinyclipError, match='cannot recompute'):
+        engine(torch.nn.Linear(2, 2), grad_checkpointing=True)
+
 
 def test_a_resnet_is_laid_out_for_its_convolutions_and_back():
     student = resnet(1)
-    before = {n:p.stride() for n,p in student.named_parameters()}
+    before = {n: p.stride() for n, p in student.named_parameters()}
     e = engine(student, resnet())
     assert student.visual.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     seen = []
-    student.visual.conv1.register_forward_pre_hook(lambda m, x: seen.append(x[0].is_contiguous(memory_format=torch.channels_last)))
-    e.update(batch(32), 1e-3); e.release()
-    assert seen==[True] and {n:p.stride() for n,p in student.named_parameters()}==before
+    student.visual.conv1.register_forward_pre_hook(
+        lambda m, x: seen.append(x[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    e.update(batch(32), 1e-3)
+    e.release()
+    assert seen == [True] and {n: p.stride() for n, p in student.named_parameters()} == before
+
 
 def test_batch_norm_counts_a_step_in_chunks_once_per_chunk():
-    a,b = resnet(1),resnet(1)
-    e = engine(a, resnet(), chunk_size=4); e.slopes(batch(32), False, 0.); e.release()
+    a, b = resnet(1), resnet(1)
+    e = engine(a, resnet(), chunk_size=4)
+    e.slopes(batch(32), False, 0.0)
+    e.release()
     for i in (0, 4):
-        b.train()(batch(32).image[i:i+4], batch(32).text[i:i+4])
-    for k,v in b.state_dict().items():
-        if 'running' in k or 'num_batches' in k: torch.testing.assert_close(a.state_dict()[k], v, rtol=1e-4, atol=1e-5)
+        b.train()(batch(32).image[i : i + 4], batch(32).text[i : i + 4])
+    for k, v in b.state_dict().items():
+        if 'running' in k or 'num_batches' in k:
+            torch.testing.assert_close(a.state_dict()[k], v, rtol=1e-4, atol=1e-5)
 
-MODELS = dict(vit=lambda: tiny(0, layers=2), resnet=resnet, slim=lambda: inherit(tiny(0, layers=2, width=64), manual(tiny(0, layers=2, width=64), image_width=.5)),
-    custom=lambda: open_clip.CustomTextCLIP(16, dict(image_size=16, layers=2, width=32, patch_size=8, head_width=16, pool_type='tok'), dict(context_length=8, vocab_size=64, width=32, heads=2, layers=2)))
+
+MODELS = dict(
+    vit=lambda: tiny(0, layers=2),
+    resnet=resnet,
+    slim=lambda: inherit(
+        tiny(0, layers=2, width=64), manual(tiny(0, layers=2, width=64), image_width=0.5)
+    ),
+    custom=lambda: open_clip.CustomTextCLIP(
+        16,
+        dict(image_size=16, layers=2, width=32, patch_size=8, head_width=16, pool_type='tok'),
+        dict(context_length=8, vocab_size=64, width=32, heads=2, layers=2),
+    ),
+)
+
 
 @pytest.mark.parametrize('name', MODELS)
 def test_a_lean_teacher_says_the_same(name):
     torch.manual_seed(0)
     teacher = MODELS[name]().eval()
-    b = batch(32 if name=='resnet' else 16)
+    b = batch(32 if name == 'resnet' else 16)
     light = lean(teacher, torch.bfloat16)
     with torch.no_grad():
         exact = teacher(*b)[:2]
-        with autocast('cpu', 'bf16'): each,once = teacher(*b)[:2], light(*b)[:2]
-    off = lambda v: max((x.float()-y).norm()/y.norm() for x,y in zip(v, exact)).item()
-    assert off(once) < 1.5*off(each) and off(each) > 0
-    assert {p.dtype for p in teacher.parameters()}=={torch.float32} and all(p.requires_grad for p in teacher.parameters())
+        with autocast('cpu', 'bf16'):
+            each, once = teacher(*b)[:2], light(*b)[:2]
+
+    def off(v):
+        return max((x.float() - y).norm() / y.norm() for x, y in zip(v, exact)).item()
+
+    assert off(once) < 1.5 * off(each) and off(each) > 0
+    assert {p.dtype for p in teacher.parameters()} == {torch.float32} and all(
+        p.requires_grad for p in teacher.parameters()
+    )
     assert sum(p.nbytes for p in light.parameters()) < sum(p.nbytes for p in teacher.parameters())
+
 
 def test_a_run_leaves_the_teacher_alone():
     teacher = tiny(0).train()
     before = copy.deepcopy(teacher)
     job(teacher=teacher, precision='bf16').fit(2)
-    assert not different(teacher, before) and all(p.requires_grad for p in teacher.parameters()) and {p.dtype for p in teacher.parameters()}=={torch.float32}
+    assert (
+        not different(teacher, before)
+        and all(p.requires_grad for p in teacher.parameters())
+        and {p.dtype for p in teacher.parameters()} == {torch.float32}
+    )
+
 
 def test_refusals():
-    with pytest.raises(TinyclipError, match='inductor'): engine(tiny(1), compile='indutcor')
-    with pytest.raises(TinyclipError, match='there is one'): engine(tiny(1), shard=True)
+    with pytest.raises(TinyclipError, match='inductor'):
+        engine(tiny(1), compile='indutcor')
+    with pytest.raises(TinyclipError, match='there is one'):
+        engine(tiny(1), shard=True)
+
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
-@pytest.mark.parametrize('kw', [{}, dict(chunk_size=3), dict(masks=SHORT), dict(objective=Objective(['affinity', 'contrastive'], tile=3))], ids=['plain', 'chunks', 'masks', 'tiles'])
+@pytest.mark.parametrize(
+    'kw',
+    [
+        {},
+        dict(chunk_size=3),
+        dict(masks=SHORT),
+        dict(objective=Objective(['affinity', 'contrastive'], tile=3)),
+    ],
+    ids=['plain', 'chunks', 'masks', 'tiles'],
+)
 def test_no_step_waits_for_a_gpu(kw):
     kw = dict(kw)
-    how = {k:v for k,v in kw.pop('masks', {}).items() if k!='hard'}
+    how = {k: v for k, v in kw.pop('masks', {}).items() if k != 'hard'}
     s = masked() if how else tiny(1)
-    e = Engine(s, tiny(0), kw.pop('objective', Objective('affinity')), make_accelerator('bf16', 'cuda'), penalty=Sparsity(s, .5, **how) if how else None, **kw)
+    e = Engine(
+        s,
+        tiny(0),
+        kw.pop('objective', Objective('affinity')),
+        make_accelerator('bf16', 'cuda'),
+        penalty=Sparsity(s, 0.5, **how) if how else None,
+        **kw,
+    )
     b = batch()
-    for done in (0., .5, .6): e.update(b, 1e-3, done=done)
+    for done in (0.0, 0.5, 0.6):
+        e.update(b, 1e-3, done=done)
     torch.cuda.set_sync_debug_mode('error')
     try:
-        for _ in range(3): e.update(b, 1e-3, done=.7)
-    finally: torch.cuda.set_sync_debug_mode('default')
+        for _ in range(3):
+            e.update(b, 1e-3, done=0.7)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
     assert e.tally.read()['losses']['loss'] > 0
     e.release()

@@ -8,137 +8,218 @@ __all__ = ['by_rule', 'by_masks', 'divide', 'length', 'Contest', 'compete']
 # %% ../nbs/08_comparison.ipynb #cf1a7e63
 import threading
 from pathlib import Path
+
 from torch import nn
+
 from .core import Table, TinyclipError, seed_everything
 from .distill import Distiller
-from .train.run import scores
-from .train.events import Tagged
+from .evaluate.cost import macs, parameters, speeds
 from .inheritance import fresh, inherit
 from .keep import at_share
 from .masks import Size
-from .evaluate.cost import macs, parameters, speeds
 from .stages import SHORT, Stage, Stages
-from .zoo.loading import load
+from .train.events import Tagged
+from .train.run import scores
 from .zoo.folders import save
+from .zoo.loading import load
 
 # %% ../nbs/08_comparison.ipynb #278918b5
 def by_rule(
-    share:float, # Kept share of the towers
-    steps:int, # Of distillation
-    random:bool=False, # The same shape with fresh weights
+    share: float,  # Kept share of the towers
+    steps: int,  # Of distillation
+    random: bool = False,  # The same shape with fresh weights
 ):
     "Manual inheritance: the paper's rule says what stays, then the student distils"
+
     def make(teacher, pairs, folder, seed, **settings):
         student = inherit(teacher, at_share(teacher, share)).float()
         seed_everything(seed)
-        return Distiller(fresh(student) if random else student, teacher, pairs, folder=folder, seed=seed, **settings), steps
+        return Distiller(
+            fresh(student) if random else student,
+            teacher,
+            pairs,
+            folder=folder,
+            seed=seed,
+            **settings,
+        ), steps
+
     return make
 
+
 def by_masks(
-    share:float, # Kept share of the towers
-    steps:int, # In all, those of the mask phase included
-    mask_steps:int|None=None, # None for a fifth
-    stages:int=1, # On the way, in even steps of the share; steps are divided evenly
-    masks:dict=SHORT, # As in `Stages`
+    share: float,  # Kept share of the towers
+    steps: int,  # In all, those of the mask phase included
+    mask_steps: int | None = None,  # None for a fifth
+    stages: int = 1,  # On the way, in even steps of the share; steps are divided evenly
+    masks: dict = SHORT,  # As in `Stages`
 ):
     "Automatic inheritance: masks learn what stays, in one leap or several"
-    plan = [Stage(1-(1-share)*i/stages, *divide(steps, stages, i, mask_steps)) for i in range(1, stages+1)]
-    def make(teacher, pairs, folder, seed, **settings): return Stages(teacher, pairs, plan, folder, seed=seed, masks=masks, **settings), None
+    plan = [
+        Stage(1 - (1 - share) * i / stages, *divide(steps, stages, i, mask_steps))
+        for i in range(1, stages + 1)
+    ]
+
+    def make(teacher, pairs, folder, seed, **settings):
+        return Stages(teacher, pairs, plan, folder, seed=seed, masks=masks, **settings), None
+
     make.plan = plan
     return make
 
-def divide(steps, stages, i, mask_steps=None)->tuple: # (mask steps, steps)
+
+def divide(steps, stages, i, mask_steps=None) -> tuple:  # (mask steps, steps)
     "The part of stage `i` (from 1) in a budget"
-    mine = steps*i//stages - steps*(i-1)//stages
-    masks = max(1, (steps//5 if mask_steps is None else mask_steps)//stages)
-    if masks>=mine: raise TinyclipError(f'{steps} steps for {stages} stages leave {mine} for one, and {masks} of them are for its masks: give more steps, or fewer mask_steps=.')
-    return masks, mine-masks
+    mine = steps * i // stages - steps * (i - 1) // stages
+    masks = max(1, (steps // 5 if mask_steps is None else mask_steps) // stages)
+    if masks >= mine:
+        raise TinyclipError(
+            f'{steps} steps for {stages} stages leave {mine} for one, and {masks} of them '
+            'are for its masks: give more steps, or fewer mask_steps=.'
+        )
+    return masks, mine - masks
 
 # %% ../nbs/08_comparison.ipynb #29cf558b
 def length(
-    job, # A `Distiller` or `Stages`
-    steps:int|None, # Of a `Distiller`
-)->int:
+    job,  # A `Distiller` or `Stages`
+    steps: int | None,  # Of a `Distiller`
+) -> int:
     "Steps of a job"
-    return steps or sum(s.mask_steps+s.steps for s in job.stages)
+    return steps or sum(s.mask_steps + s.steps for s in job.stages)
 
 # %% ../nbs/08_comparison.ipynb #d9b2e990
 class Contest:
     "Runs under the same budget, one after the other"
-    def __init__(self,
-        ways:dict, # name -> way, see `by_rule` and `by_masks`
-        teacher:nn.Module, # Everybody's
-        pairs, # Called without arguments, returns the pairs from their beginning: everybody sees the same ones
-        folder, # A folder per run goes here
+
+    def __init__(
+        self,
+        ways: dict,  # name -> way, see `by_rule` and `by_masks`
+        teacher: nn.Module,  # Everybody's
+        # Called without arguments, returns the pairs from their beginning: everybody sees the same
+        # ones
+        pairs,
+        folder,  # A folder per run goes here
         *,
-        share:float=.5, # For show: where masks are aimed
-        seed:int=0, # Everybody's
-        listeners=(), # Called with every event, with the name as `run`
-        progress:bool=True, # Show progress bars
-        **settings, # Of everybody's `Distiller`: `lr`, `evaluate`, `device`, ...
+        share: float = 0.5,  # For show: where masks are aimed
+        seed: int = 0,  # Everybody's
+        listeners=(),  # Called with every event, with the name as `run`
+        progress: bool = True,  # Show progress bars
+        **settings,  # Of everybody's `Distiller`: `lr`, `evaluate`, `device`, ...
     ):
-        if not ways: raise TinyclipError("A contest needs at least one way to a student, e.g. dict(manual=by_rule(.5, 200)).")
-        self.ways,self.teacher,self.pairs,self.folder,self.share,self.seed = {n.replace(' ', '-'):w for n,w in ways.items()}, teacher, pairs, Path(folder), share, seed
-        self.listeners,self.progress,self.settings,self.stopping,self.running = listeners, progress, settings, threading.Event(), None
-        self.names,self.students,self.results = tuple(self.ways), {}, {}
-        jobs = {n:w(teacher, (), self.folder/n, seed, **settings) for n,w in self.ways.items()} # what cannot be had is refused now, not after hours
-        steps = {n:length(*j) for n,j in jobs.items()}
-        if len(set(steps.values()))>1: raise TinyclipError(f'These ways take different numbers of steps: {steps}. A contest is fair only under one budget, mask steps included.')
-        self.steps,self.masks = sum(steps.values()), any(isinstance(j, Stages) for j,_ in jobs.values())
+        if not ways:
+            raise TinyclipError(
+                "A contest needs at least one way to a student, e.g. dict(manual=by_rule(.5, 200))."
+            )
+        self.ways = {n.replace(' ', '-'): w for n, w in ways.items()}
+        self.teacher = teacher
+        self.pairs = pairs
+        self.folder = Path(folder)
+        self.share = share
+        self.seed = seed
+        self.listeners = listeners
+        self.progress = progress
+        self.settings = settings
+        self.stopping = threading.Event()
+        self.running = None
+        self.names = tuple(self.ways)
+        self.students = {}
+        self.results = {}
+        jobs = {
+            n: w(teacher, (), self.folder / n, seed, **settings) for n, w in self.ways.items()
+        }  # what cannot be had is refused now, not after hours
+        steps = {n: length(*j) for n, j in jobs.items()}
+        if len(set(steps.values())) > 1:
+            raise TinyclipError(
+                f'These ways take different numbers of steps: {steps}. A contest is fair '
+                'only under one budget, mask steps included.'
+            )
+        self.steps = sum(steps.values())
+        self.masks = any(isinstance(j, Stages) for j, _ in jobs.values())
 
     def stop(self):
         "From any thread: end after this step; `fit(resume=True)` goes on"
         self.stopping.set()
-        if self.running: self.running.stop()
+        if self.running:
+            self.running.stop()
 
-    def fit(self, resume:bool=False)->Table:
+    def fit(self, resume: bool = False) -> Table:
         "Run everybody, or those that are left; returns what came of it. See `table`."
         try:
             for name in self.names:
-                if name not in self.students and not compete(self, name, resume): break
+                if name not in self.students and not compete(self, name, resume):
+                    break
             return self.table()
-        finally: self.running = None; self.stopping.clear()
+        finally:
+            self.running = None
+            self.stopping.clear()
 
-    def table(self)->Table: # A row per student; the teacher first
+    def table(self) -> Table:  # A row per student; the teacher first
         "What came of it"
-        if not self.students: return Table()
-        models = {'teacher':self.teacher, **self.students}
-        pace,rows,whole,check = speeds(models), Table(), sum(Size(self.teacher).whole.values()), self.settings.get('evaluate')
-        for name,m in models.items():
+        if not self.students:
+            return Table()
+        models = {'teacher': self.teacher, **self.students}
+        pace = speeds(models)
+        rows = Table()
+        whole = sum(Size(self.teacher).whole.values())
+        check = self.settings.get('evaluate')
+        for name, m in models.items():
             n = parameters(m)
-            said = self.results[name] = self.results.get(name) or (scores(check, m) if check else {})
-            rows.append({'model':name.replace('-', ' '), 'tower parameters':n['towers'], 'share':f"{n['towers']/whole:.0%}", 'MACs':float(macs(m)['total']), 'pairs/s':round(pace[name]['pairs_per_s']),
-                         **{k:f'{v:.1%}' for k,v in said.items()}})
+            said = self.results[name] = self.results.get(name) or (
+                scores(check, m) if check else {}
+            )
+            rows.append(
+                {
+                    'model': name.replace('-', ' '),
+                    'tower parameters': n['towers'],
+                    'share': f"{n['towers'] / whole:.0%}",
+                    'MACs': float(macs(m)['total']),
+                    'pairs/s': round(pace[name]['pairs_per_s']),
+                    **{k: f'{v:.1%}' for k, v in said.items()},
+                }
+            )
         return rows
 
-    def save(self,
-        name:str, # Of a finished run
-        folder, # The student goes here, ready for `zoo.load`
-        tokenizer=None, # Needed only for teachers with a Hugging Face tokenizer
-    )->Path:
+    def save(
+        self,
+        name: str,  # Of a finished run
+        folder,  # The student goes here, ready for `zoo.load`
+        tokenizer=None,  # Needed only for teachers with a Hugging Face tokenizer
+    ) -> Path:
         "Take a student away"
         name = name.replace(' ', '-')
-        if name not in self.students: raise TinyclipError(f"There is no student of '{name}' yet. Finished: {', '.join(self.students) or 'none'}.")
+        if name not in self.students:
+            raise TinyclipError(
+                f"There is no student of '{name}' yet. Finished: "
+                f"{', '.join(self.students) or 'none'}."
+            )
         return Path(save(self.students[name], folder, tokenizer=tokenizer))
 
 # %% ../nbs/08_comparison.ipynb #692ccdb1
 def compete(
-    contest:Contest, # Whose turn it is
-    name:str, # Of the run
-    resume:bool, # Go on with what its folder holds
-)->bool: # False where it was stopped
+    contest: Contest,  # Whose turn it is
+    name: str,  # Of the run
+    resume: bool,  # Go on with what its folder holds
+) -> bool:  # False where it was stopped
     "One run"
     told = [Tagged(f, run=name) for f in contest.listeners]
-    job,steps = contest.ways[name](contest.teacher, contest.pairs(), contest.folder/name, contest.seed, listeners=told, progress=contest.progress, **contest.settings)
+    job, steps = contest.ways[name](
+        contest.teacher,
+        contest.pairs(),
+        contest.folder / name,
+        contest.seed,
+        listeners=told,
+        progress=contest.progress,
+        **contest.settings,
+    )
     contest.running = job
-    if contest.stopping.is_set(): job.stop()
+    if contest.stopping.is_set():
+        job.stop()
     if isinstance(job, Distiller):
         r = job.fit(steps, resume)
-        over,student = r.finished, r.student
+        over, student = r.finished, r.student
     else:
         job.fit(resume)
-        last = job.folder/f'stage-{len(job.stages)}'/'student'
+        last = job.folder / f'stage-{len(job.stages)}' / 'student'
         over = last.exists()
         student = load(last).model.to(next(contest.teacher.parameters()).device) if over else None
-    if over: contest.students[name] = student.eval()
+    if over:
+        contest.students[name] = student.eval()
     return over

@@ -8,8 +8,17 @@ __all__ = ['PRECISIONS', 'TinyclipError', 'unknown', 'processes', 'seed_everythi
            'environment', 'record_run']
 
 # %% ../nbs/00_core.ipynb #a195d469
-import contextlib, difflib, json, math, os, platform, random, subprocess, tempfile
+import contextlib
+import difflib
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import tempfile
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -17,176 +26,256 @@ import torch.distributed as dist
 # %% ../nbs/00_core.ipynb #f20a6d5d
 class TinyclipError(ValueError):
     "Bad input. The message names what is wrong and what to do about it."
-    def _render_traceback_(self): return [f'\x1b[31m{self}\x1b[0m'] # IPython shows this in place of a stack of frames
+
+    def _render_traceback_(self):
+        return [f'\x1b[31m{self}\x1b[0m']  # IPython shows this in place of a stack of frames
 
 # %% ../nbs/00_core.ipynb #afe73a89
 def unknown(
-    what:str, # The kind of thing, e.g. `'loss'`
-    name:str, # What the user wrote
-    options, # What would have been right: an iterable of names
-    show:int=12, # List the options themselves when there are no more than this many
-)->TinyclipError: # To be raised by the caller
+    what: str,  # The kind of thing, e.g. `'loss'`
+    name: str,  # What the user wrote
+    options,  # What would have been right: an iterable of names
+    show: int = 12,  # List the options themselves when there are no more than this many
+) -> TinyclipError:  # To be raised by the caller
     "The error for a name that is none of `options`, with the nearest one suggested"
     options = sorted(map(str, options))
-    lower = {o.lower():o for o in options}
-    near = [lower[n] for n in difflib.get_close_matches(str(name).lower(), lower, n=3, cutoff=.5)]
+    lower = {o.lower(): o for o in options}
+    near = [lower[n] for n in difflib.get_close_matches(str(name).lower(), lower, n=3, cutoff=0.5)]
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ''
-    many = len(options)>40
-    known = f" Known: {', '.join(options)}." if options and (len(options)<=show or not near and not many) else f' There are {len(options)} others.' if many and not near else ''
+    many = len(options) > 40
+    known = (
+        f" Known: {', '.join(options)}."
+        if options and (len(options) <= show or not near and not many)
+        else f' There are {len(options)} others.'
+        if many and not near
+        else ''
+    )
     return TinyclipError(f'There is no {what} named {str(name)!r}.{hint}{known}')
 
 # %% ../nbs/00_core.ipynb #f9758592
-def processes()->tuple: # (number of this process, how many there are)
+def processes() -> tuple:  # (number of this process, how many there are)
     "The processes that train together; (0, 1) for one alone"
     on = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if on else (0, 1)
 
 # %% ../nbs/00_core.ipynb #c6deb1b9
 def seed_everything(
-    seed:int, # Any non-negative integer
-)->int: # The seed, so that it can be recorded
+    seed: int,  # Any non-negative integer
+) -> int:  # The seed, so that it can be recorded
     "Seed Python, NumPy and torch (all devices)"
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     return seed
 
 # %% ../nbs/00_core.ipynb #32ea340e
 def pick_device(
-    name:str|None=None, # `'cuda'`, `'cuda:1'`, `'mps'`, `'cpu'`; None for the best available
-)->torch.device:
+    name: str | None = None,  # `'cuda'`, `'cuda:1'`, `'mps'`, `'cpu'`; None for the best available
+) -> torch.device:
     "The device to work on"
-    if name is None: name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try: device = torch.device(name)
-    except RuntimeError: raise unknown('device', name, ['cuda', 'mps', 'cpu']) from None
-    if device.type=='cuda' and not torch.cuda.is_available():
-        raise TinyclipError(f'Device {name!r} was asked for, but torch sees no CUDA GPU here. Use device=\'cpu\', or install a CUDA build of torch.')
+    if name is None:
+        name = (
+            'cuda'
+            if torch.cuda.is_available()
+            else 'mps'
+            if torch.backends.mps.is_available()
+            else 'cpu'
+        )
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise unknown('device', name, ['cuda', 'mps', 'cpu']) from None
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise TinyclipError(
+            f'Device {name!r} was asked for, but torch sees no CUDA GPU here. Use '
+            'device=\'cpu\', or install a CUDA build of torch.'
+        )
     return device
 
 # %% ../nbs/00_core.ipynb #50541bea
 def native_bf16(
-    device:torch.device|str='cpu', # Where the matrix products run
-)->bool: # True where bfloat16 is faster than float32
-    "Whether `device` multiplies bfloat16 in hardware (Ampere or newer GPUs; CPUs with AMX or AVX512-BF16)"
+    device: torch.device | str = 'cpu',  # Where the matrix products run
+) -> bool:  # True where bfloat16 is faster than float32
+    """Whether `device` multiplies bfloat16 in hardware (Ampere or newer GPUs; CPUs with AMX or
+    AVX512-BF16)"""
     kind = torch.device(device).type
-    if kind=='cuda': return torch.cuda.get_device_capability(device)[0] >= 8
-    if kind!='cpu': return False
-    checks = [getattr(torch.cpu, n, None) for n in ('_is_amx_tile_supported', '_is_avx512_bf16_supported')]
+    if kind == 'cuda':
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if kind != 'cpu':
+        return False
+    checks = [
+        getattr(torch.cpu, n, None) for n in ('_is_amx_tile_supported', '_is_avx512_bf16_supported')
+    ]
     return any(f() for f in checks if f)
 
 # %% ../nbs/00_core.ipynb #37162644
-PRECISIONS = {'fp32':None, 'bf16':torch.bfloat16, 'fp16':torch.float16}
+PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+
 
 def resolve_precision(
-    precision:str='auto', # `'auto'`, `'fp32'`, `'bf16'` or `'fp16'`
-    device:torch.device|str='cpu', # Where the matrix products run
-)->str: # One of `PRECISIONS`
+    precision: str = 'auto',  # `'auto'`, `'fp32'`, `'bf16'` or `'fp16'`
+    device: torch.device | str = 'cpu',  # Where the matrix products run
+) -> str:  # One of `PRECISIONS`
     "What `'auto'` means on `device`: bf16 where it is native, else fp32"
-    if precision=='auto': return 'bf16' if native_bf16(device) else 'fp32'
-    if precision not in PRECISIONS: raise unknown('precision', precision, ['auto', *PRECISIONS])
+    if precision == 'auto':
+        return 'bf16' if native_bf16(device) else 'fp32'
+    if precision not in PRECISIONS:
+        raise unknown('precision', precision, ['auto', *PRECISIONS])
     return precision
 
 # %% ../nbs/00_core.ipynb #11d252ee
 def autocast(
-    device:torch.device|str='cpu', # Where the computation runs
-    precision:str='auto', # As in `resolve_precision`
-): # A context manager
+    device: torch.device | str = 'cpu',  # Where the computation runs
+    precision: str = 'auto',  # As in `resolve_precision`
+):  # A context manager
     "Mixed precision for inference: nothing at fp32, `torch.autocast` otherwise"
     dtype = PRECISIONS[resolve_precision(precision, device)]
-    return contextlib.nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype)
+    return (
+        contextlib.nullcontext()
+        if dtype is None
+        else torch.autocast(torch.device(device).type, dtype)
+    )
 
 # %% ../nbs/00_core.ipynb #d312e8b2
 @contextlib.contextmanager
 def evaluating(
-    model:torch.nn.Module, # Any module
-): # Yields it
+    model: torch.nn.Module,  # Any module
+):  # Yields it
     "Eval mode and no gradients meanwhile; afterwards every submodule has its own mode back"
     modes = [(m, m.training) for m in model.modules()]
     try:
-        with torch.no_grad(): yield model.eval()
+        with torch.no_grad():
+            yield model.eval()
     finally:
-        for m,mode in modes: m.training = mode
+        for m, mode in modes:
+            m.training = mode
 
 # %% ../nbs/00_core.ipynb #76838463
 def filled(
-    values, # Python numbers
-    like:torch.Tensor, # Gives device and precision
-)->torch.Tensor: # `(len(values),)`
-    "Numbers as a tensor, written on its device: a copy from the CPU would make the program wait for everything before it"
-    return torch.stack([torch.full((), float(v), dtype=like.dtype, device=like.device) for v in values])
+    values,  # Python numbers
+    like: torch.Tensor,  # Gives device and precision
+) -> torch.Tensor:  # `(len(values),)`
+    """Numbers as a tensor, written on its device: a copy from the CPU would make the program
+    wait for everything before it"""
+    return torch.stack(
+        [torch.full((), float(v), dtype=like.dtype, device=like.device) for v in values]
+    )
 
 # %% ../nbs/00_core.ipynb #ebb001fd
 def human(
-    n:float, # Any number
-    digits:int=3, # Significant digits
-)->str: # With the suffix k, M, G or T where it helps
+    n: float,  # Any number
+    digits: int = 3,  # Significant digits
+) -> str:  # With the suffix k, M, G or T where it helps
     "A number as a person would say it"
-    if n is None or (isinstance(n, float) and not math.isfinite(n)): return '-' if n is None else str(n)
-    for limit,suffix in ((1e12,'T'), (1e9,'G'), (1e6,'M'), (1e3,'k')):
-        if abs(n) >= limit*.9995: return f'{n/limit:.{digits}g} {suffix}'
+    if n is None or (isinstance(n, float) and not math.isfinite(n)):
+        return '-' if n is None else str(n)
+    for limit, suffix in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
+        if abs(n) >= limit * 0.9995:
+            return f'{n / limit:.{digits}g} {suffix}'
     return f'{n:.{digits}g}' if isinstance(n, float) else str(n)
 
 # %% ../nbs/00_core.ipynb #63c1171a
 class Table(list):
-    "Rows (dicts) that print as aligned text, as Markdown in a notebook, and serialise as plain JSON"
-    def columns(self): return list(dict.fromkeys(k for row in self for k in row))
+    """Rows (dicts) that print as aligned text, as Markdown in a notebook, and serialise as plain
+    JSON"""
+
+    def columns(self):
+        return list(dict.fromkeys(k for row in self for k in row))
+
     def cells(self):
-        show = lambda v: '' if v is None else human(v) if isinstance(v, float) else str(v)
+        def show(v):
+            return '' if v is None else human(v) if isinstance(v, float) else str(v)
+
         return [self.columns()] + [[show(row.get(k)) for k in self.columns()] for row in self]
+
     def __repr__(self):
-        if not self: return '(no rows)'
+        if not self:
+            return '(no rows)'
         rows = self.cells()
         widths = [max(map(len, col)) for col in zip(*rows)]
-        line = lambda r: '  '.join([r[0].ljust(widths[0])] + [c.rjust(w) for c,w in zip(r[1:], widths[1:])]).rstrip()
-        return '\n'.join([line(rows[0]), '  '.join('-'*w for w in widths)] + [line(r) for r in rows[1:]])
+
+        def line(r):
+            return '  '.join(
+                [r[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(r[1:], widths[1:])]
+            ).rstrip()
+
+        return '\n'.join(
+            [line(rows[0]), '  '.join('-' * w for w in widths)] + [line(r) for r in rows[1:]]
+        )
+
     def _repr_markdown_(self):
-        head,*body = self.cells() if self else [['(no rows)']]
-        line = lambda r: '| ' + ' | '.join(c.replace('|', r'\|') for c in r) + ' |'
-        return '\n'.join([line(head), '|' + '|'.join([':--'] + ['--:']*(len(head)-1)) + '|'] + [line(r) for r in body])
+        head, *body = self.cells() if self else [['(no rows)']]
+
+        def line(r):
+            return '| ' + ' | '.join(c.replace('|', r'\|') for c in r) + ' |'
+
+        return '\n'.join(
+            [line(head), '|' + '|'.join([':--'] + ['--:'] * (len(head) - 1)) + '|']
+            + [line(r) for r in body]
+        )
 
 # %% ../nbs/00_core.ipynb #929edd2e
 @contextlib.contextmanager
 def atomic_path(
-    path, # Where the finished file shall stand
-): # Yields a temporary path beside it; moved into place on success, removed on error
+    path,  # Where the finished file shall stand
+):  # Yields a temporary path beside it; moved into place on success, removed on error
     "Write a file all or nothing"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
+    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
     os.close(fd)
     try:
         yield Path(tmp)
-        with open(tmp, 'rb') as f: os.fsync(f.fileno())
-        os.chmod(tmp, 0o644); os.replace(tmp, path)
-    finally: Path(tmp).unlink(missing_ok=True)
+        with open(tmp, 'rb') as f:
+            os.fsync(f.fileno())
+        os.chmod(tmp, 0o644)
+        os.replace(tmp, path)
+    finally:
+        Path(tmp).unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #f0aa63f0
 def write_json(
-    path, # The file
-    value, # Anything JSON can hold
+    path,  # The file
+    value,  # Anything JSON can hold
 ):
     "Write `value` as indented JSON, atomically"
     text = json.dumps(value, indent=1, ensure_ascii=False, default=str) + '\n'
-    with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8')
+    with atomic_path(path) as tmp:
+        tmp.write_text(text, encoding='utf-8')
 
 # %% ../nbs/00_core.ipynb #5e3bcc98
-def environment()->dict: # Commit, device and versions: no host names, no paths
+def environment() -> dict:  # Commit, device and versions: no host names, no paths
     "What a recorded number needs beside it to be believed"
-    here = Path(globals().get('__file__', 'core.py')).parent # the package; in the notebook, the current folder
-    git = lambda *a: subprocess.run(['git', *a], cwd=here, capture_output=True, text=True).stdout.strip()
+    here = Path(
+        globals().get('__file__', 'core.py')
+    ).parent  # the package; in the notebook, the current folder
+
+    def git(*a):
+        return subprocess.run(['git', *a], cwd=here, capture_output=True, text=True).stdout.strip()
+
     commit = git('rev-parse', '--short', 'HEAD') or None
-    if commit and git('status', '--porcelain', '.'): commit += '+changes'
+    if commit and git('status', '--porcelain', '.'):
+        commit += '+changes'
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(commit=commit, device=gpu or f'CPU, {os.cpu_count()} cores', torch=torch.__version__, python=platform.python_version())
+    return dict(
+        commit=commit,
+        device=gpu or f'CPU, {os.cpu_count()} cores',
+        torch=torch.__version__,
+        python=platform.python_version(),
+    )
 
 # %% ../nbs/00_core.ipynb #6d56b7cc
 def record_run(
-    name:str, # Folder below `root`, e.g. `'demo'`
-    recipe:dict, # Everything needed to run it again
-    metrics, # What came out: JSON-able
-    seeds=(), # The seeds behind the metrics
-    root='results', # The ledger's folder
-    where:dict|None=None, # `environment()` of the run itself, where that was another process
-)->Path: # The file written
+    name: str,  # Folder below `root`, e.g. `'demo'`
+    recipe: dict,  # Everything needed to run it again
+    metrics,  # What came out: JSON-able
+    seeds=(),  # The seeds behind the metrics
+    root='results',  # The ledger's folder
+    where: dict | None = None,  # `environment()` of the run itself, where that was another process
+) -> Path:  # The file written
     "Enter a result into the ledger: `<root>/<name>/run.json`"
-    path = Path(root)/name/'run.json'
-    write_json(path, dict(recipe=recipe, seeds=list(seeds), metrics=metrics, **(where or environment())))
+    path = Path(root) / name / 'run.json'
+    write_json(
+        path, dict(recipe=recipe, seeds=list(seeds), metrics=metrics, **(where or environment()))
+    )
     return path

@@ -7,232 +7,409 @@ __all__ = ['ENDS', 'batches', 'Terminated', 'deferred_interrupt', 'Distiller', '
            'train']
 
 # %% ../nbs/06_distill.ipynb #0404560b
-import contextlib, signal, threading, time, warnings
+import contextlib
+import signal
+import threading
+import time
+import warnings
 from pathlib import Path
+
 import torch
 from accelerate import Accelerator
 from torch import nn
+
+from .core import TinyclipError, environment, seed_everything
+from .losses.mimicking import Objective
 from .train.checkpoint import checkpoints, step_seed, sweep
 from .train.checks import check_batch, check_models, check_settings
-from .core import TinyclipError, environment, seed_everything
 from .train.engine import Engine, learning_rate, make_accelerator
 from .train.events import Events, Progress, plain, rewind
-from .losses.mimicking import Objective
 from .train.run import Result, Run, assess, read_run, write_run
 
 # %% ../nbs/06_distill.ipynb #9a6a418f
 def batches(
-    pairs, # Has `.epoch(e, start)`, which yields the batches of epoch e from number `start` on
-    epoch:int=0, # Begin in this epoch
-    start:int=0, # With this batch
-): # Yields (epoch, batches taken, batch) for ever
+    pairs,  # Has `.epoch(e, start)`, which yields the batches of epoch e from number `start` on
+    epoch: int = 0,  # Begin in this epoch
+    start: int = 0,  # With this batch
+):  # Yields (epoch, batches taken, batch) for ever
     "Epoch after epoch"
     while True:
         taken = start
         for batch in pairs.epoch(epoch, start):
             taken += 1
             yield epoch, taken, batch
-        if not taken: raise TinyclipError(f'Epoch {epoch} of the pairs holds no batch: look at the source with tinyclip.data.check, or lower the batch size.')
-        epoch,start = epoch+1,0
+        if not taken:
+            raise TinyclipError(
+                f'Epoch {epoch} of the pairs holds no batch: look at the source with '
+                'tinyclip.data.check, or lower the batch size.'
+            )
+        epoch, start = epoch + 1, 0
 
 # %% ../nbs/06_distill.ipynb #d7f15b09
 class Terminated(SystemExit):
-    "The system asked the process to end (SIGTERM), and the run has written its checkpoint. Not caught, it ends the process with `code`"
-    def __init__(self,
-        said:str, # How far the run has come
+    """The system asked the process to end (SIGTERM), and the run has written its checkpoint. Not
+    caught, it ends the process with `code`"""
+
+    def __init__(
+        self,
+        said: str,  # How far the run has come
     ):
         super().__init__(75)
         self.said = said
-    def __str__(self): return self.said
 
-ENDS = {signal.SIGINT:KeyboardInterrupt, signal.SIGTERM:Terminated}
+    def __str__(self):
+        return self.said
+
+
+ENDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+
 
 @contextlib.contextmanager
 def deferred_interrupt(
-    note, # Called with the number of the signal
+    note,  # Called with the number of the signal
 ):
     "Let SIGTERM and the first Ctrl-C only take note; the second Ctrl-C is an ordinary one"
-    if threading.current_thread() is not threading.main_thread(): yield; return # signals reach the main thread only
-    usual = {s:signal.getsignal(s) for s in ENDS}
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return  # signals reach the main thread only
+    usual = {s: signal.getsignal(s) for s in ENDS}
     usual[signal.SIGINT] = usual[signal.SIGINT] or signal.default_int_handler
+
     def heard(s, _):
-        if s==signal.SIGINT: signal.signal(s, usual[s])
+        if s == signal.SIGINT:
+            signal.signal(s, usual[s])
         note(s)
-    for s in ENDS: signal.signal(s, heard)
-    try: yield
+
+    for s in ENDS:
+        signal.signal(s, heard)
+    try:
+        yield
     finally:
-        for s,f in usual.items(): signal.signal(s, f)
+        for s, f in usual.items():
+            signal.signal(s, f)
 
 # %% ../nbs/06_distill.ipynb #d049eadc
 class Distiller:
     "Train a student to match pairs as its teacher does"
-    def __init__(self,
-        student:nn.Module, # A CLIP, e.g. from `inherit`; trained in place
-        teacher:nn.Module|None, # A CLIP that takes the same inputs; None for objectives that need none, and for pairs from `cached_pairs`
-        pairs, # `tinyclip.data.open_pairs(...)`, or anything with `.epoch(e, start)` that yields batches with `image` and `text`
+
+    def __init__(
+        self,
+        student: nn.Module,  # A CLIP, e.g. from `inherit`; trained in place
+        teacher: nn.Module
+        # A CLIP that takes the same inputs; None for objectives that need none, and for pairs from
+        # `cached_pairs`
+        | None,
+        # `tinyclip.data.open_pairs(...)`, or anything with `.epoch(e, start)` that yields batches
+        # with `image` and `text`
+        pairs,
         *,
-        objective='affinity', # A name, a list of names, a dict name -> weight, or an `Objective`
-        lr:float=5e-4, # Highest learning rate
-        warmup:float=.05, # Share of the steps that climb to it
-        schedule:str='cosine', # Then a cosine to zero, or `'constant'`
-        weight_decay:float=.2, # Of matrices only, see `parameter_groups`
-        betas=(.9, .98), # AdamW's
-        clip_norm:float|None=1., # Limit on the gradient's norm; None for no limit
-        precision:str='auto', # `'auto'` (bf16 where native), `'fp32'`, `'bf16'`, `'fp16'`
-        scale:str='learned', # The student's logit scale: `'learned'` (up to 100) or `'fixed'` as it is
-        seed:int=0, # Of whatever the student draws (dropout); the pairs have their own
-        device:str|None=None, # None for the best there is, or `'cpu'`, `'cuda'`, `'mps'`
-        chunk_size:int|None=None, # Pairs in the towers at once, for batches larger than memory: exact, for one more forward pass of the student (`step_in_chunks`); None for the whole batch
-        grad_checkpointing:bool=False, # Compute the student's activations again in the backward pass: less memory, more time
-        compile:bool|str=False, # `torch.compile` student and teacher: True, or the name of a backend
-        shard:bool|None=None, # Divide the student among processes (FSDP2); None for what `accelerate launch` was told
-        folder=None, # Checkpoints and `events.jsonl` go here; None to keep nothing
-        log_every:int=10, # Steps between two log points
-        save_every:int=1000, # Steps between two checkpoints; there is always one at the end
-        evaluate=None, # Called with the student (eval mode, no gradients); returns a dict of numbers
-        evaluate_every:int|None=None, # Steps between two evaluations; None for the end only
-        penalty=None, # A `tinyclip.sparsity.Sparsity` for the student's masks, or anything that works like it; added to the loss
-        max_skipped:int=10, # More bad (not finite) steps in a row than this end the run
-        listeners=(), # Called with every event, see `tinyclip.train.events`
-        trackers=(), # `'tensorboard'`, `'wandb'`, ...: whatever accelerate logs to
-        progress:bool=True, # Show a progress bar
+        objective='affinity',  # A name, a list of names, a dict name -> weight, or an `Objective`
+        lr: float = 5e-4,  # Highest learning rate
+        warmup: float = 0.05,  # Share of the steps that climb to it
+        schedule: str = 'cosine',  # Then a cosine to zero, or `'constant'`
+        weight_decay: float = 0.2,  # Of matrices only, see `parameter_groups`
+        betas=(0.9, 0.98),  # AdamW's
+        clip_norm: float | None = 1.0,  # Limit on the gradient's norm; None for no limit
+        precision: str = 'auto',  # `'auto'` (bf16 where native), `'fp32'`, `'bf16'`, `'fp16'`
+        # The student's logit scale: `'learned'` (up to 100) or `'fixed'` as it is
+        scale: str = 'learned',
+        seed: int = 0,  # Of whatever the student draws (dropout); the pairs have their own
+        device: str | None = None,  # None for the best there is, or `'cpu'`, `'cuda'`, `'mps'`
+        chunk_size: int
+        # Pairs in the towers at once, for batches larger than memory: exact, for one more forward
+        # pass of the student (`step_in_chunks`); None for the whole batch
+        | None = None,
+        # Compute the student's activations again in the backward pass: less memory, more time
+        grad_checkpointing: bool = False,
+        compile: bool
+        | str = False,  # `torch.compile` student and teacher: True, or the name of a backend
+        shard: bool
+        # Divide the student among processes (FSDP2); None for what `accelerate launch` was told
+        | None = None,
+        folder=None,  # Checkpoints and `events.jsonl` go here; None to keep nothing
+        log_every: int = 10,  # Steps between two log points
+        save_every: int = 1000,  # Steps between two checkpoints; there is always one at the end
+        # Called with the student (eval mode, no gradients); returns a dict of numbers
+        evaluate=None,
+        evaluate_every: int | None = None,  # Steps between two evaluations; None for the end only
+        # A `tinyclip.sparsity.Sparsity` for the student's masks, or anything that works like it;
+        # added to the loss
+        penalty=None,
+        max_skipped: int = 10,  # More bad (not finite) steps in a row than this end the run
+        listeners=(),  # Called with every event, see `tinyclip.train.events`
+        trackers=(),  # `'tensorboard'`, `'wandb'`, ...: whatever accelerate logs to
+        progress: bool = True,  # Show a progress bar
     ):
-        self.student,self.teacher,self.pairs,self.objective = student, teacher, pairs, objective if isinstance(objective, Objective) else Objective(objective)
-        check_settings(lr, warmup, schedule, scale, log_every, save_every, chunk_size); check_models(student, teacher, self.objective, pairs)
-        if getattr(penalty, 'masked', student) is not student: raise TinyclipError('penalty= belongs to the masks of another model: make it of the student that is trained, Sparsity(student, ...).')
-        if not self.objective.needs_teacher or getattr(pairs, 'teacher', None): self.teacher = None # it would be run for nothing
-        self.recipe = dict(lr=lr, warmup=warmup, schedule=schedule, weight_decay=weight_decay, betas=betas, clip_norm=clip_norm, scale=scale, seed=seed) | (dict(penalty=penalty.config) if penalty else {}) | (dict(cache=pairs.teacher) if getattr(pairs, 'teacher', None) else {})
+        self.student = student
+        self.teacher = teacher
+        self.pairs = pairs
+        self.objective = objective if isinstance(objective, Objective) else Objective(objective)
+        check_settings(lr, warmup, schedule, scale, log_every, save_every, chunk_size)
+        check_models(student, teacher, self.objective, pairs)
+        if getattr(penalty, 'masked', student) is not student:
+            raise TinyclipError(
+                'penalty= belongs to the masks of another model: make it of the student that '
+                'is trained, Sparsity(student, ...).'
+            )
+        if not self.objective.needs_teacher or getattr(pairs, 'teacher', None):
+            self.teacher = None  # it would be run for nothing
+        self.recipe = (
+            dict(
+                lr=lr,
+                warmup=warmup,
+                schedule=schedule,
+                weight_decay=weight_decay,
+                betas=betas,
+                clip_norm=clip_norm,
+                scale=scale,
+                seed=seed,
+            )
+            | (dict(penalty=penalty.config) if penalty else {})
+            | (dict(cache=pairs.teacher) if getattr(pairs, 'teacher', None) else {})
+        )
         self.where = dict(precision=precision, device=device, trackers=trackers, folder=folder)
-        self.how = dict(chunk_size=chunk_size, grad_checkpointing=grad_checkpointing, compile=compile, shard=shard) # the same steps in another way: a run may go on with others
-        self.folder,self.every,self.evaluate = folder and Path(folder), dict(log=log_every, save=save_every, evaluate=evaluate_every), evaluate
-        self.penalty,self.max_skipped,self.listeners,self.progress,self.stopping = penalty, max_skipped, listeners, progress, threading.Event()
+        self.how = dict(
+            chunk_size=chunk_size,
+            grad_checkpointing=grad_checkpointing,
+            compile=compile,
+            shard=shard,
+        )  # the same steps in another way: a run may go on with others
+        self.folder = folder and Path(folder)
+        self.every = dict(log=log_every, save=save_every, evaluate=evaluate_every)
+        self.evaluate = evaluate
+        self.penalty = penalty
+        self.max_skipped = max_skipped
+        self.listeners = listeners
+        self.progress = progress
+        self.stopping = threading.Event()
 
-    def stop(self): self.stopping.set() # from any thread: `fit` ends after the step, writes a checkpoint and returns
+    def stop(self):
+        # from any thread: `fit` ends after the step, writes a checkpoint and returns
+        self.stopping.set()
 
-    def fit(self, steps:int, resume:bool=False)->Result:
-        "Train for `steps` steps in all; `resume` goes on from the folder's newest checkpoint. See `train`."
+    def fit(self, steps: int, resume: bool = False) -> Result:
+        """Train for `steps` steps in all; `resume` goes on from the folder's newest checkpoint.
+        See `train`."""
         return train(self, steps, resume)
 
 # %% ../nbs/06_distill.ipynb #b1eeea11
 def newest(
-    folder, # A run's folder, or None
-    resume:bool, # Go on from what stands there?
-)->Path|None: # A checkpoint to go on from
+    folder,  # A run's folder, or None
+    resume: bool,  # Go on from what stands there?
+) -> Path | None:  # A checkpoint to go on from
     "The newest checkpoint, or a refusal to overwrite a run"
     if folder is None:
-        if resume: raise TinyclipError('resume=True needs the folder= of the run to go on with.')
+        if resume:
+            raise TinyclipError('resume=True needs the folder= of the run to go on with.')
         return None
     kept = checkpoints(folder)
-    if (kept or (folder/'events.jsonl').exists()) and not resume:
+    if (kept or (folder / 'events.jsonl').exists()) and not resume:
         upto = f'up to {kept[-1].name}' if kept else 'without a checkpoint yet'
-        raise TinyclipError(f"'{folder}' already holds a run, {upto}. Go on with it: fit(steps, resume=True) or --resume, or choose another folder.")
-    if resume: sweep(folder) # nobody writes before all have looked
+        raise TinyclipError(
+            f"'{folder}' already holds a run, {upto}. Go on with it: fit(steps, resume=True) "
+            "or --resume, or choose another folder."
+        )
+    if resume:
+        sweep(folder)  # nobody writes before all have looked
     return kept[-1] if kept else None
 
 # %% ../nbs/06_distill.ipynb #110328c4
 def open_events(
-    job:Distiller, # Its folder, listeners and trackers are told
-    a:Accelerator, # Only the first process tells anything
-    config:dict, # The run's first line
-    last:Path|None, # The checkpoint it goes on from
-)->Events: # Ready for the loop
+    job: Distiller,  # Its folder, listeners and trackers are told
+    a: Accelerator,  # Only the first process tells anything
+    config: dict,  # The run's first line
+    last: Path | None,  # The checkpoint it goes on from
+) -> Events:  # Ready for the loop
     "The log and the listeners of a run, with their first event"
-    if not a.is_main_process: return Events()
+    if not a.is_main_process:
+        return Events()
     step = int(last.name.rpartition('-')[2]) if last else 0
-    if job.folder and (job.folder/'events.jsonl').exists():
-        try: rewind(job.folder, step if last else -1)
-        except OSError as e: raise TinyclipError(f"The log in '{job.folder}' cannot be rewritten ({e.strerror}): make room there, then go on with resume=True.") from e
+    if job.folder and (job.folder / 'events.jsonl').exists():
+        try:
+            rewind(job.folder, step if last else -1)
+        except OSError as e:
+            raise TinyclipError(
+                f"The log in '{job.folder}' cannot be rewritten ({e.strerror}): make room "
+                "there, then go on with resume=True."
+            ) from e
     listeners = [Progress(config['steps'])] if job.progress else []
     if a.log_with:
-        a.init_trackers('tinyclip', config={k:v if isinstance(v, (int, float, str)) else str(v) for k,v in config.items()})
-        numbers = lambda e: {k:v for k,v in e.items() if isinstance(v, (int, float)) and k not in ('step', 'seconds')}
-        listeners.append(lambda e: a.log(numbers(e), step=e['step']) if e['event'] in ('log', 'evaluation') else None)
+        a.init_trackers(
+            'tinyclip',
+            config={
+                k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.items()
+            },
+        )
+
+        def numbers(e):
+            return {
+                k: v
+                for k, v in e.items()
+                if isinstance(v, (int, float)) and k not in ('step', 'seconds')
+            }
+
+        listeners.append(
+            lambda e: (
+                a.log(numbers(e), step=e['step']) if e['event'] in ('log', 'evaluation') else None
+            )
+        )
     events = Events(job.folder, [*listeners, *job.listeners])
-    if last: events.emit('resume', step=step)
-    else: events.emit('config', step=0, **config, intervals=job.every, student_parameters=sum(p.numel() for p in job.student.parameters()), environment=environment())
+    if last:
+        events.emit('resume', step=step)
+    else:
+        events.emit(
+            'config',
+            step=0,
+            **config,
+            intervals=job.every,
+            student_parameters=sum(p.numel() for p in job.student.parameters()),
+            environment=environment(),
+        )
     return events
 
 # %% ../nbs/06_distill.ipynb #396a28ec
 def advance(
-    run:Run, # Moved by one step
-    job:Distiller, # What is due when
-    stream, # From `batches`
+    run: Run,  # Moved by one step
+    job: Distiller,  # What is due when
+    stream,  # From `batches`
 ):
     "Take one batch and one step, and do what is due after it"
-    r,c,a = run.result,run.config,run.engine.accelerator
-    due = lambda every: r.steps==c['steps'] or bool(every) and r.steps % every==0
-    try: epoch,taken,batch = next(stream)
-    except Exception: # the data failed, between two steps: all that was learned so far is sound
-        if a.num_processes==1: write_run(run)
+    r, c, a = run.result, run.config, run.engine.accelerator
+
+    def due(every):
+        return r.steps == c['steps'] or bool(every) and r.steps % every == 0
+
+    try:
+        epoch, taken, batch = next(stream)
+    except Exception:  # the data failed, between two steps: all that was learned so far is sound
+        if a.num_processes == 1:
+            write_run(run)
         raise
-    if not run.seen: check_batch(batch, run.engine.plain)
+    if not run.seen:
+        check_batch(batch, run.engine.plain)
     seed_everything(step_seed(c['seed'], r.steps, a.process_index))
-    lr,done = learning_rate(r.steps, c['steps'], c['lr'], c['warmup'], c['schedule']), r.steps/c['steps']
+    lr = learning_rate(r.steps, c['steps'], c['lr'], c['warmup'], c['schedule'])
+    done = r.steps / c['steps']
     r.steps += 1
-    watch = r.steps==1 or due(job.every['log'])
+    watch = r.steps == 1 or due(job.every['log'])
     out = run.engine.update(batch, lr, watch, done)
-    run.place,run.pairs = (epoch, taken), run.pairs+len(batch.image)*a.num_processes
-    if watch: run.log(out, lr)
-    if due(job.every['evaluate']): assess(run, job.evaluate)
-    if due(job.every['save']): write_run(run)
+    run.place = (epoch, taken)
+    run.pairs = run.pairs + len(batch.image) * a.num_processes
+    if watch:
+        run.log(out, lr)
+    if due(job.every['evaluate']):
+        assess(run, job.evaluate)
+    if due(job.every['save']):
+        write_run(run)
 
 # %% ../nbs/06_distill.ipynb #f5ebd41c
 def loop(
-    run:Run, # From where it stands to its last step
-    job:Distiller, # Until its `stop()`
+    run: Run,  # From where it stands to its last step
+    job: Distiller,  # Until its `stop()`
 ):
-    "Step after step, to the end, to `stop()`, to Ctrl-C, to SIGTERM or to an error; it always says which"
-    interrupted,a,steps = [],run.engine.accelerator,run.config['steps']
-    def note(s): interrupted.append(s); job.stop()
-    def halt(): # processes must agree, or one would wait for ever; they ask each other at log points only
-        if a.num_processes==1: return job.stopping.is_set()
-        if run.result.steps % job.every['log']: return False
-        said = a.gather(torch.tensor([interrupted[0] if interrupted else int(job.stopping.is_set())], device=a.device)).max().item()
-        if said in ENDS and not interrupted: interrupted.append(said) # another one heard it
-        return said>0
+    """Step after step, to the end, to `stop()`, to Ctrl-C, to SIGTERM or to an error; it always
+    says which"""
+    interrupted = []
+    a = run.engine.accelerator
+    steps = run.config['steps']
+
+    def note(s):
+        interrupted.append(s)
+        job.stop()
+
+    # processes must agree, or one would wait for ever; they ask each other at log points only
+    def halt():
+        if a.num_processes == 1:
+            return job.stopping.is_set()
+        if run.result.steps % job.every['log']:
+            return False
+        said = (
+            a.gather(
+                torch.tensor(
+                    [interrupted[0] if interrupted else int(job.stopping.is_set())], device=a.device
+                )
+            )
+            .max()
+            .item()
+        )
+        if said in ENDS and not interrupted:
+            interrupted.append(said)  # another one heard it
+        return said > 0
+
     if run.moved:
-        if a.is_main_process: warnings.warn(run.moved, stacklevel=4)
+        if a.is_main_process:
+            warnings.warn(run.moved, stacklevel=4)
         run.emit('warning', message=run.moved)
     try:
         with deferred_interrupt(note), contextlib.closing(batches(job.pairs, *run.place)) as stream:
             run.mark = time.perf_counter()
-            while run.result.steps<steps:
+            while run.result.steps < steps:
                 start = time.perf_counter()
                 run.events.before_step()
-                run.mark += time.perf_counter()-start # what listeners do is no training
-                if halt(): break
+                run.mark += time.perf_counter() - start  # what listeners do is no training
+                if halt():
+                    break
                 advance(run, job, stream)
             write_run(run)
-        if interrupted and run.result.steps<steps: raise ENDS[interrupted[0]](f'stopped after step {run.result.steps}')
+        if interrupted and run.result.steps < steps:
+            raise ENDS[interrupted[0]](f'stopped after step {run.result.steps}')
     except BaseException as e:
         run.emit('end', finished=False, reason=f'{type(e).__name__}: {e}')
-        if interrupted and isinstance(e, RuntimeError): raise ENDS[interrupted[0]]('a data loader worker heard the signal, too') from e
+        if interrupted and isinstance(e, RuntimeError):
+            raise ENDS[interrupted[0]]('a data loader worker heard the signal, too') from e
         raise
-    run.result.finished = run.result.steps==steps
-    run.emit('end', finished=run.result.finished, reason='done' if run.result.finished else 'stopped')
+    run.result.finished = run.result.steps == steps
+    run.emit(
+        'end', finished=run.result.finished, reason='done' if run.result.finished else 'stopped'
+    )
 
 # %% ../nbs/06_distill.ipynb #63d1362d
 def train(
-    job:Distiller, # What to train, and how
-    steps:int, # In all, those before a resume included
-    resume:bool=False, # Go on from the newest checkpoint, if there is one
-)->Result: # The trained student and the last numbers
+    job: Distiller,  # What to train, and how
+    steps: int,  # In all, those before a resume included
+    resume: bool = False,  # Go on from the newest checkpoint, if there is one
+) -> Result:  # The trained student and the last numbers
     "What `Distiller.fit` does: set up, loop, and leave everything tidy whatever happens"
-    if not isinstance(steps, int) or steps<=0: raise TinyclipError(f'steps={steps} is no training: give a whole number above 0.')
-    a,last = make_accelerator(**job.where),newest(job.folder, resume)
-    a.wait_for_everyone() # everybody has looked into the folder before anybody writes to it
+    if not isinstance(steps, int) or steps <= 0:
+        raise TinyclipError(f'steps={steps} is no training: give a whole number above 0.')
+    a = make_accelerator(**job.where)
+    last = newest(job.folder, resume)
+    a.wait_for_everyone()  # everybody has looked into the folder before anybody writes to it
     size = job.teacher and sum(p.numel() for p in job.teacher.parameters())
-    o,known = job.objective,dict(precision=a.mixed_precision, processes=a.num_processes, teacher_parameters=size)
-    config = plain(dict(steps=steps, objective=o.weights, student_scale=o.student_scale, teacher_scale=o.teacher_scale, **job.recipe, **known))
-    engine = Engine(job.student, job.teacher, job.objective, a, **{k:job.recipe[k] for k in ('weight_decay', 'betas', 'clip_norm', 'scale')}, penalty=job.penalty, **job.how)
+    o = job.objective
+    known = dict(precision=a.mixed_precision, processes=a.num_processes, teacher_parameters=size)
+    config = plain(
+        dict(
+            steps=steps,
+            objective=o.weights,
+            student_scale=o.student_scale,
+            teacher_scale=o.teacher_scale,
+            **job.recipe,
+            **known,
+        )
+    )
+    engine = Engine(
+        job.student,
+        job.teacher,
+        job.objective,
+        a,
+        **{k: job.recipe[k] for k in ('weight_decay', 'betas', 'clip_norm', 'scale')},
+        penalty=job.penalty,
+        **job.how,
+    )
     run = Run(engine, Events(), config, job.folder, job.max_skipped, job.pairs)
     try:
-        if last: read_run(run, last)
-        if run.result.steps==steps: run.result.finished = True # nothing left to do
+        if last:
+            read_run(run, last)
+        if run.result.steps == steps:
+            run.result.finished = True  # nothing left to do
         else:
             run.events = open_events(job, a, config, last)
             loop(run, job)
         return run.result
     finally:
-        job.stopping.clear(); run.events.close(); engine.release()
-        for t in a.trackers: t.finish()
+        job.stopping.clear()
+        run.events.close()
+        engine.release()
+        for t in a.trackers:
+            t.finish()

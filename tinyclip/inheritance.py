@@ -7,151 +7,223 @@ __all__ = ['SlimAttention', 'Remainder', 'SlimBlock', 'build', 'slim_blocks', 'r
            'student_name', 'inherit', 'check_keep', 'check_sizes', 'carry_over', 'fresh']
 
 # %% ../nbs/02_inheritance.ipynb #36292d09
-import copy, json
+import copy
+import json
 from collections.abc import Mapping
+
 import torch
-from torch import nn, Tensor
-from torch.nn import functional as F
 from open_clip.transformer import LayerScale
-from .towers.architecture import architecture, create, static_cfg, with_sizes
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from .core import TinyclipError
 from .keep import Keep, like, student_sizes
+from .towers.architecture import architecture, create, static_cfg, with_sizes
 from .towers.layout import Layout, branch, has_attention, has_mlp, layout
 
 # %% ../nbs/02_inheritance.ipynb #61769a8b
 class SlimAttention(nn.Module):
     "Self-attention whose heads need not fill the width"
-    def __init__(self,
-        width:int, # Channels of the residual stream
-        num_heads:int, # Heads that are left, at least one
-        head_dim:int, # Channels per head
+
+    def __init__(
+        self,
+        width: int,  # Channels of the residual stream
+        num_heads: int,  # Heads that are left, at least one
+        head_dim: int,  # Channels per head
     ):
         super().__init__()
-        self.num_heads,self.head_dim = num_heads,head_dim
-        inner = num_heads*head_dim
-        self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3*inner, width)))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3*inner))
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        inner = num_heads * head_dim
+        self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * inner, width)))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * inner))
         self.out_proj = nn.Linear(inner, width)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x:Tensor, attn_mask:Tensor|None=None)->Tensor: # `(n, length, width)` to the same
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None
+    ) -> Tensor:  # `(n, length, width)` to the same
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q,k,v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2,0,3,1,4)
-        if attn_mask is not None: attn_mask = attn_mask.to(q.dtype)
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).transpose(1,2).flatten(2))
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        if attn_mask is not None:
+            attn_mask = attn_mask.to(q.dtype)
+        return self.out_proj(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).transpose(1, 2).flatten(2)
+        )
 
 # %% ../nbs/02_inheritance.ipynb #0e6bbe57
 class Remainder(nn.Module):
     "What is left of a branch without heads or neurons: the bias that its projection adds"
-    def __init__(self,
-        projection:str, # Name of the projection, `'out_proj'` or `'c_proj'`
-        width:int, # Channels of the residual stream
+
+    def __init__(
+        self,
+        projection: str,  # Name of the projection, `'out_proj'` or `'c_proj'`
+        width: int,  # Channels of the residual stream
     ):
         super().__init__()
         self.add_module(projection, nn.Module())
         self.projection = projection
         self.get_submodule(projection).bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self)->Tensor: # `(width,)`, the same for every token
+    def forward(self) -> Tensor:  # `(width,)`, the same for every token
         return self.get_submodule(self.projection).bias
 
 # %% ../nbs/02_inheritance.ipynb #0afca4a4
 class SlimBlock(nn.Module):
-    "A residual block with any number of heads and neurons; a branch with none of them adds its bias only"
-    def __init__(self,
-        like:nn.Module, # A standard residual block: gives width, norm, activation and layer scale
-        heads:int, # Heads that are left; 0 for no attention
-        ffn:int, # Neurons that are left; 0 for no MLP
-        head_dim:int, # Channels per head
+    """A residual block with any number of heads and neurons; a branch with none of them adds its
+    bias only"""
+
+    def __init__(
+        self,
+        like: nn.Module,  # A standard residual block: gives width, norm, activation and layer scale
+        heads: int,  # Heads that are left; 0 for no attention
+        ffn: int,  # Neurons that are left; 0 for no MLP
+        head_dim: int,  # Channels per head
     ):
         super().__init__()
-        self.head_dim,width = head_dim,like.ln_1.normalized_shape[0]
-        scale = lambda: LayerScale(width, 1e-5) if hasattr(like.ls_1, 'gamma') else nn.Identity()
-        if heads: self.ln_1 = copy.deepcopy(like.ln_1)
-        self.attn,self.ls_1 = SlimAttention(width, heads, head_dim) if heads else Remainder('out_proj', width), scale()
-        if ffn: self.ln_2 = copy.deepcopy(like.ln_2)
-        self.mlp,self.ls_2 = nn.Sequential() if ffn else Remainder('c_proj', width), scale()
-        for n,m in (('c_fc', nn.Linear(width, ffn)), ('gelu', copy.deepcopy(like.mlp.gelu)), ('c_proj', nn.Linear(ffn, width))) if ffn else (): self.mlp.add_module(n, m)
+        self.head_dim = head_dim
+        width = like.ln_1.normalized_shape[0]
 
-    def get_weight_dtype(self)->torch.dtype: # Asked for by open_clip's Transformer
+        def scale():
+            return LayerScale(width, 1e-5) if hasattr(like.ls_1, 'gamma') else nn.Identity()
+
+        if heads:
+            self.ln_1 = copy.deepcopy(like.ln_1)
+        self.attn = SlimAttention(width, heads, head_dim) if heads else Remainder('out_proj', width)
+        self.ls_1 = scale()
+        if ffn:
+            self.ln_2 = copy.deepcopy(like.ln_2)
+        self.mlp = nn.Sequential() if ffn else Remainder('c_proj', width)
+        self.ls_2 = scale()
+        for n, m in (
+            (
+                ('c_fc', nn.Linear(width, ffn)),
+                ('gelu', copy.deepcopy(like.mlp.gelu)),
+                ('c_proj', nn.Linear(ffn, width)),
+            )
+            if ffn
+            else ()
+        ):
+            self.mlp.add_module(n, m)
+
+    def get_weight_dtype(self) -> torch.dtype:  # Asked for by open_clip's Transformer
         return next(self.parameters()).dtype
 
-    def forward(self, x:Tensor, k_x=None, v_x=None, attn_mask:Tensor|None=None)->Tensor:
-        x = x + self.ls_1(self.attn(self.ln_1(x), attn_mask) if has_attention(self) else self.attn())
+    def forward(self, x: Tensor, k_x=None, v_x=None, attn_mask: Tensor | None = None) -> Tensor:
+        x = x + self.ls_1(
+            self.attn(self.ln_1(x), attn_mask) if has_attention(self) else self.attn()
+        )
         return x + self.ls_2(self.mlp(self.ln_2(x)) if has_mlp(self) else self.mlp())
 
 # %% ../nbs/02_inheritance.ipynb #079b4b2c
 def build(
-    cfg:dict, # `model_cfg`, as from `towers.architecture`: plain open_clip, or with `tinyclip_cfg`
-)->nn.Module: # Randomly initialised
+    # `model_cfg`, as from `towers.architecture`: plain open_clip, or with `tinyclip_cfg`
+    cfg: dict,
+) -> nn.Module:  # Randomly initialised
     "Build a CLIP, slim or plain, from its configuration"
     cfg = json.loads(json.dumps(cfg))
     slim = cfg.pop('tinyclip_cfg', {})
-    for tower,part in (('image', 'vision_cfg'), ('text', 'text_cfg')):
-        if tower in slim: cfg[part]['mlp_ratio'] = 1. # of blocks that are replaced at once: a file must not make them large
+    for tower, part in (('image', 'vision_cfg'), ('text', 'text_cfg')):
+        if tower in slim:
+            cfg[part]['mlp_ratio'] = (
+                1.0  # of blocks that are replaced at once: a file must not make them large
+            )
     model = create(cfg)
-    for tower,path in (('image', 'visual'), ('text', 'text' if hasattr(model, 'text') else None)):
-        if tower in slim: slim_blocks((getattr(model, path) if path else model).transformer, **slim[tower])
-    if 'trunk' in slim: resize_trunk(model.visual, slim['trunk'])
+    for tower, path in (('image', 'visual'), ('text', 'text' if hasattr(model, 'text') else None)):
+        if tower in slim:
+            slim_blocks((getattr(model, path) if path else model).transformer, **slim[tower])
+    if 'trunk' in slim:
+        resize_trunk(model.visual, slim['trunk'])
     return model
+
 
 def slim_blocks(transformer, head_dim, heads, ffn):
     "Put slim blocks in place of the standard ones"
-    transformer.resblocks = nn.ModuleList(SlimBlock(b, h, f, head_dim) for b,h,f in zip(transformer.resblocks, heads, ffn, strict=True))
+    transformer.resblocks = nn.ModuleList(
+        SlimBlock(b, h, f, head_dim)
+        for b, h, f in zip(transformer.resblocks, heads, ffn, strict=True)
+    )
+
 
 def resize_trunk(visual, sizes):
     "Put a timm trunk of other sizes in place of the standard one, and a head that fits"
     import timm
-    trunk,pool = visual.trunk, visual.trunk.head.global_pool.pool_type
-    try: visual.trunk = timm.create_model(trunk.pretrained_cfg['architecture'], num_classes=0, global_pool=pool, **sizes)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as e: raise TinyclipError(f'timm cannot build {trunk.pretrained_cfg["architecture"]} with {sizes}: {e}.') from e
-    visual.head.proj = nn.Linear(visual.trunk.num_features, visual.head.proj.out_features, bias=False)
+
+    trunk = visual.trunk
+    pool = visual.trunk.head.global_pool.pool_type
+    try:
+        visual.trunk = timm.create_model(
+            trunk.pretrained_cfg['architecture'], num_classes=0, global_pool=pool, **sizes
+        )
+    except (TypeError, ValueError, RuntimeError, AssertionError) as e:
+        raise TinyclipError(
+            f'timm cannot build {trunk.pretrained_cfg["architecture"]} with {sizes}: {e}.'
+        ) from e
+    visual.head.proj = nn.Linear(
+        visual.trunk.num_features, visual.head.proj.out_features, bias=False
+    )
 
 # %% ../nbs/02_inheritance.ipynb #d1441105
 def cut_tensor(
-    t:Tensor, # A weight, bias or statistic of the teacher
-    dims, # Its `Dim`s
-    keep:Keep, # What stays
-)->Tensor: # The student's; mask values are multiplied in where the layout says so
+    t: Tensor,  # A weight, bias or statistic of the teacher
+    dims,  # Its `Dim`s
+    keep: Keep,  # What stays
+) -> Tensor:  # The student's; mask values are multiplied in where the layout says so
     "Keep the chosen part of every dimension of a tensor"
-    for i,d in enumerate(dims):
-        if d is None: continue
-        if d.axis in keep.axes: t = t.index_select(i, d.expand(torch.tensor(keep[d.axis], dtype=torch.long), keep.sizes[d.axis]).to(t.device))
+    for i, d in enumerate(dims):
+        if d is None:
+            continue
+        if d.axis in keep.axes:
+            t = t.index_select(
+                i,
+                d.expand(torch.tensor(keep[d.axis], dtype=torch.long), keep.sizes[d.axis]).to(
+                    t.device
+                ),
+            )
         if d.scaled and d.axis in keep.values:
-            v = torch.tensor(keep.values[d.axis], dtype=torch.float64).repeat_interleave(d.block).repeat(d.copies)
-            t = (t.cpu().double()*v.view([-1 if j==i else 1 for j in range(t.ndim)])).to(t.device, t.dtype) # not every device has float64
+            v = (
+                torch.tensor(keep.values[d.axis], dtype=torch.float64)
+                .repeat_interleave(d.block)
+                .repeat(d.copies)
+            )
+            t = (t.cpu().double() * v.view([-1 if j == i else 1 for j in range(t.ndim)])).to(
+                t.device, t.dtype
+            )  # not every device has float64
     return t.clone()
 
 # %% ../nbs/02_inheritance.ipynb #a867f522
 def cut_state(
-    state:Mapping, # The teacher's state dict
-    l:Layout, # The teacher's layout
-    keep:Keep, # What stays
-)->dict: # The student's state dict: layers renumbered, empty branches gone
+    state: Mapping,  # The teacher's state dict
+    l: Layout,  # The teacher's layout
+    keep: Keep,  # What stays
+) -> dict:  # The student's state dict: layers renumbered, empty branches gone
     "Cut a whole state dict"
     out = {}
-    for name,t in state.items():
+    for name, t in state.items():
         new = student_name(name, l, keep)
         empty = branch(name, l)
-        if new is None or empty in keep.axes and not keep[empty]: continue
+        if new is None or empty in keep.axes and not keep[empty]:
+            continue
         out[new] = cut_tensor(t, l.dims.get(name, ()), keep)
     return out
 
+
 def student_name(name, l, keep):
     "What a tensor is called in the student; None if its layer is dropped"
-    for axis,path in l.depth.items():
-        if name.startswith(path+'.'):
-            i,rest = name[len(path)+1:].split('.', 1)
+    for axis, path in l.depth.items():
+        if name.startswith(path + '.'):
+            i, rest = name[len(path) + 1 :].split('.', 1)
             return f'{path}.{keep[axis].index(int(i))}.{rest}' if int(i) in keep[axis] else None
     return name
 
 # %% ../nbs/02_inheritance.ipynb #bd379301
 def inherit(
-    teacher:nn.Module, # An open_clip CLIP, or a student of one
-    keep, # A `Keep`; or a student's configuration: a registered name, or a dict
-)->nn.Module: # The student, in eval mode, on the teacher's device and in its dtype; `student.keep` says what it holds
+    teacher: nn.Module,  # An open_clip CLIP, or a student of one
+    keep,  # A `Keep`; or a student's configuration: a registered name, or a dict
+) -> nn.Module:  # The student, in eval mode, on the teacher's device and in its dtype; `student.keep` says what it holds
     "Cut a student out of its teacher (TinyCLIP, section 3.2)"
-    if not isinstance(keep, Keep): keep = like(teacher, keep)
+    if not isinstance(keep, Keep):
+        keep = like(teacher, keep)
     l = layout(teacher)
     check_keep(keep, l)
     student = build(with_sizes(static_cfg(teacher), student_sizes(keep)))
@@ -164,35 +236,56 @@ def inherit(
     student.keep = before.then(keep) if before else keep
     return student.eval()
 
+
 def check_keep(keep, l):
     "Refuse a keep that does not fit the teacher"
-    if keep.sizes!=l.sizes:
-        a = next(a for a in sorted({*keep.sizes, *l.sizes}) if keep.sizes.get(a)!=l.sizes.get(a))
-        raise TinyclipError(f'This keep was made for another teacher: {a} is {keep.sizes.get(a, "absent")} there and {l.sizes.get(a, "absent")} here. Choose again for this teacher.')
+    if keep.sizes != l.sizes:
+        a = next(a for a in sorted({*keep.sizes, *l.sizes}) if keep.sizes.get(a) != l.sizes.get(a))
+        raise TinyclipError(
+            f'This keep was made for another teacher: {a} is {keep.sizes.get(a, "absent")} '
+            f'there and {l.sizes.get(a, "absent")} here. Choose again for this teacher.'
+        )
     for a in keep.axes:
-        if not keep[a] and not a.endswith(('.heads', '.ffn')): raise TinyclipError(f'{a}: nothing is kept; keep at least one (only the heads or neurons of a layer may go altogether).')
+        if not keep[a] and not a.endswith(('.heads', '.ffn')):
+            raise TinyclipError(
+                f'{a}: nothing is kept; keep at least one (only the heads or neurons of a '
+                'layer may go altogether).'
+            )
         gone = [i for i in l.needed.get(a, ()) if i not in keep[a]]
-        if gone: raise TinyclipError(f'{a}: block {gone[0]} changes the resolution and cannot be dropped; keep it.')
+        if gone:
+            raise TinyclipError(
+                f'{a}: block {gone[0]} changes the resolution and cannot be dropped; keep it.'
+            )
+
 
 def check_sizes(student, keep):
     "Towers without slim blocks (ResNet, timm) must keep their family's proportions"
-    want,got = student_sizes(keep), layout(student).sizes
-    odd = next((a for a in want if want[a]!=got.get(a)), None)
-    if odd: raise TinyclipError(f'{odd}: {want[odd]} of the teacher\'s {keep.sizes.get(odd, want[odd])} would be kept, but this kind of tower needs {got.get(odd, 0)} beside its '
-                                'other sizes. Use tinyclip.keep.manual, which scales the widths of such a tower together.')
+    want, got = student_sizes(keep), layout(student).sizes
+    odd = next((a for a in want if want[a] != got.get(a)), None)
+    if odd:
+        raise TinyclipError(
+            f'{odd}: {want[odd]} of the teacher\'s {keep.sizes.get(odd, want[odd])} would be '
+            f'kept, but this kind of tower needs {got.get(odd, 0)} beside its '
+            'other sizes. Use tinyclip.keep.manual, which scales the widths of such a tower '
+            'together.'
+        )
+
 
 def carry_over(teacher, student):
     "What a state dict does not hold: preprocessing, tokenizer, form of the output"
     for n in ('preprocess_cfg', 'image_mean', 'image_std'):
-        if hasattr(teacher.visual, n): setattr(student.visual, n, copy.deepcopy(getattr(teacher.visual, n)))
-    if hasattr(teacher, 'tokenizer_cfg'): student.tokenizer_cfg = dict(teacher.tokenizer_cfg)
-    if hasattr(teacher, 'merges'): student.merges = teacher.merges # a shortened vocabulary
+        if hasattr(teacher.visual, n):
+            setattr(student.visual, n, copy.deepcopy(getattr(teacher.visual, n)))
+    if hasattr(teacher, 'tokenizer_cfg'):
+        student.tokenizer_cfg = dict(teacher.tokenizer_cfg)
+    if hasattr(teacher, 'merges'):
+        student.merges = teacher.merges  # a shortened vocabulary
     student.output_dict = teacher.output_dict
 
 # %% ../nbs/02_inheritance.ipynb #ce74f8dc
 def fresh(
-    model:nn.Module, # Any supported CLIP
-)->nn.Module: # Same architecture and preprocessing, freshly initialised; seed torch first
+    model: nn.Module,  # Any supported CLIP
+) -> nn.Module:  # Same architecture and preprocessing, freshly initialised; seed torch first
     "A model like this one with random weights"
     new = build(architecture(model))
     p = next(model.parameters())

@@ -8,87 +8,117 @@ __all__ = ['CHOOSERS', 'leading', 'evenly_spaced', 'by_magnitude', 'magnitudes',
            'resolve_chooser', 'with_needed', 'manual', 'at_share', 'choose', 'like', 'same_otherwise', 'tower_kind']
 
 # %% ../nbs/01_keep.ipynb #7a8ece06
-import fnmatch, json, re
+import fnmatch
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
 import torch
 from torch import nn
-from .towers.architecture import config, create
+
 from .core import Table, TinyclipError, unknown
 from .masks import Size
+from .towers.architecture import config, create
 from .towers.layout import Layout, layout
 
 # %% ../nbs/01_keep.ipynb #bdd1e01a
 def leading(
-    total:int, # Size of the axis
-    count:int, # How many to keep
-    scores=None, # Not used
-)->tuple: # `(0, 1, ..., count-1)`
+    total: int,  # Size of the axis
+    count: int,  # How many to keep
+    scores=None,  # Not used
+) -> tuple:  # `(0, 1, ..., count-1)`
     "The first `count` of an axis: the paper's choice for channels, heads and neurons"
     return tuple(range(count))
 
 # %% ../nbs/01_keep.ipynb #bdeb4530
 def evenly_spaced(
-    total:int, # Size of the axis
-    count:int, # How many to keep
-    scores=None, # Not used
-)->tuple: # `(0, step, 2*step, ...)` with `step = total // count`
+    total: int,  # Size of the axis
+    count: int,  # How many to keep
+    scores=None,  # Not used
+) -> tuple:  # `(0, step, 2*step, ...)` with `step = total // count`
     "Every `step`-th of an axis: the paper's choice for layers"
-    return tuple(range(0, count*(total//count), total//count))
+    return tuple(range(0, count * (total // count), total // count))
 
 # %% ../nbs/01_keep.ipynb #85953f3e
 def by_magnitude(
-    total:int, # Size of the axis
-    count:int, # How many to keep
-    scores=None, # Importance per index, `(total,)`
-)->tuple: # In increasing order
+    total: int,  # Size of the axis
+    count: int,  # How many to keep
+    scores=None,  # Importance per index, `(total,)`
+) -> tuple:  # In increasing order
     "The `count` indices with the largest weights"
     return tuple(sorted(torch.as_tensor(scores).topk(count).indices.tolist()))
 
 # %% ../nbs/01_keep.ipynb #fb6de7f3
 CHOOSERS = dict(leading=leading, evenly_spaced=evenly_spaced, magnitude=by_magnitude)
 
+
 def magnitudes(
-    model:nn.Module, # A supported CLIP
-)->dict: # axis -> `(size,)` sums of squares of all weights that an index owns
+    model: nn.Module,  # A supported CLIP
+) -> dict:  # axis -> `(size,)` sums of squares of all weights that an index owns
     "How much weight every index of every axis holds: the group norm of what would be cut with it"
-    l,state = layout(model), model.state_dict()
-    scores = {a:torch.zeros(n, dtype=torch.float64) for a,n in l.sizes.items()}
-    for name,dims in l.dims.items():
-        if name.endswith(('running_mean', 'running_var')): continue
+    l, state = layout(model), model.state_dict()
+    scores = {a: torch.zeros(n, dtype=torch.float64) for a, n in l.sizes.items()}
+    for name, dims in l.dims.items():
+        if name.endswith(('running_mean', 'running_var')):
+            continue
         t = state[name].detach().cpu().double().square()
-        for i,d in enumerate(dims):
-            if d: scores[d.axis] += t.movedim(i, 0).reshape(d.copies, l.sizes[d.axis], d.block, -1).sum((0,2,3))
-    for axis,path in l.depth.items():
-        for i in range(l.sizes[axis]): scores[axis][i] = sum(state[n].cpu().double().square().sum() for n in l.dims if n.startswith(f'{path}.{i}.'))
+        for i, d in enumerate(dims):
+            if d:
+                scores[d.axis] += (
+                    t.movedim(i, 0).reshape(d.copies, l.sizes[d.axis], d.block, -1).sum((0, 2, 3))
+                )
+    for axis, path in l.depth.items():
+        for i in range(l.sizes[axis]):
+            scores[axis][i] = sum(
+                state[n].cpu().double().square().sum()
+                for n in l.dims
+                if n.startswith(f'{path}.{i}.')
+            )
     return scores
 
 # %% ../nbs/01_keep.ipynb #221671f6
 @dataclass(frozen=True)
 class Keep:
     "What stays of a teacher: axis -> kept indices"
-    sizes:Mapping # axis -> the teacher's size, for every axis
-    axes:Mapping = field(default_factory=dict) # axis -> kept indices in increasing order; all where absent
-    values:Mapping = field(default_factory=dict) # axis -> one mask value per kept index; ones where absent
+
+    sizes: Mapping  # axis -> the teacher's size, for every axis
+    axes: Mapping = field(
+        default_factory=dict
+    )  # axis -> kept indices in increasing order; all where absent
+    values: Mapping = field(
+        default_factory=dict
+    )  # axis -> one mask value per kept index; ones where absent
 
     def __post_init__(self):
-        ints = lambda v: tuple(int(i) for i in v)
-        put = lambda k,v: object.__setattr__(self, k, v)
-        put('sizes', dict(self.sizes))
-        put('axes', {a:ints(v) for a,v in self.axes.items()})
-        put('values', {a:tuple(float(x) for x in v) for a,v in self.values.items()})
-        for a in (*self.axes, *self.values):
-            if a not in self.sizes: raise unknown('axis', a, self.sizes, show=0)
-        for a,v in self.axes.items(): check_indices(a, v, self.sizes[a])
-        for a,v in self.values.items():
-            if len(v)!=len(self[a]): raise TinyclipError(f'{a}: {len(v)} mask values for {len(self[a])} kept indices; give one per index.')
-        put('axes', {a:v for a,v in self.axes.items() if len(v)<self.sizes[a]})
-        put('values', {a:v for a,v in self.values.items() if any(x!=1 for x in v)})
+        def ints(v):
+            return tuple(int(i) for i in v)
 
-    def __getitem__(self, axis)->tuple: # All indices of an axis that loses nothing
+        def put(k, v):
+            return object.__setattr__(self, k, v)
+
+        put('sizes', dict(self.sizes))
+        put('axes', {a: ints(v) for a, v in self.axes.items()})
+        put('values', {a: tuple(float(x) for x in v) for a, v in self.values.items()})
+        for a in (*self.axes, *self.values):
+            if a not in self.sizes:
+                raise unknown('axis', a, self.sizes, show=0)
+        for a, v in self.axes.items():
+            check_indices(a, v, self.sizes[a])
+        for a, v in self.values.items():
+            if len(v) != len(self[a]):
+                raise TinyclipError(
+                    f'{a}: {len(v)} mask values for {len(self[a])} kept indices; give one '
+                    'per index.'
+                )
+        put('axes', {a: v for a, v in self.axes.items() if len(v) < self.sizes[a]})
+        put('values', {a: v for a, v in self.values.items() if any(x != 1 for x in v)})
+
+    def __getitem__(self, axis) -> tuple:  # All indices of an axis that loses nothing
         return self.axes.get(axis, tuple(range(self.sizes[axis])))
 
-    def __hash__(self): return hash(self.to_json())
+    def __hash__(self):
+        return hash(self.to_json())
 
     def __repr__(self):
         return f'{keep_table(self)!r}'
@@ -96,246 +126,394 @@ class Keep:
     def _repr_markdown_(self):
         return keep_table(self)._repr_markdown_()
 
-    def to_json(self)->str: # Exact: floats keep every bit
+    def to_json(self) -> str:  # Exact: floats keep every bit
         "This keep as JSON; runs of indices are written as `[[start, stop], ...]`"
-        return json.dumps(dict(sizes=self.sizes, axes={a:runs(v) for a,v in self.axes.items()}, values={a:list(v) for a,v in self.values.items()}))
+        return json.dumps(
+            dict(
+                sizes=self.sizes,
+                axes={a: runs(v) for a, v in self.axes.items()},
+                values={a: list(v) for a, v in self.values.items()},
+            )
+        )
 
     @staticmethod
-    def from_json(text:str)->'Keep': # From `Keep.to_json`
+    def from_json(text: str) -> 'Keep':  # From `Keep.to_json`
         "Read a keep back"
         try:
             d = json.loads(text)
-            for a,v in d['axes'].items(): # before they are written out: a run can claim to be of any length
-                if not 0 <= d['sizes'][a] <= 2**26 or any(not 0 <= lo <= hi <= d['sizes'][a] for lo,hi in v) or len(v)>d['sizes'][a]: raise ValueError(f'{a} has runs beyond its size')
-            return Keep(d['sizes'], {a:[i for lo,hi in v for i in range(lo, hi)] for a,v in d['axes'].items()}, d.get('values', {}))
-        except TinyclipError: raise
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e: raise TinyclipError(f'This is not a keep written by Keep.to_json: {e!r}.') from e
+            for a, v in d[
+                'axes'
+            ].items():  # before they are written out: a run can claim to be of any length
+                if (
+                    not 0 <= d['sizes'][a] <= 2**26
+                    or any(not 0 <= lo <= hi <= d['sizes'][a] for lo, hi in v)
+                    or len(v) > d['sizes'][a]
+                ):
+                    raise ValueError(f'{a} has runs beyond its size')
+            return Keep(
+                d['sizes'],
+                {a: [i for lo, hi in v for i in range(lo, hi)] for a, v in d['axes'].items()},
+                d.get('values', {}),
+            )
+        except TinyclipError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise TinyclipError(f'This is not a keep written by Keep.to_json: {e!r}.') from e
 
-    def then(self,
-        other:'Keep', # What stays of this keep's student
-    )->'Keep': # In terms of the first teacher
+    def then(
+        self,
+        other: 'Keep',  # What stays of this keep's student
+    ) -> 'Keep':  # In terms of the first teacher
         "Both cuts as one"
         mine = student_sizes(self)
-        if dict(other.sizes)!=mine:
-            a = next(a for a in sorted({*mine, *other.sizes}) if mine.get(a)!=other.sizes.get(a))
-            raise TinyclipError(f'These keeps do not fit together: {a} is {mine.get(a, "absent")} after the first and {other.sizes.get(a, "absent")} before the second.')
-        axes,values = dict(self.axes), {}
-        for a,new in after(self).items():
-            if new not in other.sizes: continue
+        if dict(other.sizes) != mine:
+            a = next(a for a in sorted({*mine, *other.sizes}) if mine.get(a) != other.sizes.get(a))
+            raise TinyclipError(
+                f'These keeps do not fit together: {a} is {mine.get(a, "absent")} after the '
+                f'first and {other.sizes.get(a, "absent")} before the second.'
+            )
+        axes, values = dict(self.axes), {}
+        for a, new in after(self).items():
+            if new not in other.sizes:
+                continue
             inner = other[new]
             axes[a] = tuple(self[a][i] for i in inner)
-            mine_,theirs = (k.values.get(n) for k,n in ((self,a), (other,new)))
-            if mine_ or theirs: values[a] = tuple((mine_[i] if mine_ else 1.)*(theirs[j] if theirs else 1.) for j,i in enumerate(inner))
+            mine_, theirs = (k.values.get(n) for k, n in ((self, a), (other, new)))
+            if mine_ or theirs:
+                values[a] = tuple(
+                    (mine_[i] if mine_ else 1.0) * (theirs[j] if theirs else 1.0)
+                    for j, i in enumerate(inner)
+                )
         return Keep(self.sizes, axes, values)
+
 
 def check_indices(axis, index, size):
     "Refuse indices that are out of range, repeated or out of order"
-    bad = [i for i in index if not 0<=i<size]
-    if bad: raise TinyclipError(f'{axis}: index {bad[0]} is out of range, the teacher has {size} (0 to {size-1}).')
-    twice = sorted({i for i in index if index.count(i)>1}) if len(set(index))<len(index) else []
-    if twice: raise TinyclipError(f'{axis}: index {twice[0]} is there twice; every index can be kept once.')
-    if list(index)!=sorted(index): raise TinyclipError(f'{axis}: the indices are not in increasing order; sort them (what is kept stays in the teacher\'s order).')
+    bad = [i for i in index if not 0 <= i < size]
+    if bad:
+        raise TinyclipError(
+            f'{axis}: index {bad[0]} is out of range, the teacher has {size} (0 to {size - 1}).'
+        )
+    twice = sorted({i for i in index if index.count(i) > 1}) if len(set(index)) < len(index) else []
+    if twice:
+        raise TinyclipError(
+            f'{axis}: index {twice[0]} is there twice; every index can be kept once.'
+        )
+    if list(index) != sorted(index):
+        raise TinyclipError(
+            f'{axis}: the indices are not in increasing order; sort them (what is kept stays '
+            'in the teacher\'s order).'
+        )
 
 # %% ../nbs/01_keep.ipynb #bead6d65
 def within(
-    axis:str, # e.g. `'image.layers.4.heads'`
-    depths, # The depth axes of a model, e.g. `['image.layers']`
-): # `('image.layers', 4, 'heads')`, or None where the axis does not lie in a layer
+    axis: str,  # e.g. `'image.layers.4.heads'`
+    depths,  # The depth axes of a model, e.g. `['image.layers']`
+):  # `('image.layers', 4, 'heads')`, or None where the axis does not lie in a layer
     "Which layer an axis lies in"
     for d in depths:
-        if m := re.fullmatch(re.escape(d) + r'\.(\d+)\.(.+)', axis): return d, int(m[1]), m[2]
+        if m := re.fullmatch(re.escape(d) + r'\.(\d+)\.(.+)', axis):
+            return d, int(m[1]), m[2]
 
 # %% ../nbs/01_keep.ipynb #a0752f26
-def is_depth(axis:str)->bool: # By its name
+def is_depth(axis: str) -> bool:  # By its name
     "Whether an axis counts layers"
     return axis.endswith('.layers')
 
+
 def after(
-    keep:Keep, # A keep
-)->dict: # teacher's axis -> (student's axis or None if its layer is dropped)
+    keep: Keep,  # A keep
+) -> dict:  # teacher's axis -> (student's axis or None if its layer is dropped)
     "What each axis is called in the student"
-    depths,names = [a for a in keep.sizes if is_depth(a)], {}
-    place = {d:{t:s for s,t in enumerate(keep[d])} for d in depths}
+    depths, names = [a for a in keep.sizes if is_depth(a)], {}
+    place = {d: {t: s for s, t in enumerate(keep[d])} for d in depths}
     for a in keep.sizes:
         w = within(a, depths)
-        names[a] = a if w is None else f'{w[0]}.{place[w[0]][w[1]]}.{w[2]}' if w[1] in place[w[0]] else None
+        names[a] = (
+            a
+            if w is None
+            else f'{w[0]}.{place[w[0]][w[1]]}.{w[2]}'
+            if w[1] in place[w[0]]
+            else None
+        )
     return names
 
+
 def student_sizes(
-    keep:Keep, # A keep
-)->dict: # student's axis -> size; empty axes are gone
+    keep: Keep,  # A keep
+) -> dict:  # student's axis -> size; empty axes are gone
     "The sizes of a student cut by `keep`"
-    return {new:len(keep[a]) for a,new in after(keep).items() if new and (len(keep[a]) or is_depth(a))}
+    return {
+        new: len(keep[a]) for a, new in after(keep).items() if new and (len(keep[a]) or is_depth(a))
+    }
 
 # %% ../nbs/01_keep.ipynb #40e7420c
 def keep_table(
-    keep:Keep, # A keep
-)->Table: # One row per kind of axis
+    keep: Keep,  # A keep
+) -> Table:  # One row per kind of axis
     "What stays, of how much, and where"
-    names,depths,groups = after(keep), [a for a in keep.sizes if is_depth(a)], {}
+    names = after(keep)
+    depths = [a for a in keep.sizes if is_depth(a)]
+    groups = {}
     for a in keep.sizes:
-        if names[a]: w = within(a, depths); groups.setdefault(f'{w[0]}.*.{w[2]}' if w else a, []).append(a)
-    span = lambda v: str(v[0]) if min(v)==max(v) else f'{min(v)}-{max(v)}'
+        if names[a]:
+            w = within(a, depths)
+            groups.setdefault(f'{w[0]}.*.{w[2]}' if w else a, []).append(a)
+
+    def span(v):
+        return str(v[0]) if min(v) == max(v) else f'{min(v)}-{max(v)}'
+
     rows = Table()
-    for g,axes in groups.items():
-        kept,total = [len(keep[a]) for a in axes], [keep.sizes[a] for a in axes]
-        which = keep[axes[0]] if len({keep[a] for a in axes})==1 else None
-        rows.append(dict(axis=g, kept=span(kept), of=span(total), share=f'{100*sum(kept)/sum(total):.0f} %', which=describe(which, total[0])))
+    for g, axes in groups.items():
+        kept = [len(keep[a]) for a in axes]
+        total = [keep.sizes[a] for a in axes]
+        which = keep[axes[0]] if len({keep[a] for a in axes}) == 1 else None
+        rows.append(
+            dict(
+                axis=g,
+                kept=span(kept),
+                of=span(total),
+                share=f'{100 * sum(kept) / sum(total):.0f} %',
+                which=describe(which, total[0]),
+            )
+        )
     return rows
 
-def describe(index, total)->str: # e.g. `'all'`, `'first 32'`, `'0 2 4'`
+
+def describe(index, total) -> str:  # e.g. `'all'`, `'first 32'`, `'0 2 4'`
     "Indices in a few words"
-    if index is None: return 'differs by layer'
-    if len(index)==total: return 'all'
-    if index==tuple(range(len(index))): return f'first {len(index)}'
-    return ' '.join(map(str, index)) if len(index)<=8 else f'{" ".join(map(str, index[:4]))} ... {index[-1]}'
+    if index is None:
+        return 'differs by layer'
+    if len(index) == total:
+        return 'all'
+    if index == tuple(range(len(index))):
+        return f'first {len(index)}'
+    return (
+        ' '.join(map(str, index))
+        if len(index) <= 8
+        else f'{" ".join(map(str, index[:4]))} ... {index[-1]}'
+    )
 
 # %% ../nbs/01_keep.ipynb #442487e9
-def runs(index)->list: # `[[start, stop], ...]`
+def runs(index) -> list:  # `[[start, stop], ...]`
     "Increasing indices as half-open runs"
     out = []
     for i in index:
-        if out and out[-1][1]==i: out[-1][1] += 1
-        else: out.append([i, i+1])
+        if out and out[-1][1] == i:
+            out[-1][1] += 1
+        else:
+            out.append([i, i + 1])
     return out
 
 # %% ../nbs/01_keep.ipynb #15eb8ace
 def counted(
-    l:Layout, # Of the teacher
-    share:float, # Share of the axis' units to keep
-    axis:str, # The axis
-)->int: # At least one unit
+    l: Layout,  # Of the teacher
+    share: float,  # Share of the axis' units to keep
+    axis: str,  # The axis
+) -> int:  # At least one unit
     "How many indices a share of an axis is, in whole units (heads)"
     units = l.units[axis]
-    return max(1, round(share*units))*l.sizes[axis]//units
+    return max(1, round(share * units)) * l.sizes[axis] // units
 
-def tower_of(axis:str)->str: # `'image'` or `'text'`
+
+def tower_of(axis: str) -> str:  # `'image'` or `'text'`
     "The tower that an axis belongs to"
     return axis.split('.')[0]
 
 # %% ../nbs/01_keep.ipynb #a2e6be35
 def by_counts(
-    model:nn.Module, # The teacher
-    counts:Mapping, # axis -> how many to keep; axes that are not named stay whole
-    width_by='leading', # Chooser for widths
-    depth_by='evenly_spaced', # Chooser for layers
-)->Keep:
+    model: nn.Module,  # The teacher
+    counts: Mapping,  # axis -> how many to keep; axes that are not named stay whole
+    width_by='leading',  # Chooser for widths
+    depth_by='evenly_spaced',  # Chooser for layers
+) -> Keep:
     "Let choosers pick given numbers of indices"
     l = layout(model)
     pick = [resolve_chooser(c) for c in (width_by, depth_by)]
     scores = magnitudes(model) if by_magnitude in pick else {}
     axes = {}
-    for a,n in counts.items():
-        if a not in l.sizes: raise unknown('axis', a, l.sizes, show=0)
-        if n>l.sizes[a]: raise TinyclipError(f'{a}: the student asks for {n} of the teacher\'s {l.sizes[a]}. A student cannot be wider or deeper than its teacher; '
-                                             f'choose at most {l.sizes[a]}, or another teacher.')
-        if n<1: raise TinyclipError(f'{a}: {n} cannot be kept; keep at least 1.')
-        if n<l.sizes[a]: axes[a] = with_needed(pick[is_depth(a)](l.sizes[a], n, scores.get(a)), l.needed.get(a, ()))
+    for a, n in counts.items():
+        if a not in l.sizes:
+            raise unknown('axis', a, l.sizes, show=0)
+        if n > l.sizes[a]:
+            raise TinyclipError(
+                f'{a}: the student asks for {n} of the teacher\'s {l.sizes[a]}. A student '
+                'cannot be wider or deeper than its teacher; '
+                f'choose at most {l.sizes[a]}, or another teacher.'
+            )
+        if n < 1:
+            raise TinyclipError(f'{a}: {n} cannot be kept; keep at least 1.')
+        if n < l.sizes[a]:
+            axes[a] = with_needed(
+                pick[is_depth(a)](l.sizes[a], n, scores.get(a)), l.needed.get(a, ())
+            )
     return Keep(l.sizes, axes)
 
-def resolve_chooser(by)->Callable:
+
+def resolve_chooser(by) -> Callable:
     "A chooser by its name"
-    if callable(by): return by
-    if by not in CHOOSERS: raise unknown('chooser', by, CHOOSERS)
+    if callable(by):
+        return by
+    if by not in CHOOSERS:
+        raise unknown('chooser', by, CHOOSERS)
     return CHOOSERS[by]
 
-def with_needed(index, needed)->tuple: # As many as before
+
+def with_needed(index, needed) -> tuple:  # As many as before
     "The chosen blocks, with those that cannot go in place of the last chosen ones"
     must = [i for i in needed if i not in index]
     free = [i for i in index if i not in needed]
-    return tuple(sorted({*index, *must} - set(free[len(free)-len(must):])))
+    return tuple(sorted({*index, *must} - set(free[len(free) - len(must) :])))
 
 # %% ../nbs/01_keep.ipynb #02a40a31
 def manual(
-    model:nn.Module, # The teacher
-    image_width:float=1., # Share of the image tower's channels, heads and neurons
-    image_depth:float=1., # Share of its layers (of every stage, in hierarchical towers)
-    text_width:float=1., # Share of the text tower's channels, heads and neurons
-    text_depth:float=1., # Share of its layers
-    width_by='leading', # Chooser for widths: a name of `CHOOSERS` or a function like them
-    depth_by='evenly_spaced', # Chooser for layers
-)->Keep:
-    "Manual inheritance (TinyCLIP, section 3.2): the paper takes `image_width` and `text_depth` below one"
-    shares = {'image':(image_width, image_depth), 'text':(text_width, text_depth)}
-    for t,pair in shares.items():
-        for s,n in zip(pair, ('width', 'depth')):
-            if not 0<s<=1: raise TinyclipError(f'{t}_{n}={s} is not a share; give a number above 0 and at most 1.')
+    model: nn.Module,  # The teacher
+    image_width: float = 1.0,  # Share of the image tower's channels, heads and neurons
+    image_depth: float = 1.0,  # Share of its layers (of every stage, in hierarchical towers)
+    text_width: float = 1.0,  # Share of the text tower's channels, heads and neurons
+    text_depth: float = 1.0,  # Share of its layers
+    width_by='leading',  # Chooser for widths: a name of `CHOOSERS` or a function like them
+    depth_by='evenly_spaced',  # Chooser for layers
+) -> Keep:
+    """Manual inheritance (TinyCLIP, section 3.2): the paper takes `image_width` and `text_depth`
+    below one"""
+    shares = {'image': (image_width, image_depth), 'text': (text_width, text_depth)}
+    for t, pair in shares.items():
+        for s, n in zip(pair, ('width', 'depth')):
+            if not 0 < s <= 1:
+                raise TinyclipError(
+                    f'{t}_{n}={s} is not a share; give a number above 0 and at most 1.'
+                )
     l = layout(model)
-    counts = {a:counted(l, shares[tower_of(a)][is_depth(a)], a) for a in l.sizes if a!='embed'}
+    counts = {a: counted(l, shares[tower_of(a)][is_depth(a)], a) for a in l.sizes if a != 'embed'}
     return by_counts(model, counts, width_by, depth_by)
 
 # %% ../nbs/01_keep.ipynb #26fca728
 def at_share(
-    model:nn.Module, # The teacher, with a ViT image tower
-    share:float, # Of its tower parameters, the token table not counted
-)->Keep: # Within a thousandth where the towers are not tiny
-    "The paper's rule at a given size: text in depth (every k-th layer), image in width (leading channels, heads and neurons)"
-    if not 0<share<=1: raise TinyclipError(f'share={share} is no share; give a number above 0 and at most 1.')
-    l,size = layout(model), Size(model)
-    if 'image.width' not in l.sizes: raise TinyclipError('at_share needs a ViT image tower; shrink this one by width and depth: tinyclip.keep.manual.')
-    depth,count = l.sizes['text.layers'], l.sizes['image.layers']
-    text = evenly_spaced(depth, max(1, round(share*depth)))
+    model: nn.Module,  # The teacher, with a ViT image tower
+    share: float,  # Of its tower parameters, the token table not counted
+) -> Keep:  # Within a thousandth where the towers are not tiny
+    """The paper's rule at a given size: text in depth (every k-th layer), image in width
+    (leading channels, heads and neurons)"""
+    if not 0 < share <= 1:
+        raise TinyclipError(f'share={share} is no share; give a number above 0 and at most 1.')
+    l, size = layout(model), Size(model)
+    if 'image.width' not in l.sizes:
+        raise TinyclipError(
+            'at_share needs a ViT image tower; shrink this one by width and depth: '
+            'tinyclip.keep.manual.'
+        )
+    depth, count = l.sizes['text.layers'], l.sizes['image.layers']
+    text = evenly_spaced(depth, max(1, round(share * depth)))
     dropped = tuple(f'{l.depth["text.layers"]}.{i}.' for i in range(depth) if i not in text)
-    rest = sum(size.whole.values()) - size.whole['image'] - sum(v.numel() for n,v in model.state_dict().items() if n.startswith(dropped))
-    W,H,F = (l.sizes[a] for a in ('image.width', 'image.layers.0.heads', 'image.layers.0.ffn'))
-    axes = lambda f,ffn: {'image.width':f} | {f'image.layers.{i}.heads':max(1, round(f/W*H)) for i in range(count)} | {f'image.layers.{i}.ffn':ffn for i in range(count)}
-    off = lambda c: abs(size.count(c)['image'] + rest - share*sum(size.whole.values()))
-    width = min(range(1, W+1), key=lambda f: off(axes(f, max(1, round(f/W*F))))) # channels, heads and neurons alike
-    ffn = min(range(1, F+1), key=lambda n: off(axes(width, n))) # neurons make up for whole heads
-    return by_counts(model, axes(width, ffn) | {'text.layers':len(text)})
+    rest = (
+        sum(size.whole.values())
+        - size.whole['image']
+        - sum(v.numel() for n, v in model.state_dict().items() if n.startswith(dropped))
+    )
+    W, H, F = (l.sizes[a] for a in ('image.width', 'image.layers.0.heads', 'image.layers.0.ffn'))
+
+    def axes(f, ffn):
+        return (
+            {'image.width': f}
+            | {f'image.layers.{i}.heads': max(1, round(f / W * H)) for i in range(count)}
+            | {f'image.layers.{i}.ffn': ffn for i in range(count)}
+        )
+
+    def off(c):
+        return abs(size.count(c)['image'] + rest - share * sum(size.whole.values()))
+
+    width = min(
+        range(1, W + 1), key=lambda f: off(axes(f, max(1, round(f / W * F))))
+    )  # channels, heads and neurons alike
+    ffn = min(range(1, F + 1), key=lambda n: off(axes(width, n)))  # neurons make up for whole heads
+    return by_counts(model, axes(width, ffn) | {'text.layers': len(text)})
 
 # %% ../nbs/01_keep.ipynb #4df9bd5c
 def choose(
-    model:nn.Module, # The teacher
-    what:Mapping, # axis or pattern -> int (how many), float (share) or explicit indices
-    width_by='leading', # Chooser for counts and shares of widths
-    depth_by='evenly_spaced', # Chooser for counts and shares of layers
-)->Keep:
+    model: nn.Module,  # The teacher
+    what: Mapping,  # axis or pattern -> int (how many), float (share) or explicit indices
+    width_by='leading',  # Chooser for counts and shares of widths
+    depth_by='evenly_spaced',  # Chooser for counts and shares of layers
+) -> Keep:
     "Keep by count, share or explicit indices for the axes that you name"
-    l,counts,explicit = layout(model), {}, {}
-    for pattern,v in what.items():
+    l, counts, explicit = layout(model), {}, {}
+    for pattern, v in what.items():
         axes = [a for a in l.sizes if fnmatch.fnmatchcase(a, pattern)]
-        if not axes: raise unknown('axis', pattern, l.sizes, show=0)
+        if not axes:
+            raise unknown('axis', pattern, l.sizes, show=0)
         for a in axes:
-            if isinstance(v, bool) or not isinstance(v, (int, float)): explicit[a] = v
-            elif isinstance(v, float) and not 0<v<=1: raise TinyclipError(f'{a}: {v} is not a share (above 0, at most 1); give an int for a count.')
-            else: counts[a] = v if isinstance(v, int) else counted(l, v, a)
+            if isinstance(v, bool) or not isinstance(v, (int, float)):
+                explicit[a] = v
+            elif isinstance(v, float) and not 0 < v <= 1:
+                raise TinyclipError(
+                    f'{a}: {v} is not a share (above 0, at most 1); give an int for a count.'
+                )
+            else:
+                counts[a] = v if isinstance(v, int) else counted(l, v, a)
     some = by_counts(model, counts, width_by, depth_by)
     return Keep(l.sizes, {**some.axes, **explicit})
 
 # %% ../nbs/01_keep.ipynb #75bb1a14
 def like(
-    model:nn.Module, # The teacher
-    student, # A name that open_clip knows, or its `model_cfg` as a dict
-    width_by='leading', # Chooser for widths
-    depth_by='evenly_spaced', # Chooser for layers
-)->Keep:
+    model: nn.Module,  # The teacher
+    student,  # A name that open_clip knows, or its `model_cfg` as a dict
+    width_by='leading',  # Chooser for widths
+    depth_by='evenly_spaced',  # Chooser for layers
+) -> Keep:
     "What to keep so that the student has the sizes of a configuration"
     cfg = config(student) if isinstance(student, str) else dict(student)
-    with torch.device('meta'): student = create(cfg)
-    mine,target = layout(model).sizes, layout(student).sizes
+    with torch.device('meta'):
+        student = create(cfg)
+    mine, target = layout(model).sizes, layout(student).sizes
     depths = [a for a in mine if is_depth(a)]
     kinds = {tower_kind(s) for s in (mine, target)}
-    if len(kinds)>1: raise TinyclipError(f'The teacher has a {tower_kind(mine)} image tower and the student a {tower_kind(target)}; weights pass only between towers of one kind.')
+    if len(kinds) > 1:
+        raise TinyclipError(
+            f'The teacher has a {tower_kind(mine)} image tower and the student a '
+            f'{tower_kind(target)}; weights pass only between towers of one kind.'
+        )
     same_otherwise(model, student)
     counts = {}
-    for a in mine: # every layer of the teacher is cut to what the student's layer in its place has
+    for a in mine:  # every layer of the teacher is cut to what the student's layer in its place has
         w = within(a, depths)
-        b = a if w is None else next((n for n in (f'{w[0]}.{i}.{w[2]}' for i in (min(w[1], target[w[0]]-1), 0)) if n in target), None)
-        if b: counts[a] = target[b]
+        b = (
+            a
+            if w is None
+            else next(
+                (
+                    n
+                    for n in (f'{w[0]}.{i}.{w[2]}' for i in (min(w[1], target[w[0]] - 1), 0))
+                    if n in target
+                ),
+                None,
+            )
+        )
+        if b:
+            counts[a] = target[b]
     return by_counts(model, counts, width_by, depth_by)
 
-def same_otherwise(teacher, student):
-    "Refuse a student that differs in what cannot be cut: patch and image size, context length, vocabulary"
-    l,mine,theirs = layout(teacher), teacher.state_dict(), student.state_dict()
-    for name,dims in l.dims.items():
-        for i,d in enumerate(dims):
-            if d is None and name in theirs and mine[name].shape[i]!=theirs[name].shape[i]:
-                raise TinyclipError(f'{name} is {tuple(mine[name].shape)} in the teacher and {tuple(theirs[name].shape)} in the student: patch size, image size, '
-                                    'context length and vocabulary must agree, only widths and depths can be cut.')
 
-def tower_kind(sizes)->str:
+def same_otherwise(teacher, student):
+    """Refuse a student that differs in what cannot be cut: patch and image size, context length,
+    vocabulary"""
+    l = layout(teacher)
+    mine = teacher.state_dict()
+    theirs = student.state_dict()
+    for name, dims in l.dims.items():
+        for i, d in enumerate(dims):
+            if d is None and name in theirs and mine[name].shape[i] != theirs[name].shape[i]:
+                raise TinyclipError(
+                    f'{name} is {tuple(mine[name].shape)} in the teacher and '
+                    f'{tuple(theirs[name].shape)} in the student: patch size, image size, '
+                    'context length and vocabulary must agree, only widths and depths can be cut.'
+                )
+
+
+def tower_kind(sizes) -> str:
     "What kind of image tower has these axes"
-    if 'image.width' in sizes: return 'ViT'
-    if 'image.stem.3' in sizes: return 'ResNet'
+    if 'image.width' in sizes:
+        return 'ViT'
+    if 'image.stem.3' in sizes:
+        return 'ResNet'
     return 'TinyViT' if 'image.stem' in sizes else 'DaViT'

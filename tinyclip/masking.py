@@ -7,15 +7,18 @@ __all__ = ['KINDS', 'BRANCHES', 'Fill', 'OpenNorm', 'ScaledEmbedding', 'Recomput
            'shared_noise', 'Method', 'replace', 'prepare', 'MaskedCLIP', 'Scale']
 
 # %% ../nbs/04_masking.ipynb #361d2666
-import contextlib, copy
+import contextlib
+import copy
 from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
-from torch import nn, Tensor
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from open_clip.transformer import VisionTransformer
+
 from .core import TinyclipError, processes, unknown
 from .inheritance import inherit
 from .keep import Keep
@@ -24,300 +27,414 @@ from .towers.layout import Layout, layout
 
 # %% ../nbs/04_masking.ipynb #6e4d63d2
 class Fill(torch.autograd.Function):
-    "`scale*x + sum(x)*fill`, sums over channels, in place where it can be: LayerNorms are many and bound by memory"
+    """`scale*x + sum(x)*fill`, sums over channels, in place where it can be: LayerNorms are many
+    and bound by memory"""
+
     @staticmethod
     def forward(ctx, x, scale, fill):
         ctx.save_for_backward(scale, fill)
-        return (x*scale).addcmul_(x.sum(-1, keepdim=True), fill)
+        return (x * scale).addcmul_(x.sum(-1, keepdim=True), fill)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        scale,fill = ctx.saved_tensors
-        with torch.autocast(g.device.type, enabled=False): return (g*scale).add_((g@fill)[...,None]), None, None
+        scale, fill = ctx.saved_tensors
+        with torch.autocast(g.device.type, enabled=False):
+            return (g * scale).add_((g @ fill)[..., None]), None, None
+
 
 class OpenNorm(nn.LayerNorm):
     "LayerNorm over the open channels; zero on the closed ones. Shapes do not depend on the masks."
-    def forward(self, x:Tensor)->Tensor: # `(..., width)` to the same
+
+    def forward(self, x: Tensor) -> Tensor:  # `(..., width)` to the same
         k = self.open
         n = k.sum().clamp(min=1)
-        c = (len(k)/n).sqrt()
-        x = Fill.apply(x, c.to(x.dtype), ((1-k)*c/n).to(x.dtype))
-        return F.layer_norm(x, self.normalized_shape, self.weight*k/c, self.bias*k, self.eps).to(x.dtype)
+        c = (len(k) / n).sqrt()
+        x = Fill.apply(x, c.to(x.dtype), ((1 - k) * c / n).to(x.dtype))
+        return F.layer_norm(
+            x, self.normalized_shape, self.weight * k / c, self.bias * k, self.eps
+        ).to(x.dtype)
 
     @classmethod
-    def of(cls, norm:nn.LayerNorm)->nn.LayerNorm:
+    def of(cls, norm: nn.LayerNorm) -> nn.LayerNorm:
         "An existing LayerNorm, with all channels open; its parameters are shared"
         new = cls(norm.normalized_shape, norm.eps, device='meta')
-        new.weight,new.bias = norm.weight, norm.bias
+        new.weight = norm.weight
+        new.bias = norm.bias
         new.register_buffer('open', torch.ones_like(norm.weight.detach()), persistent=False)
         return new
 
 # %% ../nbs/04_masking.ipynb #f54ec808
 class ScaledEmbedding(nn.Embedding):
     "An embedding whose channels are scaled after the look-up"
-    def forward(self, ids:Tensor)->Tensor: # `(...)` token ids to `(..., width)`
-        return super().forward(ids)*self.scale
+
+    def forward(self, ids: Tensor) -> Tensor:  # `(...)` token ids to `(..., width)`
+        return super().forward(ids) * self.scale
 
     @classmethod
-    def of(cls, table:nn.Embedding)->nn.Embedding:
+    def of(cls, table: nn.Embedding) -> nn.Embedding:
         "An existing table, unscaled; its weight is shared"
-        new = cls(table.num_embeddings, table.embedding_dim, padding_idx=table.padding_idx, device='meta')
+        new = cls(
+            table.num_embeddings, table.embedding_dim, padding_idx=table.padding_idx, device='meta'
+        )
         new.weight = table.weight
         new.register_buffer('scale', torch.ones_like(table.weight[0].detach()), persistent=False)
         return new
 
 # %% ../nbs/04_masking.ipynb #bda630e1
 class Recomputed(nn.Module):
-    "A block that gradient checkpointing may recompute: with the weights of the call, not those of the moment"
-    def __init__(self,
-        block:nn.Module, # Its children and parameters keep their names
+    """A block that gradient checkpointing may recompute: with the weights of the call, not those
+    of the moment"""
+
+    def __init__(
+        self,
+        block: nn.Module,  # Its children and parameters keep their names
     ):
         super().__init__()
-        self._modules,self._parameters = block._modules, block._parameters
-        object.__setattr__(self, 'block', block) # not a child: that would change the names
+        self._modules = block._modules
+        self._parameters = block._parameters
+        object.__setattr__(self, 'block', block)  # not a child: that would change the names
         self.recompute = False
 
-    def __getattr__(self, name): # what is asked of the block
-        try: return super().__getattr__(name)
+    def __getattr__(self, name):  # what is asked of the block
+        try:
+            return super().__getattr__(name)
         except AttributeError:
-            if name=='block': raise
+            if name == 'block':
+                raise
             return getattr(self.block, name)
 
-    def forward(self, x:Tensor, k_x=None, v_x=None, attn_mask:Tensor|None=None)->Tensor:
-        if not (self.recompute and torch.is_grad_enabled()): return self.block(x, attn_mask=attn_mask)
-        names,tensors = zip(*self.named_parameters(), *self.named_buffers())
-        run = lambda x,*tensors: functional_call(self.block, dict(zip(names, tensors)), (x,), dict(attn_mask=attn_mask))
+    def forward(self, x: Tensor, k_x=None, v_x=None, attn_mask: Tensor | None = None) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self.block(x, attn_mask=attn_mask)
+        names, tensors = zip(*self.named_parameters(), *self.named_buffers())
+
+        def run(x, *tensors):
+            return functional_call(
+                self.block, dict(zip(names, tensors)), (x,), dict(attn_mask=attn_mask)
+            )
+
         return checkpoint(run, x, *tensors, use_reentrant=False)
 
 # %% ../nbs/04_masking.ipynb #698288fe
-KINDS = ('heads', 'ffn', 'width') # the paper's; besides them 'attention' and 'mlp': whole branches
-BRANCHES = {'attention':'heads', 'mlp':'ffn'} # a branch closes by closing all of these
+KINDS = ('heads', 'ffn', 'width')  # the paper's; besides them 'attention' and 'mlp': whole branches
+BRANCHES = {'attention': 'heads', 'mlp': 'ffn'}  # a branch closes by closing all of these
+
 
 def mask_groups(
-    model:nn.Module, # A CLIP with a ViT image tower
-    kinds=KINDS, # What to mask
-)->dict: # name -> how many masks; the name is an axis, or e.g. `'image.attention'` with a mask per layer
+    model: nn.Module,  # A CLIP with a ViT image tower
+    kinds=KINDS,  # What to mask
+) -> (
+    dict
+):  # name -> how many masks; the name is an axis, or e.g. `'image.attention'` with a mask per layer
     "The groups of masks that a model can have"
     kinds = (kinds,) if isinstance(kinds, str) else kinds
     for k in kinds:
-        if k not in (*KINDS, *BRANCHES): raise unknown('kind of mask', k, (*KINDS, *BRANCHES))
-    if not kinds: raise TinyclipError(f'There is nothing to mask: name some of {", ".join((*KINDS, *BRANCHES))} as kinds=.')
+        if k not in (*KINDS, *BRANCHES):
+            raise unknown('kind of mask', k, (*KINDS, *BRANCHES))
+    if not kinds:
+        raise TinyclipError(
+            f'There is nothing to mask: name some of {", ".join((*KINDS, *BRANCHES))} as kinds=.'
+        )
     l = layout(model)
     if not isinstance(model.visual, VisionTransformer):
-        raise TinyclipError(f'The image tower is a {type(model.visual).__name__}; masks learn on a ViT only (VisionTransformer). Shrink this one by rule: tinyclip.keep.manual.')
-    groups = {a:n for a,n in l.sizes.items() if a.split('.')[-1] in kinds}
-    return groups | {f'{t}.{k}':l.sizes[f'{t}.layers'] for t in TOWERS for k in BRANCHES if k in kinds}
+        raise TinyclipError(
+            f'The image tower is a {type(model.visual).__name__}; masks learn on a ViT only '
+            '(VisionTransformer). Shrink this one by rule: tinyclip.keep.manual.'
+        )
+    groups = {a: n for a, n in l.sizes.items() if a.split('.')[-1] in kinds}
+    return groups | {
+        f'{t}.{k}': l.sizes[f'{t}.layers'] for t in TOWERS for k in BRANCHES if k in kinds
+    }
+
 
 def gate_of(
-    axis:str, # e.g. `'image.layers.3.heads'`
-    groups, # Names of groups
-): # e.g. `('image.attention', 3)`, or None where no branch mask rules the axis
+    axis: str,  # e.g. `'image.layers.3.heads'`
+    groups,  # Names of groups
+):  # e.g. `('image.attention', 3)`, or None where no branch mask rules the axis
     "The branch mask that an axis stands under"
-    tower,*rest = axis.split('.')
-    if len(rest)<3: return None
-    name = f"{tower}.{'attention' if rest[2]=='heads' else 'mlp'}"
+    tower, *rest = axis.split('.')
+    if len(rest) < 3:
+        return None
+    name = f"{tower}.{'attention' if rest[2] == 'heads' else 'mlp'}"
     return (name, int(rest[1])) if name in groups else None
 
+
 def writers(
-    model:nn.Module, # A CLIP
-    axes, # The masked axes
-)->list: # (name of a tensor, [(axis, its block, shape that broadcasts over the tensor)])
+    model: nn.Module,  # A CLIP
+    axes,  # The masked axes
+) -> list:  # (name of a tensor, [(axis, its block, shape that broadcasts over the tensor)])
     "The tensors that masks are multiplied into, the token table excepted"
     out = []
-    for name,dims in layout(model).dims.items():
-        at = [(d.axis, d.block, [-1 if j==i else 1 for j in range(len(dims))]) for i,d in enumerate(dims) if d and d.scaled and d.axis in axes]
-        if at and not name.endswith('token_embedding.weight'): out.append((name, at))
+    for name, dims in layout(model).dims.items():
+        at = [
+            (d.axis, d.block, [-1 if j == i else 1 for j in range(len(dims))])
+            for i, d in enumerate(dims)
+            if d and d.scaled and d.axis in axes
+        ]
+        if at and not name.endswith('token_embedding.weight'):
+            out.append((name, at))
     return out
 
 # %% ../nbs/04_masking.ipynb #0ac325fe
 def shared_noise(
-    n:int, # How many
-    device, # Where
-)->Tensor: # `(n,)`, uniform in (0, 1), from torch's generator
+    n: int,  # How many
+    device,  # Where
+) -> Tensor:  # `(n,)`, uniform in (0, 1), from torch's generator
     "Noise that is the same in all processes: the first one's"
-    u = torch.rand(n, device=device).clamp(1e-6, 1-1e-6)
-    if processes()[1]>1: dist.broadcast(u, 0)
+    u = torch.rand(n, device=device).clamp(1e-6, 1 - 1e-6)
+    if processes()[1] > 1:
+        dist.broadcast(u, 0)
     return u
+
 
 class Method(nn.Module):
     "A method of a model as a module, to be called with other weights"
-    def __init__(self, model, name): super().__init__(); self.model,self.name = model, name
-    def forward(self, *args, **kwargs): return getattr(self.model, self.name)(*args, **kwargs)
+
+    def __init__(self, model, name):
+        super().__init__()
+        self.model = model
+        self.name = name
+
+    def forward(self, *args, **kwargs):
+        return getattr(self.model, self.name)(*args, **kwargs)
+
 
 def replace(model, path, make):
     "Put what `make` makes of a submodule in its place"
-    parent,_,name = path.rpartition('.')
+    parent, _, name = path.rpartition('.')
     setattr(model.get_submodule(parent), name, make(model.get_submodule(path)))
 
 # %% ../nbs/04_masking.ipynb #f5435634
 def prepare(
-    clip:nn.Module, # Left alone
-    l:Layout, # Its layout
-    axes, # The masked axes
-)->tuple: # (a copy, {path of a norm: its masked axis}, path of the token table)
-    "A copy whose norms, token table and blocks can be told about masks. All of it is trained, also where a teacher was frozen."
-    new,norms = copy.deepcopy(clip).requires_grad_(True), {p:a for p,a in l.norms.items() if a in axes}
+    clip: nn.Module,  # Left alone
+    l: Layout,  # Its layout
+    axes,  # The masked axes
+) -> tuple:  # (a copy, {path of a norm: its masked axis}, path of the token table)
+    """A copy whose norms, token table and blocks can be told about masks. All of it is trained,
+    also where a teacher was frozen."""
+    new = copy.deepcopy(clip).requires_grad_(True)
+    norms = {p: a for p, a in l.norms.items() if a in axes}
     table = next(n for n in l.dims if n.endswith('token_embedding.weight')).removesuffix('.weight')
-    for path in norms: replace(new, path, OpenNorm.of)
+    for path in norms:
+        replace(new, path, OpenNorm.of)
     replace(new, table, ScaledEmbedding.of)
     own = [m for m in new.modules() if getattr(m, 'grad_checkpointing', False)]
-    for m in own: m.grad_checkpointing = False # it would recompute with the weights of the moment
+    for m in own:
+        m.grad_checkpointing = False  # it would recompute with the weights of the moment
     for path in l.depth.values():
-        for i in range(len(new.get_submodule(path))): replace(new, f'{path}.{i}', Recomputed)
+        for i in range(len(new.get_submodule(path))):
+            replace(new, f'{path}.{i}', Recomputed)
     for m in new.modules():
-        if isinstance(m, Recomputed): m.recompute = bool(own)
+        if isinstance(m, Recomputed):
+            m.recompute = bool(own)
     return new, norms, table
 
 # %% ../nbs/04_masking.ipynb #046b3848
 class MaskedCLIP(nn.Module):
     "A CLIP with learnable masks (TinyCLIP, section 3.2, automatic inheritance)"
-    def __init__(self,
-        clip:nn.Module, # An open_clip CLIP with a ViT image tower, or a student of one; it is copied
-        kinds=KINDS, # What to mask: `'heads'`, `'ffn'` (neurons), `'width'` (channels); `'attention'`, `'mlp'` (whole branches)
-        start:float=3., # Where every log alpha begins: at 3, a mask is open 99 % of the time
-        hard:bool=False, # Open masks are worth exactly 1, in training and after it; gradients pass straight through
-        whole:Mapping|None=None, # Parameters that count as 100 %, see `masks.Size`; None for those of `clip`
+
+    def __init__(
+        self,
+        # An open_clip CLIP with a ViT image tower, or a student of one; it is copied
+        clip: nn.Module,
+        # What to mask: `'heads'`, `'ffn'` (neurons), `'width'` (channels); `'attention'`, `'mlp'`
+        # (whole branches)
+        kinds=KINDS,
+        start: float = 3.0,  # Where every log alpha begins: at 3, a mask is open 99 % of the time
+        # Open masks are worth exactly 1, in training and after it; gradients pass straight through
+        hard: bool = False,
+        whole: Mapping
+        | None = None,  # Parameters that count as 100 %, see `masks.Size`; None for those of `clip`
     ):
         super().__init__()
-        self.groups,self.layout,self.size,self.hard = mask_groups(clip, kinds), layout(clip), Size(clip, whole), hard
-        self.gates = {a:gate_of(a, self.groups) for a in self.layout.sizes}
+        self.groups = mask_groups(clip, kinds)
+        self.layout = layout(clip)
+        self.size = Size(clip, whole)
+        self.hard = hard
+        self.gates = {a: gate_of(a, self.groups) for a in self.layout.sizes}
         self.axes = [a for a in self.layout.sizes if a in self.groups or self.gates[a]]
-        self.writers,(self.clip,self.norms,self.table) = writers(clip, self.axes), prepare(clip, self.layout, self.axes)
+        self.writers = writers(clip, self.axes)
+        (self.clip, self.norms, self.table) = prepare(clip, self.layout, self.axes)
         self.log_alpha = nn.Parameter(torch.full((sum(self.groups.values()),), float(start)))
-        self.probe = nn.Parameter(torch.zeros_like(self.log_alpha)) # its gradient is that of the masks; its value never matters
-        self.noise = None # what masks are drawn from, within `one_draw`
+        self.probe = nn.Parameter(
+            torch.zeros_like(self.log_alpha)
+        )  # its gradient is that of the masks; its value never matters
+        self.noise = None  # what masks are drawn from, within `one_draw`
         self.to(self.clip.logit_scale.device)
 
-    def __getattr__(self, name): # what is no mask is the CLIP's: visual, logit_scale, context_length, ...
-        try: return super().__getattr__(name)
+    def __getattr__(
+        self, name
+    ):  # what is no mask is the CLIP's: visual, logit_scale, context_length, ...
+        try:
+            return super().__getattr__(name)
         except AttributeError:
-            if name=='clip': raise
+            if name == 'clip':
+                raise
             return getattr(self.clip, name)
 
     def set_grad_checkpointing(self, enable=True):
         "Recompute activations in the backward pass instead of keeping them"
         for m in self.clip.modules():
-            if isinstance(m, Recomputed): m.recompute = enable
+            if isinstance(m, Recomputed):
+                m.recompute = enable
 
-    def forward(self, image=None, text=None): return self.run('forward', image, text)
-    def encode_image(self, image, normalize=False): return self.run('encode_image', image, normalize=normalize)
-    def encode_text(self, text, normalize=False): return self.run('encode_text', text, normalize=normalize)
+    def forward(self, image=None, text=None):
+        return self.run('forward', image, text)
+
+    def encode_image(self, image, normalize=False):
+        return self.run('encode_image', image, normalize=normalize)
+
+    def encode_text(self, text, normalize=False):
+        return self.run('encode_text', text, normalize=normalize)
+
     def run(self, method, *args, **kwargs):
         "Call a method of the CLIP with the masks folded into its weights"
         weights = self.fold(self.draw() if self.training else self.values())
-        if method=='forward': return functional_call(self.clip, weights, args)
-        return functional_call(Method(self.clip, method), {f'model.{k}':v for k,v in weights.items()}, args, kwargs)
+        if method == 'forward':
+            return functional_call(self.clip, weights, args)
+        return functional_call(
+            Method(self.clip, method), {f'model.{k}': v for k, v in weights.items()}, args, kwargs
+        )
 
-    def by_group(self,
-        flat:Tensor, # `(total,)`
-    )->dict: # group -> its part
+    def by_group(
+        self,
+        flat: Tensor,  # `(total,)`
+    ) -> dict:  # group -> its part
         "Split a vector over all masks"
         return dict(zip(self.groups, flat.split(list(self.groups.values()))))
 
-    def by_axis(self,
-        groups:Mapping, # group -> masks, or chances to be open
-    )->dict: # axis -> `(size,)`
+    def by_axis(
+        self,
+        groups: Mapping,  # group -> masks, or chances to be open
+    ) -> dict:  # axis -> `(size,)`
         "What the axes see: a head or neuron counts as much as its branch lets it"
         out = {}
         for a in self.axes:
-            own,gate = groups.get(a), self.gates[a]
+            own, gate = groups.get(a), self.gates[a]
             g = groups[gate[0]][gate[1]] if gate else None
-            out[a] = own if g is None else own*g if own is not None else g.expand(self.layout.sizes[a])
+            out[a] = (
+                own if g is None else own * g if own is not None else g.expand(self.layout.sizes[a])
+            )
         return out
 
-    def draw(self)->dict: # axis -> masks `(size,)`
+    def draw(self) -> dict:  # axis -> masks `(size,)`
         "Masks for one training step, differentiable in the log alphas"
         alpha = self.log_alpha.float()
-        z = hard_concrete(alpha, shared_noise(len(alpha), alpha.device) if self.noise is None else self.noise)
-        if self.hard: z = (z>0).float() + z-z.detach()
-        return self.by_axis(self.by_group(z + self.probe-self.probe.detach()))
+        z = hard_concrete(
+            alpha, shared_noise(len(alpha), alpha.device) if self.noise is None else self.noise
+        )
+        if self.hard:
+            z = (z > 0).float() + z - z.detach()
+        return self.by_axis(self.by_group(z + self.probe - self.probe.detach()))
 
     @contextlib.contextmanager
     def one_draw(self):
         "Every forward pass within has the same masks: a step that takes several is still one step"
         self.noise = shared_noise(len(self.log_alpha), self.log_alpha.device)
-        try: yield
-        finally: self.noise = None
+        try:
+            yield
+        finally:
+            self.noise = None
 
-    def fold(self,
-        masks:Mapping, # axis -> `(size,)`
-    )->dict: # name -> tensor: what the CLIP is called with in place of its own
+    def fold(
+        self,
+        masks: Mapping,  # axis -> `(size,)`
+    ) -> dict:  # name -> tensor: what the CLIP is called with in place of its own
         "Multiply masks into the weights"
-        own,out = dict(self.clip.named_parameters()), {}
-        for name,at in self.writers:
-            t,z = own[name], [masks[axis].repeat_interleave(block).to(own[name].dtype) for axis,block,_ in at]
-            if t.ndim==len(at)==2: t = Scale.apply(t, *z)
+        own, out = dict(self.clip.named_parameters()), {}
+        for name, at in self.writers:
+            t = own[name]
+            z = [masks[axis].repeat_interleave(block).to(own[name].dtype) for axis, block, _ in at]
+            if t.ndim == len(at) == 2:
+                t = Scale.apply(t, *z)
             else:
-                for m,(_,_,shape) in zip(z, at): t = t*m.view(shape)
+                for m, (_, _, shape) in zip(z, at):
+                    t = t * m.view(shape)
             out[name] = t
-        for path,axis in self.norms.items(): out[f'{path}.open'] = (masks[axis].detach()>0).float()
-        if 'text.width' in masks: out[f'{self.table}.scale'] = masks['text.width']
+        for path, axis in self.norms.items():
+            out[f'{path}.open'] = (masks[axis].detach() > 0).float()
+        if 'text.width' in masks:
+            out[f'{self.table}.scale'] = masks['text.width']
         return out
 
-    def chances(self)->dict: # axis -> `(size,)`, 0..1, differentiable
+    def chances(self) -> dict:  # axis -> `(size,)`, 0..1, differentiable
         "How likely every head, neuron and channel is open"
         return self.by_axis(self.by_group(chance_open(self.log_alpha.float())))
 
-    def open_counts(self)->Tensor: # `(len(size.axes),)`, in the order of `self.size.axes`
+    def open_counts(self) -> Tensor:  # `(len(size.axes),)`, in the order of `self.size.axes`
         "Expected number of open masks per axis; axes without masks count whole"
         p = self.chances()
-        return torch.stack([p[a].sum() if a in p else self.log_alpha.new_full((), float(n)) for a,n in self.size.sizes.items()])
+        return torch.stack(
+            [
+                p[a].sum() if a in p else self.log_alpha.new_full((), float(n))
+                for a, n in self.size.sizes.items()
+            ]
+        )
 
-    def shares(self)->Tensor: # `(2,)`, image and text
+    def shares(self) -> Tensor:  # `(2,)`, image and text
         "Expected kept share of each tower, without the token table; differentiable"
         return self.size(self.open_counts())
 
     @torch.no_grad()
-    def sparsity(self)->dict: # `image`, `text`, and `towers` for both together
+    def sparsity(self) -> dict:  # `image`, `text`, and `towers` for both together
         "Which share of each tower's parameters is closed, expected"
-        n,kept = self.size.whole, dict(zip(TOWERS, self.shares().tolist()))
-        kept['towers'] = sum(kept[t]*n[t] for t in n)/sum(n.values())
-        return {t:1-s for t,s in kept.items()}
+        n = self.size.whole
+        kept = dict(zip(TOWERS, self.shares().tolist()))
+        kept['towers'] = sum(kept[t] * n[t] for t in n) / sum(n.values())
+        return {t: 1 - s for t, s in kept.items()}
 
     @torch.no_grad()
-    def zeros(self,
-        shift:float=0., # Added to every log alpha
-    )->dict: # group -> how many of its masks are closed
+    def zeros(
+        self,
+        shift: float = 0.0,  # Added to every log alpha
+    ) -> dict:  # group -> how many of its masks are closed
         "The expected number of closed masks per group; at least one channel stays"
-        n = {g:expected_zeros(a) for g,a in self.by_group(self.log_alpha.float()+shift).items()}
-        return {g:min(k, self.groups[g]-g.endswith('.width')) for g,k in n.items()}
+        n = {g: expected_zeros(a) for g, a in self.by_group(self.log_alpha.float() + shift).items()}
+        return {g: min(k, self.groups[g] - g.endswith('.width')) for g, k in n.items()}
 
     @torch.no_grad()
-    def values(self,
-        zeros:Mapping|None=None, # group -> how many to close; the expected number where absent
-    )->dict: # axis -> masks `(size,)`
+    def values(
+        self,
+        zeros: Mapping
+        | None = None,  # group -> how many to close; the expected number where absent
+    ) -> dict:  # axis -> masks `(size,)`
         "Masks without noise, as eval mode and the cut use them"
         zeros = {**self.zeros(), **(zeros or {})}
-        z = {g:eval_masks(a, zeros[g]) for g,a in self.by_group(self.log_alpha.float()).items()}
-        return self.by_axis({g:(m>0).float() for g,m in z.items()} if self.hard else z)
+        z = {g: eval_masks(a, zeros[g]) for g, a in self.by_group(self.log_alpha.float()).items()}
+        return self.by_axis({g: (m > 0).float() for g, m in z.items()} if self.hard else z)
 
-    def keep(self,
-        zeros:Mapping|None=None, # As in `values`
-    )->Keep: # With the values of the masks that stay
+    def keep(
+        self,
+        zeros: Mapping | None = None,  # As in `values`
+    ) -> Keep:  # With the values of the masks that stay
         "What the masks keep of this model"
-        z = {a:m.tolist() for a,m in self.values(zeros).items()}
-        index = {a:[i for i,v in enumerate(m) if v>0] for a,m in z.items()}
-        return Keep(self.layout.sizes, index, {a:[z[a][i] for i in index[a]] for a in z})
+        z = {a: m.tolist() for a, m in self.values(zeros).items()}
+        index = {a: [i for i, v in enumerate(m) if v > 0] for a, m in z.items()}
+        return Keep(self.layout.sizes, index, {a: [z[a][i] for i in index[a]] for a in z})
 
-    def cut(self,
-        zeros:Mapping|None=None, # As in `values`
-    )->nn.Module: # In eval mode; `.keep` says what it holds of the first teacher
+    def cut(
+        self,
+        zeros: Mapping | None = None,  # As in `values`
+    ) -> nn.Module:  # In eval mode; `.keep` says what it holds of the first teacher
         "The dense student that the masks stand for: no mask is left in it"
         return inherit(self.clip, self.keep(zeros))
 
 # %% ../nbs/04_masking.ipynb #cc25635f
 class Scale(torch.autograd.Function):
-    "`w * rows[:,None] * columns`: the largest products of folding, with as few passes over the matrix as possible"
+    """`w * rows[:,None] * columns`: the largest products of folding, with as few passes over the
+    matrix as possible"""
+
     @staticmethod
     def forward(ctx, w, rows, columns):
         ctx.save_for_backward(w, rows, columns)
-        return (w*columns).mul_(rows[:,None])
+        return (w * columns).mul_(rows[:, None])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        w,rows,columns = ctx.saved_tensors
-        h = g*w
-        with torch.autocast(g.device.type, enabled=False): to_rows,to_columns = h@columns, rows@h
-        return torch.mul(g, columns, out=h).mul_(rows[:,None]), to_rows, to_columns
+        w, rows, columns = ctx.saved_tensors
+        h = g * w
+        with torch.autocast(g.device.type, enabled=False):
+            to_rows, to_columns = h @ columns, rows @ h
+        return torch.mul(g, columns, out=h).mul_(rows[:, None]), to_rows, to_columns

@@ -9,138 +9,182 @@ __all__ = ['TOWERS', 'STRETCH', 'TEMPERATURE', 'LIMIT', 'INIT', 'hard_concrete',
 # %% ../nbs/03_masks.ipynb #219d874d
 import math
 from collections.abc import Mapping
+
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
+
 from .core import TinyclipError, unknown
 from .towers.layout import branch, layout, parts
 
 # %% ../nbs/03_masks.ipynb #a2b1d153
-TOWERS = ('image', 'text') # in this order wherever there is a value for each
-STRETCH = -.1, 1.1 # limits before clipping
-TEMPERATURE = 2/3 # of the sigmoid
-LIMIT = math.log(100) # log_alpha is kept within +-LIMIT: beyond it no gradient comes back
+TOWERS = ('image', 'text')  # in this order wherever there is a value for each
+STRETCH = -0.1, 1.1  # limits before clipping
+TEMPERATURE = 2 / 3  # of the sigmoid
+LIMIT = math.log(100)  # log_alpha is kept within +-LIMIT: beyond it no gradient comes back
+
 
 def hard_concrete(
-    log_alpha:Tensor, # Any shape
-    noise:Tensor, # Uniform in (0, 1), the same shape
-)->Tensor: # Masks in [0, 1]
+    log_alpha: Tensor,  # Any shape
+    noise: Tensor,  # Uniform in (0, 1), the same shape
+) -> Tensor:  # Masks in [0, 1]
     "A sample of masks, differentiable in `log_alpha`"
-    low,high = STRETCH
-    s = torch.sigmoid((torch.log(noise) - torch.log1p(-noise) + log_alpha)/TEMPERATURE)
-    return (s*(high-low) + low).clamp(0, 1)
+    low, high = STRETCH
+    s = torch.sigmoid((torch.log(noise) - torch.log1p(-noise) + log_alpha) / TEMPERATURE)
+    return (s * (high - low) + low).clamp(0, 1)
 
 # %% ../nbs/03_masks.ipynb #83b18daf
 def chance_open(
-    log_alpha:Tensor, # Any shape
-)->Tensor: # In (0, 1)
-    "The chance that a mask is not zero, which is its share of the expected L0 norm (Louizos et al.)"
-    low,high = STRETCH
-    return torch.sigmoid(log_alpha - TEMPERATURE*math.log(-low/high)).clamp(1e-6, 1-1e-6)
+    log_alpha: Tensor,  # Any shape
+) -> Tensor:  # In (0, 1)
+    """The chance that a mask is not zero, which is its share of the expected L0 norm (Louizos et
+    al.)"""
+    low, high = STRETCH
+    return torch.sigmoid(log_alpha - TEMPERATURE * math.log(-low / high)).clamp(1e-6, 1 - 1e-6)
 
 # %% ../nbs/03_masks.ipynb #b6a18c51
 def soft_values(
-    log_alpha:Tensor, # Any shape
-)->Tensor: # In (0, 1)
+    log_alpha: Tensor,  # Any shape
+) -> Tensor:  # In (0, 1)
     "What masks are worth without noise, before any of them closes"
-    return torch.sigmoid(log_alpha/TEMPERATURE*.8)
+    return torch.sigmoid(log_alpha / TEMPERATURE * 0.8)
+
 
 def expected_zeros(
-    log_alpha:Tensor, # `(n,)`, the masks of one axis
-)->int: # From 0 to n
+    log_alpha: Tensor,  # `(n,)`, the masks of one axis
+) -> int:  # From 0 to n
     "How many masks of an axis are closed on average"
     return round(len(log_alpha) - chance_open(log_alpha).sum().item())
 
+
 def eval_masks(
-    log_alpha:Tensor, # `(n,)`, the masks of one axis
-    zeros:int|None=None, # Close so many; None for the expected number
-)->Tensor: # `(n,)`
+    log_alpha: Tensor,  # `(n,)`, the masks of one axis
+    zeros: int | None = None,  # Close so many; None for the expected number
+) -> Tensor:  # `(n,)`
     "Masks without noise: the smallest are zero"
     z = soft_values(log_alpha)
     zeros = expected_zeros(log_alpha) if zeros is None else zeros
-    return z.index_fill(0, z.topk(zeros, largest=False).indices, 0.)
+    return z.index_fill(0, z.topk(zeros, largest=False).indices, 0.0)
 
 # %% ../nbs/03_masks.ipynb #80b70207
 class Size(nn.Module):
     "Parameters of the image and the text tower as a function of what is open"
-    def __init__(self,
-        model:nn.Module, # A supported CLIP
-        whole:Mapping|None=None, # Parameters that count as 100 %, `image` and `text`; None for `model`'s own
+
+    def __init__(
+        self,
+        model: nn.Module,  # A supported CLIP
+        whole: Mapping
+        | None = None,  # Parameters that count as 100 %, `image` and `text`; None for `model`'s own
     ):
         super().__init__()
-        l,state,which = layout(model), model.state_dict(), parts(model)
-        self.axes,self.sizes,self.terms = list(l.sizes), dict(l.sizes), {}
-        for name,dims in l.dims.items():
-            if which.get(name) not in TOWERS: continue
-            axes,owner = [d.axis for d in dims if d], branch(name, l)
-            if owner and owner not in axes: axes.append(f'any {owner}') # a LayerNorm goes with the last head or neuron of its branch
-            if len(axes)>2: raise TinyclipError(f'{name} lies between {len(axes)} axes; its size cannot be counted.')
+        l = layout(model)
+        state = model.state_dict()
+        which = parts(model)
+        self.axes = list(l.sizes)
+        self.sizes = dict(l.sizes)
+        self.terms = {}
+        for name, dims in l.dims.items():
+            if which.get(name) not in TOWERS:
+                continue
+            axes, owner = [d.axis for d in dims if d], branch(name, l)
+            if owner and owner not in axes:
+                axes.append(
+                    f'any {owner}'
+                )  # a LayerNorm goes with the last head or neuron of its branch
+            if len(axes) > 2:
+                raise TinyclipError(
+                    f'{name} lies between {len(axes)} axes; its size cannot be counted.'
+                )
             key = which[name], tuple(sorted(axes))
-            self.terms[key] = self.terms.get(key, 0) + state[name].numel()//math.prod(l.sizes.get(a, 1) for a in axes)
+            self.terms[key] = self.terms.get(key, 0) + state[name].numel() // math.prod(
+                l.sizes.get(a, 1) for a in axes
+            )
         self.whole = dict(whole or self.count({}))
-        for n,m in zip(('constant', 'linear', 'quadratic'), self.coefficients()): self.register_buffer(n, m, persistent=False)
+        for n, m in zip(('constant', 'linear', 'quadratic'), self.coefficients()):
+            self.register_buffer(n, m, persistent=False)
 
-    def count(self,
-        open_:Mapping, # axis -> how many are open; all where absent
-    )->dict: # `image` and `text`, exact
+    def count(
+        self,
+        open_: Mapping,  # axis -> how many are open; all where absent
+    ) -> dict:  # `image` and `text`, exact
         "Parameters of the towers without the token table"
         n = {**self.sizes, **open_}
-        n |= {f'any {a}':int(n[a]>0) for a in self.sizes}
-        return {t:sum(c*math.prod(n[a] for a in axes) for (tower,axes),c in self.terms.items() if tower==t) for t in TOWERS}
+        n |= {f'any {a}': int(n[a] > 0) for a in self.sizes}
+        return {
+            t: sum(
+                c * math.prod(n[a] for a in axes)
+                for (tower, axes), c in self.terms.items()
+                if tower == t
+            )
+            for t in TOWERS
+        }
 
     def coefficients(self):
         "The terms as tensors, in shares of the whole"
-        place = {a:i for i,a in enumerate(self.axes + [f'any {a}' for a in self.axes])}
-        out = [torch.zeros(2, *(len(place),)*k, dtype=torch.float64) for k in range(3)]
-        for (tower,axes),c in self.terms.items(): out[len(axes)][(int(tower=='text'), *(place[a] for a in axes))] += c/self.whole[tower]
+        place = {a: i for i, a in enumerate(self.axes + [f'any {a}' for a in self.axes])}
+        out = [torch.zeros(2, *(len(place),) * k, dtype=torch.float64) for k in range(3)]
+        for (tower, axes), c in self.terms.items():
+            out[len(axes)][(int(tower == 'text'), *(place[a] for a in axes))] += (
+                c / self.whole[tower]
+            )
         return [m.float() for m in out]
 
-    def forward(self,
-        open_:Tensor, # `(len(axes),)`: expected number of open masks, in the order of `self.axes`
-    )->Tensor: # `(2,)`: kept share of the image and of the text tower
+    def forward(
+        self,
+        open_: Tensor,  # `(len(axes),)`: expected number of open masks, in the order of `self.axes`
+    ) -> Tensor:  # `(2,)`: kept share of the image and of the text tower
         "Expected size of both towers, differentiable"
         x = torch.cat([open_, open_.clamp(max=1)])
-        return self.constant + self.linear@x + (self.quadratic@x)@x
+        return self.constant + self.linear @ x + (self.quadratic @ x) @ x
 
 # %% ../nbs/03_masks.ipynb #7c6c0f03
 def released_count(
-    width:Tensor, # Chance open per channel `(w,)`
-    heads:Tensor, # Per layer and head `(layers, h)`
-    ffn:Tensor, # Per layer and neuron `(layers, f)`
-)->tuple: # (expected parameters, prunable parameters)
+    width: Tensor,  # Chance open per channel `(w,)`
+    heads: Tensor,  # Per layer and head `(layers, h)`
+    ffn: Tensor,  # Per layer and neuron `(layers, f)`
+) -> tuple:  # (expected parameters, prunable parameters)
     "Expected and prunable parameters as the released TinyCLIP code counts them"
-    (w,),(layers,h),f = width.shape, heads.shape, ffn.shape[1]
-    head = (4*w*w + 4*w)//h
-    return width.sum()*heads.sum()*head/w + 2*width.sum()*ffn.sum(), layers*head*h + layers*(2*w*f + w + f)
+    (w,), (layers, h), f = width.shape, heads.shape, ffn.shape[1]
+    head = (4 * w * w + 4 * w) // h
+    return (
+        width.sum() * heads.sum() * head / w + 2 * width.sum() * ffn.sum(),
+        layers * head * h + layers * (2 * w * f + w + f),
+    )
 
 # %% ../nbs/03_masks.ipynb #09a5cc63
-INIT = {'two-sided':.01, 'one-sided':10.} # both multipliers begin here
+INIT = {'two-sided': 0.01, 'one-sided': 10.0}  # both multipliers begin here
+
 
 class Constraint(nn.Module):
     "Pulls kept shares to their targets; its parameters are to be *maximised*"
-    def __init__(self,
-        n:int=1, # How many shares
-        form:str='two-sided', # As in the paper; or `'one-sided'`, as in the released code
+
+    def __init__(
+        self,
+        n: int = 1,  # How many shares
+        form: str = 'two-sided',  # As in the paper; or `'one-sided'`, as in the released code
     ):
         super().__init__()
-        if form not in INIT: raise unknown('form of the constraint', form, INIT)
+        if form not in INIT:
+            raise unknown('form of the constraint', form, INIT)
         self.form = form
-        self.linear,self.quadratic = (nn.Parameter(torch.full((n,), INIT[form])) for _ in range(2))
+        self.linear, self.quadratic = (nn.Parameter(torch.full((n,), INIT[form])) for _ in range(2))
 
-    def forward(self,
-        share:Tensor, # `(n,)` kept shares, 0..1
-        target:Tensor|float, # `(n,)` or one for all
-    )->Tensor: # Scalar
+    def forward(
+        self,
+        share: Tensor,  # `(n,)` kept shares, 0..1
+        target: Tensor | float,  # `(n,)` or one for all
+    ) -> Tensor:  # Scalar
         "The penalty (TinyCLIP, section 3.2)"
         off = share - target
-        if self.form=='one-sided': off = off.clamp(min=0)
-        return (self.linear*off + self.quadratic*off.square()).sum()
+        if self.form == 'one-sided':
+            off = off.clamp(min=0)
+        return (self.linear * off + self.quadratic * off.square()).sum()
 
 # %% ../nbs/03_masks.ipynb #edb1b706
 def target_share(
-    done:float, # How much of the mask phase is over, 0..1
-    start:float, # The share it begins with
-    end:float, # The share it shall reach
-    warmup:float=.5, # Share of the phase in which the target walks there
-)->float:
+    done: float,  # How much of the mask phase is over, 0..1
+    start: float,  # The share it begins with
+    end: float,  # The share it shall reach
+    warmup: float = 0.5,  # Share of the phase in which the target walks there
+) -> float:
     "The target at one moment: a line, then a plateau"
-    return end if done>=warmup else start + (end-start)*done/warmup
+    return end if done >= warmup else start + (end - start) * done / warmup

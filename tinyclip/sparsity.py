@@ -9,259 +9,447 @@ __all__ = ['FORMS', 'SLACK', 'head_dim', 'floor_counts', 'check_share', 'zeros_f
 # %% ../nbs/05_sparsity.ipynb #25d00bcd
 import math
 from collections.abc import Mapping
+
 import torch
-from torch import nn, Tensor
-from .core import filled, TinyclipError, processes, unknown
+from torch import Tensor, nn
+
+from .core import TinyclipError, filled, processes, unknown
 from .masking import BRANCHES, KINDS, MaskedCLIP
 from .masks import LIMIT, TOWERS, Constraint, chance_open, target_share
 
 # %% ../nbs/05_sparsity.ipynb #4b011282
 FORMS = ('two-sided', 'one-sided', 'projected')
 
+
 def head_dim(
-    masked:MaskedCLIP, # A masked CLIP
-    tower:str, # `'image'` or `'text'`
-)->int: # Channels per head; 1 in a tower without heads
+    masked: MaskedCLIP,  # A masked CLIP
+    tower: str,  # `'image'` or `'text'`
+) -> int:  # Channels per head; 1 in a tower without heads
     "The head size of a tower"
-    return next((d.block for dims in masked.layout.dims.values() for d in dims if d and d.axis.startswith(tower) and d.axis.endswith('.heads')), 1)
+    return next(
+        (
+            d.block
+            for dims in masked.layout.dims.values()
+            for d in dims
+            if d and d.axis.startswith(tower) and d.axis.endswith('.heads')
+        ),
+        1,
+    )
+
 
 def floor_counts(
-    masked:MaskedCLIP, # A masked CLIP
-)->dict: # axis -> 1 head, 1 neuron, one head's channels
+    masked: MaskedCLIP,  # A masked CLIP
+) -> dict:  # axis -> 1 head, 1 neuron, one head's channels
     "The least that a goal may ask for"
-    least = lambda a: head_dim(masked, a.split('.')[0]) if a.endswith('.width') else 1
-    return {a:min(least(a), masked.size.sizes[a]) for a in masked.axes}
 
-SLACK = .02 # a cut ends within this of its target, so that a student may be asked for the share that it should have
+    def least(a):
+        return head_dim(masked, a.split('.')[0]) if a.endswith('.width') else 1
+
+    return {a: min(least(a), masked.size.sizes[a]) for a in masked.axes}
+
+
+# a cut ends within this of its target, so that a student may be asked for the share that it should
+# have
+SLACK = 0.02
+
 
 def check_share(
-    masked:MaskedCLIP, # A masked CLIP
-    share:float, # Kept share, 0..1
-    towers=TOWERS, # Of these towers together
-)->float: # The share, or what there is where that is a little less
+    masked: MaskedCLIP,  # A masked CLIP
+    share: float,  # Kept share, 0..1
+    towers=TOWERS,  # Of these towers together
+) -> float:  # The share, or what there is where that is a little less
     "Refuse a share that cannot be had, and say which can"
-    name = f'{towers[0]} tower' if len(towers)==1 else 'two towers together'
-    if not (isinstance(share, (int, float)) and 0<share<=1): raise TinyclipError(f'A kept share of {share!r} for the {name} is no share: give a number above 0 and at most 1.')
-    low,high = (sum(n[t] for t in towers)/sum(masked.size.whole[t] for t in towers) for n in (masked.size.count(floor_counts(masked)), masked.size.count({})))
-    is_ = 'is' if len(towers)==1 else 'are'
-    if share<low: raise TinyclipError(f'The {name} cannot shrink to {share:.1%}: one head and one neuron per layer, on the channels of one head, are {low:.1%}. Ask for more, or drop layers first (tinyclip.keep.manual).')
-    if share>high+SLACK: raise TinyclipError(f'The {name} {is_} down to {high:.1%} of the parameters that count as 100 %, in a model that was cut already; a share of {share:.1%} is above that. Ask for less.')
+    name = f'{towers[0]} tower' if len(towers) == 1 else 'two towers together'
+    if not (isinstance(share, (int, float)) and 0 < share <= 1):
+        raise TinyclipError(
+            f'A kept share of {share!r} for the {name} is no share: give a number above 0 '
+            'and at most 1.'
+        )
+    low, high = (
+        sum(n[t] for t in towers) / sum(masked.size.whole[t] for t in towers)
+        for n in (masked.size.count(floor_counts(masked)), masked.size.count({}))
+    )
+    is_ = 'is' if len(towers) == 1 else 'are'
+    if share < low:
+        raise TinyclipError(
+            f'The {name} cannot shrink to {share:.1%}: one head and one neuron per layer, on '
+            f'the channels of one head, are {low:.1%}. Ask for more, or drop layers first '
+            '(tinyclip.keep.manual).'
+        )
+    if share > high + SLACK:
+        raise TinyclipError(
+            f'The {name} {is_} down to {high:.1%} of the parameters that count as 100 %, in '
+            f'a model that was cut already; a share of {share:.1%} is above that. Ask for less.'
+        )
     return min(float(share), high)
 
 # %% ../nbs/05_sparsity.ipynb #eb14ebe4
 def zeros_for(
-    masked:MaskedCLIP, # Its masks are ranked, not changed
-    share:float, # What to meet, 0..1
-    towers=TOWERS, # Of these towers together; groups of other towers are left alone
-)->dict: # group -> how many of its masks close
+    masked: MaskedCLIP,  # Its masks are ranked, not changed
+    share: float,  # What to meet, 0..1
+    towers=TOWERS,  # Of these towers together; groups of other towers are left alone
+) -> dict:  # group -> how many of its masks close
     "The zeros with which the towers' exact share comes nearest to `share`"
     groups = [g for g in masked.groups if g.split('.')[0] in towers]
-    target = share*sum(masked.size.whole[t] for t in towers)
+    target = share * sum(masked.size.whole[t] for t in towers)
+
     def kept(zeros):
-        n = masked.size.count({a:int((m>0).sum()) for a,m in masked.values(zeros).items()})
+        n = masked.size.count({a: int((m > 0).sum()) for a, m in masked.values(zeros).items()})
         return sum(n[t] for t in towers)
-    mine = lambda z: {g:z[g] for g in groups}
-    far = 30.+masked.log_alpha.abs().max().item()
-    low,high,closed,open_ = -far, far, mine(masked.zeros(-far)), mine(masked.zeros(far))
+
+    def mine(z):
+        return {g: z[g] for g in groups}
+
+    far = 30.0 + masked.log_alpha.abs().max().item()
+    low = -far
+    high = far
+    closed = mine(masked.zeros(-far))
+    open_ = mine(masked.zeros(far))
     for _ in range(60):
-        middle = (low+high)/2
+        middle = (low + high) / 2
         z = mine(masked.zeros(middle))
-        if kept(z)<=target: low,closed = middle,z
-        else: high,open_ = middle,z
-    order = [g for g in groups for _ in range(closed[g]-open_[g])] # what opens between the brackets
-    at = lambda k: {g:closed[g]-order[:k].count(g) for g in groups}
-    i,j = 0,len(order)
-    while j-i>1:
-        k = (i+j)//2
-        i,j = (k,j) if kept(at(k))<=target else (i,k)
-    return min((at(i), at(j)), key=lambda z: abs(kept(z)-target))
+        if kept(z) <= target:
+            low, closed = middle, z
+        else:
+            high, open_ = middle, z
+    order = [
+        g for g in groups for _ in range(closed[g] - open_[g])
+    ]  # what opens between the brackets
+
+    def at(k):
+        return {g: closed[g] - order[:k].count(g) for g in groups}
+
+    i, j = 0, len(order)
+    while j - i > 1:
+        k = (i + j) // 2
+        i, j = (k, j) if kept(at(k)) <= target else (i, k)
+    return min((at(i), at(j)), key=lambda z: abs(kept(z) - target))
 
 # %% ../nbs/05_sparsity.ipynb #28f47503
 def uniform_shape(
-    masked:MaskedCLIP, # With masks on heads, neurons and channels
-    tower:str, # `'image'` or `'text'`
-    share:float, # Kept share of the tower
-)->dict: # axis -> count
+    masked: MaskedCLIP,  # With masks on heads, neurons and channels
+    tower: str,  # `'image'` or `'text'`
+    share: float,  # Kept share of the tower
+) -> dict:  # axis -> count
     "The plain transformer of a tower nearest to a share"
     check_kinds(masked)
-    of = lambda kind: [a for a in masked.axes if a.startswith(f'{tower}.layers') and a.endswith(kind)]
-    sizes,hd,width = masked.size.sizes, head_dim(masked, tower), masked.size.sizes[f'{tower}.width']
-    H,N = (min(sizes[a] for a in of(k)) for k in ('heads', 'ffn'))
-    made = lambda h,f: {f'{tower}.width':h*hd} | {a:h for a in of('heads')} | {a:f for a in of('ffn')}
-    kept = lambda h,f: masked.size.count(made(h, f))[tower]
+
+    def of(kind):
+        return [a for a in masked.axes if a.startswith(f'{tower}.layers') and a.endswith(kind)]
+
+    sizes = masked.size.sizes
+    hd = head_dim(masked, tower)
+    width = masked.size.sizes[f'{tower}.width']
+    H, N = (min(sizes[a] for a in of(k)) for k in ('heads', 'ffn'))
+
+    def made(h, f):
+        return {f'{tower}.width': h * hd} | {a: h for a in of('heads')} | {a: f for a in of('ffn')}
+
+    def kept(h, f):
+        return masked.size.count(made(h, f))[tower]
+
     found = []
-    for h in range(1, min(H, width//hd)+1):
-        f = round(1 + (share*masked.size.whole[tower]-kept(h, 1))/(kept(h, 2)-kept(h, 1)))
-        f = next((g for d in range(8) for g in (f-d, f+d) if 1<=g<=N and int(h*hd*(g/(h*hd)))==g), None) # open_clip computes neurons from a ratio
-        if f: found.append((abs(kept(h, f)/masked.size.whole[tower]-share)>.01, abs(math.log(f/(h*hd) / (N/width))), h, f))
-    if not found or min(found)[0]: raise TinyclipError(f'No uniform {tower} tower has a share of {share:.1%}: its layers have {H} heads and {N} neurons at least. Ask for another share, or cut without uniform=True.')
+    for h in range(1, min(H, width // hd) + 1):
+        f = round(1 + (share * masked.size.whole[tower] - kept(h, 1)) / (kept(h, 2) - kept(h, 1)))
+        f = next(
+            (
+                g
+                for d in range(8)
+                for g in (f - d, f + d)
+                if 1 <= g <= N and int(h * hd * (g / (h * hd))) == g
+            ),
+            None,
+        )  # open_clip computes neurons from a ratio
+        if f:
+            found.append(
+                (
+                    abs(kept(h, f) / masked.size.whole[tower] - share) > 0.01,
+                    abs(math.log(f / (h * hd) / (N / width))),
+                    h,
+                    f,
+                )
+            )
+    if not found or min(found)[0]:
+        raise TinyclipError(
+            f'No uniform {tower} tower has a share of {share:.1%}: its layers have {H} heads '
+            f'and {N} neurons at least. Ask for another share, or cut without uniform=True.'
+        )
     return made(*min(found)[2:])
+
 
 def check_kinds(masked):
     "A uniform shape needs all three kinds of masks"
     if missing := [k for k in KINDS if not any(g.endswith(k) for g in masked.groups)]:
-        raise TinyclipError(f'A uniform student needs masks on {", ".join(KINDS)}; kinds= leaves out {", ".join(missing)}.')
+        raise TinyclipError(
+            f'A uniform student needs masks on {", ".join(KINDS)}; kinds= leaves out '
+            f'{", ".join(missing)}.'
+        )
 
 # %% ../nbs/05_sparsity.ipynb #c1b23bfb
 def per_tower(
-    share, # A number, or one per tower
-)->dict: # tower -> share
+    share,  # A number, or one per tower
+) -> dict:  # tower -> share
     "A share for each tower"
-    plain = lambda s: float(s) if hasattr(s, '__float__') else s # NumPy's numbers, too
-    if not isinstance(share, Mapping): return dict.fromkeys(TOWERS, plain(share))
-    if sorted(share)!=sorted(TOWERS): raise TinyclipError(f"share= names {', '.join(map(str, share))}; say what each of {' and '.join(TOWERS)} shall keep. 1 is everything.")
-    return {t:plain(share[t]) for t in TOWERS}
+
+    def plain(s):
+        return float(s) if hasattr(s, '__float__') else s  # NumPy's numbers, too
+
+    if not isinstance(share, Mapping):
+        return dict.fromkeys(TOWERS, plain(share))
+    if sorted(share) != sorted(TOWERS):
+        raise TinyclipError(
+            f"share= names {', '.join(map(str, share))}; say what each of "
+            f"{' and '.join(TOWERS)} shall keep. 1 is everything."
+        )
+    return {t: plain(share[t]) for t in TOWERS}
 
 # %% ../nbs/05_sparsity.ipynb #83fe57be
 class Goal:
-    "What a student shall have: shares that can be measured while training, and the zeros that meet them"
-    def __init__(self,
-        masked:MaskedCLIP, # What is to shrink
-        share, # Kept share, or one per tower, e.g. `dict(image=.4, text=.6)`
-        towers:str='each', # The share holds for `'each'` tower, or for `'both'` together
-        uniform:bool=False, # Every layer of a tower ends with the same numbers
-    ):
-        if not isinstance(masked, MaskedCLIP): raise TinyclipError(f'A goal is for a model with masks, and this is a {type(masked).__name__}: wrap it, MaskedCLIP(model).')
-        if towers not in ('each', 'both'): raise unknown('towers=', towers, ('each', 'both'))
-        self.asked = per_tower(share)
-        if towers=='both' and (uniform or isinstance(share, Mapping)): raise TinyclipError("towers='both' takes one share and no uniform shape: the masks decide how the towers divide it.")
-        if uniform: check_kinds(masked)
-        both = check_share(masked, self.asked['image']) if towers=='both' else None
-        self.share = each = {t:both or check_share(masked, self.asked[t], (t,)) for t in TOWERS}
-        self.masked,self.towers = masked, towers
-        self.shape = {a:n for t in TOWERS for a,n in uniform_shape(masked, t, each[t]).items()} if uniform else None
-        self.names = [a for a in masked.size.axes if a in self.shape] if uniform else list(TOWERS) if towers=='each' else ['towers']
+    """What a student shall have: shares that can be measured while training, and the zeros that
+    meet them"""
 
-    def measure(self)->Tensor: # `(len(names),)`, differentiable
+    def __init__(
+        self,
+        masked: MaskedCLIP,  # What is to shrink
+        share,  # Kept share, or one per tower, e.g. `dict(image=.4, text=.6)`
+        towers: str = 'each',  # The share holds for `'each'` tower, or for `'both'` together
+        uniform: bool = False,  # Every layer of a tower ends with the same numbers
+    ):
+        if not isinstance(masked, MaskedCLIP):
+            raise TinyclipError(
+                f'A goal is for a model with masks, and this is a {type(masked).__name__}: '
+                'wrap it, MaskedCLIP(model).'
+            )
+        if towers not in ('each', 'both'):
+            raise unknown('towers=', towers, ('each', 'both'))
+        self.asked = per_tower(share)
+        if towers == 'both' and (uniform or isinstance(share, Mapping)):
+            raise TinyclipError(
+                "towers='both' takes one share and no uniform shape: the masks decide how "
+                "the towers divide it."
+            )
+        if uniform:
+            check_kinds(masked)
+        both = check_share(masked, self.asked['image']) if towers == 'both' else None
+        self.share = each = {t: both or check_share(masked, self.asked[t], (t,)) for t in TOWERS}
+        self.masked = masked
+        self.towers = towers
+        self.shape = (
+            {a: n for t in TOWERS for a, n in uniform_shape(masked, t, each[t]).items()}
+            if uniform
+            else None
+        )
+        self.names = (
+            [a for a in masked.size.axes if a in self.shape]
+            if uniform
+            else list(TOWERS)
+            if towers == 'each'
+            else ['towers']
+        )
+
+    def measure(self) -> Tensor:  # `(len(names),)`, differentiable
         "Where the masks stand, expected"
         m = self.masked
-        if self.shape: return torch.stack([n/m.size.sizes[a] for a,n in zip(m.size.axes, m.open_counts()) if a in self.shape])
-        if self.towers=='each': return m.shares()
+        if self.shape:
+            return torch.stack(
+                [
+                    n / m.size.sizes[a]
+                    for a, n in zip(m.size.axes, m.open_counts())
+                    if a in self.shape
+                ]
+            )
+        if self.towers == 'each':
+            return m.shares()
         whole = filled([m.size.whole[t] for t in TOWERS], m.log_alpha)
-        return (m.shares()@whole/whole.sum())[None]
+        return (m.shares() @ whole / whole.sum())[None]
 
-    def together(self)->list: # In the order of `names`
+    def together(self) -> list:  # In the order of `names`
         "The groups that move a share"
         g = self.masked.groups
-        if self.shape: return [[n] for n in self.names]
-        return [[n for n in g if n.split('.')[0] in ((t,) if self.towers=='each' else TOWERS)] for t in self.names]
+        if self.shape:
+            return [[n] for n in self.names]
+        return [
+            [n for n in g if n.split('.')[0] in ((t,) if self.towers == 'each' else TOWERS)]
+            for t in self.names
+        ]
 
-    def targets(self)->list[float]: # In the order of `names`
+    def targets(self) -> list[float]:  # In the order of `names`
         "Where they shall get"
-        if self.shape: return [self.shape[a]/self.masked.size.sizes[a] for a in self.names]
-        return [self.share[n] for n in self.names] if self.towers=='each' else [self.share['image']]
+        if self.shape:
+            return [self.shape[a] / self.masked.size.sizes[a] for a in self.names]
+        return (
+            [self.share[n] for n in self.names] if self.towers == 'each' else [self.share['image']]
+        )
 
-    def zeros(self)->dict: # group -> how many masks close
+    def zeros(self) -> dict:  # group -> how many masks close
         "For `masked.cut`"
         m = self.masked
-        if self.shape: return {g:0 for g in m.groups if g not in self.shape} | {g:m.groups[g]-n for g,n in self.shape.items()}
-        if self.towers=='both': return zeros_for(m, self.share['image'])
-        return {g:n for t in TOWERS for g,n in zeros_for(m, self.share[t], (t,)).items()}
+        if self.shape:
+            return {g: 0 for g in m.groups if g not in self.shape} | {
+                g: m.groups[g] - n for g, n in self.shape.items()
+            }
+        if self.towers == 'both':
+            return zeros_for(m, self.share['image'])
+        return {g: n for t in TOWERS for g, n in zeros_for(m, self.share[t], (t,)).items()}
 
 # %% ../nbs/05_sparsity.ipynb #0765e52b
 def picture(
-    masked:MaskedCLIP, # A masked CLIP
-    bins:int=64, # Longer axes are averaged down to so many
-)->dict: # axis -> chances to be open, 0..1, rounded
+    masked: MaskedCLIP,  # A masked CLIP
+    bins: int = 64,  # Longer axes are averaged down to so many
+) -> dict:  # axis -> chances to be open, 0..1, rounded
     "How open every axis is, small enough for a log"
     out = {}
     with torch.no_grad():
-        for a,p in masked.chances().items():
+        for a, p in masked.chances().items():
             parts = p.float().cpu().tensor_split(min(bins, len(p)))
             out[a] = [round(q.mean().item(), 3) for q in parts]
     return out
 
 # %% ../nbs/05_sparsity.ipynb #0f48fc6f
 def saved_by(
-    masked:MaskedCLIP, # A masked CLIP
-)->dict: # group -> parameters that one closed mask of it saves
+    masked: MaskedCLIP,  # A masked CLIP
+) -> dict:  # group -> parameters that one closed mask of it saves
     "What closing a mask is good for"
-    whole,out = sum(masked.size.count({}).values()), {}
-    for g,n in masked.groups.items():
-        tower,*rest = g.split('.')
-        if rest[-1] in BRANCHES: left,masks = {f'{tower}.layers.{i}.{BRANCHES[rest[-1]]}':0 for i in range(n)}, n
-        else: left,masks = {g:n-1}, 1
-        out[g] = (whole-sum(masked.size.count(left).values()))/masks
+    whole, out = sum(masked.size.count({}).values()), {}
+    for g, n in masked.groups.items():
+        tower, *rest = g.split('.')
+        if rest[-1] in BRANCHES:
+            left = {f'{tower}.layers.{i}.{BRANCHES[rest[-1]]}': 0 for i in range(n)}
+            masks = n
+        else:
+            left, masks = {g: n - 1}, 1
+        out[g] = (whole - sum(masked.size.count(left).values())) / masks
     return out
+
 
 @torch.no_grad()
 def rank(
-    masked:MaskedCLIP, # Its log alphas are set
-    fisher:Tensor, # `(total,)`: sums of squared gradients of the masks
-    spread:float=5., # Standard deviation of the log alphas of a tower
+    masked: MaskedCLIP,  # Its log alphas are set
+    fisher: Tensor,  # `(total,)`: sums of squared gradients of the masks
+    spread: float = 5.0,  # Standard deviation of the log alphas of a tower
 ):
     "Set log alphas to normal scores of importance per parameter saved, tower by tower"
-    cost,felt = saved_by(masked), masked.by_group(fisher)
+    cost, felt = saved_by(masked), masked.by_group(fisher)
     for t in TOWERS:
-        if not (groups := [g for g in masked.groups if g.startswith(t)]): continue
-        worth = torch.cat([felt[g]/cost[g] for g in groups])
+        if not (groups := [g for g in masked.groups if g.startswith(t)]):
+            continue
+        worth = torch.cat([felt[g] / cost[g] for g in groups])
         place = worth.argsort(stable=True).argsort(stable=True)
-        score = spread*math.sqrt(2)*torch.erfinv((2*place+1)/len(place)-1)
-        for g,s in zip(groups, score.split([masked.groups[g] for g in groups])): masked.by_group(masked.log_alpha)[g].copy_(s)
+        score = spread * math.sqrt(2) * torch.erfinv((2 * place + 1) / len(place) - 1)
+        for g, s in zip(groups, score.split([masked.groups[g] for g in groups])):
+            masked.by_group(masked.log_alpha)[g].copy_(s)
+
 
 @torch.no_grad()
 def project(
-    masked:MaskedCLIP, # Its log alphas are moved
-    groups, # Names of the groups that move together
-    measure, # Called without arguments, returns a scalar tensor; grows with the log alphas
-    target:float, # What `measure` shall be
+    masked: MaskedCLIP,  # Its log alphas are moved
+    groups,  # Names of the groups that move together
+    measure,  # Called without arguments, returns a scalar tensor; grows with the log alphas
+    target: float,  # What `measure` shall be
 ):
-    "Move log alphas together until a share is on its target, by bisection on the device: nothing waits for it"
+    """Move log alphas together until a share is on its target, by bisection on the device:
+    nothing waits for it"""
     parts = [masked.by_group(masked.log_alpha)[g] for g in groups]
-    before,far = [p.clone() for p in parts], 20.+torch.stack([p.abs().max() for p in parts]).max()
-    low,high = -far,far
+    before = [p.clone() for p in parts]
+    far = 20.0 + torch.stack([p.abs().max() for p in parts]).max()
+    low, high = -far, far
     for _ in range(24):
-        shift = (low+high)/2
-        for p,b in zip(parts, before): p.copy_(b+shift)
-        less = measure()<target
-        low,high = torch.where(less, shift, low), torch.where(less, high, shift)
+        shift = (low + high) / 2
+        for p, b in zip(parts, before):
+            p.copy_(b + shift)
+        less = measure() < target
+        low = torch.where(less, shift, low)
+        high = torch.where(less, high, shift)
 
 # %% ../nbs/05_sparsity.ipynb #51fc3abd
 class Sparsity:
     "Brings the masks of a model to a goal (TinyCLIP, section 3.2)"
-    def __init__(self,
-        masked:MaskedCLIP, # The student in its mask phase
-        share, # As in `Goal`
-        *,
-        towers:str='each', # As in `Goal`
-        uniform:bool=False, # As in `Goal`
-        form:str='two-sided', # `'two-sided'` as in the paper, `'one-sided'` as in the released code, or `'projected'`: on target after every step
-        lr:float=.01, # Constant rate of the masks, without decay; the paper's, for 3,000 steps
-        warmup:float=.5, # Share of the phase, after feeling, in which the target walks to its end
-        feel:float=0., # Share of the phase in which masks only feel
-        spread:float=5., # How far feeling tells them apart, see `rank`
-    ):
-        if form not in FORMS: raise unknown('form of the constraint', form, FORMS)
-        if not lr>0: raise TinyclipError(f'lr={lr} moves no mask: give a positive rate.')
-        for n,v,ok in (('warmup', warmup, 0<=warmup<=1), ('feel', feel, 0<=feel<1)):
-            if not ok: raise TinyclipError(f'{n}={v} is a share of the mask phase: give a number from 0 to {"1" if n=="warmup" else "below 1"}.')
-        self.masked,self.goal,self.form,self.lr,self.warmup,self.feel,self.spread = masked, Goal(masked, share, towers, uniform), form, lr, warmup, feel, spread
-        self.constraint = None if form=='projected' else Constraint(len(self.goal.names), form)
-        self.start = [round(s, 6) for s in self.goal.measure().tolist()]
-        self.done,self.feeling,self.fisher = 0., feel>0, torch.zeros_like(masked.log_alpha.data)
-        self.config = dict(share=self.goal.asked, towers=towers, uniform=uniform, form=form, lr=lr, warmup=warmup, feel=feel, spread=spread, hard=masked.hard, masks=len(masked.log_alpha))
 
-    def groups(self)->list[dict]: # For a torch optimiser, after the model is on its device
+    def __init__(
+        self,
+        masked: MaskedCLIP,  # The student in its mask phase
+        share,  # As in `Goal`
+        *,
+        towers: str = 'each',  # As in `Goal`
+        uniform: bool = False,  # As in `Goal`
+        # `'two-sided'` as in the paper, `'one-sided'` as in the released code, or `'projected'`: on
+        # target after every step
+        form: str = 'two-sided',
+        lr: float = 0.01,  # Constant rate of the masks, without decay; the paper's, for 3,000 steps
+        # Share of the phase, after feeling, in which the target walks to its end
+        warmup: float = 0.5,
+        feel: float = 0.0,  # Share of the phase in which masks only feel
+        spread: float = 5.0,  # How far feeling tells them apart, see `rank`
+    ):
+        if form not in FORMS:
+            raise unknown('form of the constraint', form, FORMS)
+        if not lr > 0:
+            raise TinyclipError(f'lr={lr} moves no mask: give a positive rate.')
+        for n, v, ok in (('warmup', warmup, 0 <= warmup <= 1), ('feel', feel, 0 <= feel < 1)):
+            if not ok:
+                raise TinyclipError(
+                    f'{n}={v} is a share of the mask phase: give a number from 0 to '
+                    f'{"1" if n == "warmup" else "below 1"}.'
+                )
+        self.masked = masked
+        self.goal = Goal(masked, share, towers, uniform)
+        self.form = form
+        self.lr = lr
+        self.warmup = warmup
+        self.feel = feel
+        self.spread = spread
+        self.constraint = None if form == 'projected' else Constraint(len(self.goal.names), form)
+        self.start = [round(s, 6) for s in self.goal.measure().tolist()]
+        self.done = 0.0
+        self.feeling = feel > 0
+        self.fisher = torch.zeros_like(masked.log_alpha.data)
+        self.config = dict(
+            share=self.goal.asked,
+            towers=towers,
+            uniform=uniform,
+            form=form,
+            lr=lr,
+            warmup=warmup,
+            feel=feel,
+            spread=spread,
+            hard=masked.hard,
+            masks=len(masked.log_alpha),
+        )
+
+    def groups(self) -> list[dict]:  # For a torch optimiser, after the model is on its device
         "Masks and multipliers, at a constant rate without decay; multipliers are maximised"
-        m,own = self.masked, dict(weight_decay=0., fixed=True)
+        m, own = self.masked, dict(weight_decay=0.0, fixed=True)
         self.fisher = self.fisher.to(m.log_alpha.device)
-        out = [dict(params=[m.log_alpha], lr=self.lr, **own), dict(params=[m.probe], lr=0., **own)]
-        if self.constraint: out.append(dict(params=list(self.constraint.to(m.log_alpha.device).parameters()), lr=self.lr, maximize=True, **own))
+        out = [dict(params=[m.log_alpha], lr=self.lr, **own), dict(params=[m.probe], lr=0.0, **own)]
+        if self.constraint:
+            out.append(
+                dict(
+                    params=list(self.constraint.to(m.log_alpha.device).parameters()),
+                    lr=self.lr,
+                    maximize=True,
+                    **own,
+                )
+            )
         return out
 
-    def __call__(self,
-        done:float, # How much of the phase is over, 0..1
-    )->Tensor: # Scalar, to be added to the loss
+    def __call__(
+        self,
+        done: float,  # How much of the phase is over, 0..1
+    ) -> Tensor:  # Scalar, to be added to the loss
         "The penalty of this step"
         self.done = done
-        if self.feeling and done>=self.feel: self.wake()
-        if not self.constraint: return self.masked.log_alpha.sum()*0
+        if self.feeling and done >= self.feel:
+            self.wake()
+        if not self.constraint:
+            return self.masked.log_alpha.sum() * 0
         return self.constraint(self.goal.measure(), filled(self.targets(), self.masked.log_alpha))
 
-    def targets(self)->list[float]: # In the order of `goal.names`
+    def targets(self) -> list[float]:  # In the order of `goal.names`
         "Where the shares shall be now"
-        done = max(0., self.done-self.feel)/(1-self.feel)
-        return [target_share(done, s, t, self.warmup) for s,t in zip(self.start, self.goal.targets())]
+        done = max(0.0, self.done - self.feel) / (1 - self.feel)
+        return [
+            target_share(done, s, t, self.warmup) for s, t in zip(self.start, self.goal.targets())
+        ]
 
     def wake(self):
         "From feeling to closing"
@@ -271,54 +459,87 @@ class Sparsity:
 
     def project(self):
         "Put every share on its target"
-        m,goal = self.masked,self.goal
-        for i,(groups,t) in enumerate(zip(goal.together(), self.targets())):
-            mine = (lambda: chance_open(m.by_group(m.log_alpha)[groups[0]]).mean()) if goal.shape else (lambda: goal.measure()[i])
-            if groups: project(m, groups, mine, t)
+        m, goal = self.masked, self.goal
+        for i, (groups, t) in enumerate(zip(goal.together(), self.targets())):
+            mine = (
+                (lambda: chance_open(m.by_group(m.log_alpha)[groups[0]]).mean())
+                if goal.shape
+                else (lambda: goal.measure()[i])
+            )
+            if groups:
+                project(m, groups, mine, t)
 
     @torch.no_grad()
-    def before_step(self, ok:Tensor): # Is this step's gradient finite?
+    def before_step(self, ok: Tensor):  # Is this step's gradient finite?
         "Take note of the masks' gradients; while they feel, nothing moves"
         if self.feeling:
-            self.fisher += torch.where(ok, self.masked.probe.grad.square(), 0.)
-            for p in (self.masked.log_alpha, *(self.constraint.parameters() if self.constraint else ())): p.grad = None
+            self.fisher += torch.where(ok, self.masked.probe.grad.square(), 0.0)
+            for p in (
+                self.masked.log_alpha,
+                *(self.constraint.parameters() if self.constraint else ()),
+            ):
+                p.grad = None
         self.masked.probe.grad = None
 
     @torch.no_grad()
-    def after_step(self, ok:Tensor): # Was this step good?
-        "Keep log alphas where gradients come back, or shares where they shall be; after a bad step, where they were"
+    def after_step(self, ok: Tensor):  # Was this step good?
+        """Keep log alphas where gradients come back, or shares where they shall be; after a bad
+        step, where they were"""
         a = self.masked.log_alpha
         before = a.clone()
-        if self.form=='projected' and not self.feeling: self.project()
-        elif not self.feel: a.clamp_(-LIMIT, LIMIT)
+        if self.form == 'projected' and not self.feeling:
+            self.project()
+        elif not self.feel:
+            a.clamp_(-LIMIT, LIMIT)
         a.copy_(torch.where(ok, a, before))
 
     def aim(self, share):
         "Another target, from the next step on"
-        if processes()[1]>1: raise TinyclipError('With several processes the target cannot be moved while they train: stop, and begin a stage with the new share.')
+        if processes()[1] > 1:
+            raise TinyclipError(
+                'With several processes the target cannot be moved while they train: stop, '
+                'and begin a stage with the new share.'
+            )
         self.goal = Goal(self.masked, share, self.goal.towers, self.goal.shape is not None)
 
-    def cut(self)->nn.Module: # In eval mode
+    def cut(self) -> nn.Module:  # In eval mode
         "The student that meets the goal exactly, from the masks as they stand"
         return self.masked.cut(self.goal.zeros())
 
     @torch.no_grad()
-    def report(self)->dict: # Scalars for the log
+    def report(self) -> dict:  # Scalars for the log
         "Kept share of each tower, where it shall be now, and how hard the constraint pulls"
-        shares = {f'share/{t}':s for t,s in zip(TOWERS, self.masked.shares().tolist())}
-        targets = {} if self.goal.shape else {f'target/{n}':t for n,t in zip(self.goal.names, self.targets())}
-        return shares | targets | (dict(multiplier=self.constraint.linear.mean().item()) if self.constraint else {})
+        shares = {f'share/{t}': s for t, s in zip(TOWERS, self.masked.shares().tolist())}
+        targets = (
+            {}
+            if self.goal.shape
+            else {f'target/{n}': t for n, t in zip(self.goal.names, self.targets())}
+        )
+        return (
+            shares
+            | targets
+            | (dict(multiplier=self.constraint.linear.mean().item()) if self.constraint else {})
+        )
 
-    def picture(self)->dict:
+    def picture(self) -> dict:
         "For listeners"
         return picture(self.masked)
 
-    def state_dict(self)->dict:
+    def state_dict(self) -> dict:
         "What a checkpoint needs of it"
-        return dict(constraint=self.constraint and {k:v.cpu() for k,v in self.constraint.state_dict().items()}, share=self.goal.asked, fisher=self.fisher.cpu(), feeling=self.feeling)
+        return dict(
+            constraint=self.constraint
+            and {k: v.cpu() for k, v in self.constraint.state_dict().items()},
+            share=self.goal.asked,
+            fisher=self.fisher.cpu(),
+            feeling=self.feeling,
+        )
 
     def load_state_dict(self, state):
         "Go on from there; what `aim` changed is changed again"
-        if self.constraint: self.constraint.load_state_dict(state['constraint'])
-        self.fisher,self.feeling = state['fisher'].to(self.fisher.device), state['feeling']
-        if state['share']!=self.goal.asked: self.aim(state['share'] if self.goal.towers=='each' else state['share']['image'])
+        if self.constraint:
+            self.constraint.load_state_dict(state['constraint'])
+        self.fisher = state['fisher'].to(self.fisher.device)
+        self.feeling = state['feeling']
+        if state['share'] != self.goal.asked:
+            self.aim(state['share'] if self.goal.towers == 'each' else state['share']['image'])

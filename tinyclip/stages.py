@@ -8,279 +8,469 @@ __all__ = ['SHORT', 'EPOCHS', 'Stage', 'check_plan', 'Later', 'Stages', 'distill
            'laion400m', 'yfcc15m']
 
 # %% ../nbs/07_stages.ipynb #40a7e47f
-import json, math, os, threading
+import json
+import math
+import os
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
 import torch.distributed as dist
 from torch import nn
-from .train.checkpoint import atomic_folder, differences, step_seed
+
 from .core import Table, TinyclipError, write_json
 from .distill import Distiller
-from .train.run import Result, scores
-from .train.events import Tagged, plain
+from .evaluate.cost import parameters
 from .masking import MaskedCLIP
 from .masks import Size
-from .evaluate.cost import parameters
 from .sparsity import Sparsity
-from .zoo.loading import load
+from .train.checkpoint import atomic_folder, differences, step_seed
+from .train.events import Tagged, plain
+from .train.run import Result, scores
 from .zoo.folders import save
+from .zoo.loading import load
 
 # %% ../nbs/07_stages.ipynb #c3fc9a9d
 @dataclass(frozen=True)
 class Stage:
     "Down to a share of the teacher, in so many steps"
-    share:float|dict # Kept share of the *original* teacher's towers, as in `sparsity.Goal`
-    mask_steps:int # Steps in which masks and weights learn together
-    steps:int # Steps of distillation after the cut
+
+    share: float | dict  # Kept share of the *original* teacher's towers, as in `sparsity.Goal`
+    mask_steps: int  # Steps in which masks and weights learn together
+    steps: int  # Steps of distillation after the cut
 
     def __post_init__(self):
         for s in self.share.values() if isinstance(self.share, dict) else [self.share]:
-            if not hasattr(s, '__float__'): raise TinyclipError(f'A share of {s!r} for a stage is no share: give a number above 0 and at most 1, or one per tower, dict(image=.4, text=.6).')
+            if not hasattr(s, '__float__'):
+                raise TinyclipError(
+                    f'A share of {s!r} for a stage is no share: give a number above 0 and at '
+                    'most 1, or one per tower, dict(image=.4, text=.6).'
+                )
         for n in ('mask_steps', 'steps'):
             v = getattr(self, n)
-            if not isinstance(v, int) or v<1: raise TinyclipError(f'{n}={v} of a stage: give a whole number of steps, 1 or more.')
+            if not isinstance(v, int) or v < 1:
+                raise TinyclipError(f'{n}={v} of a stage: give a whole number of steps, 1 or more.')
+
 
 def check_plan(
-    stages, # The stages, in order
-)->tuple: # The same
+    stages,  # The stages, in order
+) -> tuple:  # The same
     "Refuse a plan that does not go down"
     stages = tuple(stages)
-    if not stages: raise TinyclipError('A plan needs at least one stage, e.g. [Stage(share=.5, mask_steps=3000, steps=20000)].')
-    sizes = [dict(s.share) if isinstance(s.share, dict) else dict(image=s.share, text=s.share) for s in stages]
-    for a,b in zip(sizes, sizes[1:]):
-        if a.keys()==b.keys() and not (all(b[t]<=a[t] for t in a) and any(b[t]<a[t] for t in a)): raise TinyclipError(f'A stage to a share of {b} follows one to {a}; every stage must be smaller than the one before, and no tower larger.')
+    if not stages:
+        raise TinyclipError(
+            'A plan needs at least one stage, e.g. [Stage(share=.5, mask_steps=3000, steps=20000)].'
+        )
+    sizes = [
+        dict(s.share) if isinstance(s.share, dict) else dict(image=s.share, text=s.share)
+        for s in stages
+    ]
+    for a, b in zip(sizes, sizes[1:]):
+        if a.keys() == b.keys() and not (
+            all(b[t] <= a[t] for t in a) and any(b[t] < a[t] for t in a)
+        ):
+            raise TinyclipError(
+                f'A stage to a share of {b} follows one to {a}; every stage must be smaller '
+                'than the one before, and no tower larger.'
+            )
     return stages
 
 # %% ../nbs/07_stages.ipynb #b55d9378
-SHORT = dict(form='projected', feel=.25, hard=True, lr=.1, warmup=.7) # mask phases of tens or hundreds of steps
+SHORT = dict(
+    form='projected', feel=0.25, hard=True, lr=0.1, warmup=0.7
+)  # mask phases of tens or hundreds of steps
 
 # %% ../nbs/07_stages.ipynb #da6f2c6d
 class Later:
     "The same pairs, from a later epoch on"
-    def __init__(self,
-        pairs, # Has `.epoch(e, start)`
-        first:int, # The epoch that is called 0 now
-    ): self.pairs,self.first = pairs, first
-    def __getattr__(self, name): return getattr(self.pairs, name)
-    def epoch(self, e, start=0): return self.pairs.epoch(e+self.first, start)
+
+    def __init__(
+        self,
+        pairs,  # Has `.epoch(e, start)`
+        first: int,  # The epoch that is called 0 now
+    ):
+        self.pairs = pairs
+        self.first = first
+
+    def __getattr__(self, name):
+        return getattr(self.pairs, name)
+
+    def epoch(self, e, start=0):
+        return self.pairs.epoch(e + self.first, start)
 
 # %% ../nbs/07_stages.ipynb #fe466a7b
-EPOCHS = 1000 # between the pairs of two phases: more than any phase takes
+EPOCHS = 1000  # between the pairs of two phases: more than any phase takes
+
 
 class Stages:
     "Progressive compression: for each stage learn masks, cut, distil (TinyCLIP, section 3.3)"
-    def __init__(self,
-        teacher:nn.Module, # The CLIP to compress; the first student starts as all of it
-        pairs, # As for `Distiller`
-        stages, # `Stage`s, in order
-        folder, # Everything is kept here: `stage-1/masks`, `stage-1/cut`, `stage-1/distil`, `stage-1/student`, ...
+
+    def __init__(
+        self,
+        teacher: nn.Module,  # The CLIP to compress; the first student starts as all of it
+        pairs,  # As for `Distiller`
+        stages,  # `Stage`s, in order
+        # Everything is kept here: `stage-1/masks`, `stage-1/cut`, `stage-1/distil`,
+        # `stage-1/student`, ...
+        folder,
         *,
-        masks:dict=SHORT, # Settings of `MaskedCLIP` (`kinds`, `start`, `hard`) and `Sparsity` (`towers`, `uniform`, `form`, `lr`, ...), and `weights_lr`, the weights' rate in mask phases
-        tokenizer=None, # Needed only for teachers with a Hugging Face tokenizer, as by `zoo.save`
-        seed:int=0, # Every phase derives its own from it
-        evaluate=None, # As for `Distiller`; asked after each cut, too
-        listeners=(), # Called with every event of every phase, with `stage` and `phase` added
-        progress:bool=True, # Show progress bars
-        **settings, # Other settings of `Distiller`: `lr`, `objective`, `save_every`, `device`, ...
+        # Settings of `MaskedCLIP` (`kinds`, `start`, `hard`) and `Sparsity` (`towers`, `uniform`,
+        # `form`, `lr`, ...), and `weights_lr`, the weights' rate in mask phases
+        masks: dict = SHORT,
+        tokenizer=None,  # Needed only for teachers with a Hugging Face tokenizer, as by `zoo.save`
+        seed: int = 0,  # Every phase derives its own from it
+        evaluate=None,  # As for `Distiller`; asked after each cut, too
+        listeners=(),  # Called with every event of every phase, with `stage` and `phase` added
+        progress: bool = True,  # Show progress bars
+        **settings,  # Other settings of `Distiller`: `lr`, `objective`, `save_every`, `device`, ...
     ):
-        self.teacher,self.pairs,self.stages,self.folder,self.tokenizer,self.seed,self.evaluate = teacher, pairs, check_plan(stages), Path(folder), tokenizer, seed, evaluate
+        self.teacher = teacher
+        self.pairs = pairs
+        self.stages = check_plan(stages)
+        self.folder = Path(folder)
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.evaluate = evaluate
         masks = dict(masks)
-        self.weights = {'lr':masks.pop('weights_lr')} if 'weights_lr' in masks else {}
-        self.clip_settings,self.masks,self.settings = {k:masks.pop(k) for k in ('kinds', 'start', 'hard') if k in masks}, masks, settings
-        self.listeners,self.progress,self.stopping,self.running = listeners, progress, threading.Event(), None
+        self.weights = {'lr': masks.pop('weights_lr')} if 'weights_lr' in masks else {}
+        self.clip_settings = {k: masks.pop(k) for k in ('kinds', 'start', 'hard') if k in masks}
+        self.masks = masks
+        self.settings = settings
+        self.listeners = listeners
+        self.progress = progress
+        self.stopping = threading.Event()
+        self.running = None
         self.whole = Size(teacher).whole
-        if tokenizer is None and hasattr(teacher, 'tokenizer_cfg'): raise TinyclipError('This teacher uses a Hugging Face tokenizer; pass it as tokenizer=, so that the students of the way can be saved with it.')
+        if tokenizer is None and hasattr(teacher, 'tokenizer_cfg'):
+            raise TinyclipError(
+                'This teacher uses a Hugging Face tokenizer; pass it as tokenizer=, so that '
+                'the students of the way can be saved with it.'
+            )
         masked = self.masked(teacher)
-        for s in self.stages: Sparsity(masked, s.share, **masks) # what cannot be had is refused now, not at the last stage
+        for s in self.stages:
+            Sparsity(
+                masked, s.share, **masks
+            )  # what cannot be had is refused now, not at the last stage
         Distiller(masked, teacher, pairs, **settings)
 
-    def masked(self, clip)->MaskedCLIP: return MaskedCLIP(clip, whole=self.whole, **self.clip_settings).float() # trained in float32, whatever the teacher is stored in
+    def masked(self, clip) -> MaskedCLIP:
+        return MaskedCLIP(
+            clip, whole=self.whole, **self.clip_settings
+        ).float()  # trained in float32, whatever the teacher is stored in
 
     def stop(self):
         "From any thread: end after this step; `fit(resume=True)` goes on"
         self.stopping.set()
-        if self.running: self.running.stop()
+        if self.running:
+            self.running.stop()
 
-    def fit(self, resume:bool=False)->Table:
+    def fit(self, resume: bool = False) -> Table:
         "Run all stages, or those that are left; returns a row per stage. See `run_stages`."
         return run_stages(self, resume)
 
 # %% ../nbs/07_stages.ipynb #11a79191
 def distiller(
-    job:Stages, # Teacher, pairs, settings
-    number:int, # Of the stage, from 1
-    phase:str, # `'masks'` or `'distil'`
-    student:nn.Module, # What is trained
-    **own, # Settings of this phase
-)->Distiller:
+    job: Stages,  # Teacher, pairs, settings
+    number: int,  # Of the stage, from 1
+    phase: str,  # `'masks'` or `'distil'`
+    student: nn.Module,  # What is trained
+    **own,  # Settings of this phase
+) -> Distiller:
     "The run of one phase"
-    i = 2*(number-1) + (phase=='distil')
+    i = 2 * (number - 1) + (phase == 'distil')
     told = [Tagged(f, stage=number, phase=phase) for f in job.listeners]
-    place = job.folder/f'stage-{number}'/phase
-    return Distiller(student, job.teacher, Later(job.pairs, EPOCHS*i), folder=place, seed=step_seed(job.seed, i), listeners=told, progress=job.progress, evaluate=job.evaluate, **{**job.settings, **own})
+    place = job.folder / f'stage-{number}' / phase
+    return Distiller(
+        student,
+        job.teacher,
+        Later(job.pairs, EPOCHS * i),
+        folder=place,
+        seed=step_seed(job.seed, i),
+        listeners=told,
+        progress=job.progress,
+        evaluate=job.evaluate,
+        **{**job.settings, **own},
+    )
+
 
 def go(
-    job:Stages, # Can be stopped
-    run:Distiller, # One phase
-    steps:int, # Its length
-    resume:bool, # Go on with what its folder holds
-)->Result: # `finished` is False where it was stopped before its end
+    job: Stages,  # Can be stopped
+    run: Distiller,  # One phase
+    steps: int,  # Its length
+    resume: bool,  # Go on with what its folder holds
+) -> Result:  # `finished` is False where it was stopped before its end
     "Run one phase"
     job.running = run
-    if job.stopping.is_set(): run.stop()
-    try: return run.fit(steps, resume)
-    finally: job.running = None
+    if job.stopping.is_set():
+        run.stop()
+    try:
+        return run.fit(steps, resume)
+    finally:
+        job.running = None
 
 # %% ../nbs/07_stages.ipynb #ba4e4578
-def first_process()->bool:
+def first_process() -> bool:
     "Whether this process writes; also before there is a process group"
-    return int(os.environ.get('RANK', 0))==0
+    return int(os.environ.get('RANK', 0)) == 0
+
 
 def snapshot(
-    job:Stages, # Knows the whole
-    model:nn.Module, # A student
-    path:Path, # Its folder, which appears in one move
-    **facts, # Stored beside it as `stage.json`, with exact shares
+    job: Stages,  # Knows the whole
+    model: nn.Module,  # A student
+    path: Path,  # Its folder, which appears in one move
+    **facts,  # Stored beside it as `stage.json`, with exact shares
 ):
     "Keep a student of the way; one process writes, the others wait"
     if first_process():
         n = parameters(model)
-        share = {t:n[t]/job.whole[t] for t in job.whole} | dict(towers=n['towers']/sum(job.whole.values()))
+        share = {t: n[t] / job.whole[t] for t in job.whole} | dict(
+            towers=n['towers'] / sum(job.whole.values())
+        )
         with atomic_folder(path) as tmp:
             save(model, tmp, tokenizer=job.tokenizer)
-            write_json(tmp/'stage.json', dict(facts, share=share))
-    if dist.is_available() and dist.is_initialized(): dist.barrier()
+            write_json(tmp / 'stage.json', dict(facts, share=share))
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
 
 # %% ../nbs/07_stages.ipynb #03e61601
 def still_there(
-    masked:MaskedCLIP, # The student of a stage before
-    share, # What a stage asks for, as in `sparsity.Goal`
-    together:bool=False, # Of both towers together
-): # The same, or less where a tower has less
+    masked: MaskedCLIP,  # The student of a stage before
+    share,  # What a stage asks for, as in `sparsity.Goal`
+    together: bool = False,  # Of both towers together
+):  # The same, or less where a tower has less
     "Ask for no more than an earlier cut has left"
-    n,whole = masked.size.count({}),masked.size.whole
-    if together: return min(share, sum(n.values())/sum(whole.values()))
-    left = {t:n[t]/whole[t] for t in n}
-    if not isinstance(share, Mapping): return share if share<=min(left.values()) else {t:min(share, v) for t,v in left.items()}
-    return {t:min(v, left[t]) for t,v in share.items()}
+    n, whole = masked.size.count({}), masked.size.whole
+    if together:
+        return min(share, sum(n.values()) / sum(whole.values()))
+    left = {t: n[t] / whole[t] for t in n}
+    if not isinstance(share, Mapping):
+        return share if share <= min(left.values()) else {t: min(share, v) for t, v in left.items()}
+    return {t: min(v, left[t]) for t, v in share.items()}
 
 # %% ../nbs/07_stages.ipynb #626332c2
 def mask_and_cut(
-    job:Stages, # What to do
-    number:int, # Of the stage, from 1
-    before:nn.Module, # The student of the stage before, or the teacher
-    resume:bool, # Go on with a phase that was stopped
-)->bool: # False where it was stopped
+    job: Stages,  # What to do
+    number: int,  # Of the stage, from 1
+    before: nn.Module,  # The student of the stage before, or the teacher
+    resume: bool,  # Go on with a phase that was stopped
+) -> bool:  # False where it was stopped
     "Learn masks on `before`, and leave the cut student in `cut`"
-    stage,place = job.stages[number-1], job.folder/f'stage-{number}'
+    stage = job.stages[number - 1]
+    place = job.folder / f'stage-{number}'
     masked = job.masked(before)
-    sparsity = Sparsity(masked, still_there(masked, stage.share, job.masks.get('towers')=='both') if number>1 else stage.share, **job.masks)
-    if not go(job, distiller(job, number, 'masks', masked, penalty=sparsity, schedule='constant', **job.weights), stage.mask_steps, resume).finished: return False
-    reached = {t:round(1-s, 4) for t,s in masked.sparsity().items()}
+    sparsity = Sparsity(
+        masked,
+        still_there(masked, stage.share, job.masks.get('towers') == 'both')
+        if number > 1
+        else stage.share,
+        **job.masks,
+    )
+    if not go(
+        job,
+        distiller(
+            job, number, 'masks', masked, penalty=sparsity, schedule='constant', **job.weights
+        ),
+        stage.mask_steps,
+        resume,
+    ).finished:
+        return False
+    reached = {t: round(1 - s, 4) for t, s in masked.sparsity().items()}
     student = sparsity.cut()
     said = scores(job.evaluate, student) if job.evaluate and first_process() else {}
-    snapshot(job, student, place/'cut', stage=number, asked=stage.share, masks_reached=reached, evaluation=said)
+    snapshot(
+        job,
+        student,
+        place / 'cut',
+        stage=number,
+        asked=stage.share,
+        masks_reached=reached,
+        evaluation=said,
+    )
     return True
 
+
 def distil(
-    job:Stages, # What to do
-    number:int, # Of the stage, from 1
-    resume:bool, # Go on with a phase that was stopped
-)->bool: # False where it was stopped
+    job: Stages,  # What to do
+    number: int,  # Of the stage, from 1
+    resume: bool,  # Go on with a phase that was stopped
+) -> bool:  # False where it was stopped
     "Train the cut student, and leave it in `student`"
-    stage,place = job.stages[number-1], job.folder/f'stage-{number}'
-    student = load(place/'cut').model
+    stage = job.stages[number - 1]
+    place = job.folder / f'stage-{number}'
+    student = load(place / 'cut').model
     r = go(job, distiller(job, number, 'distil', student), stage.steps, resume)
-    if not r.finished: return False
-    snapshot(job, student, place/'student', stage=number, asked=stage.share, evaluation=r.evaluation)
+    if not r.finished:
+        return False
+    snapshot(
+        job, student, place / 'student', stage=number, asked=stage.share, evaluation=r.evaluation
+    )
     return True
 
 # %% ../nbs/07_stages.ipynb #4eeacfc8
 def run_stages(
-    job:Stages, # What to do
-    resume:bool=False, # Skip what is done and go on with what was stopped
-)->Table: # A row per finished stage
+    job: Stages,  # What to do
+    resume: bool = False,  # Skip what is done and go on with what was stopped
+) -> Table:  # A row per finished stage
     "What `Stages.fit` does"
-    recipe = plain(dict(stages=[asdict(s) for s in job.stages], masks={**job.clip_settings, **job.masks, 'weights':job.weights}, seed=job.seed,
-                        settings={k:v for k,v in job.settings.items() if k in ('objective', 'lr', 'warmup', 'schedule', 'weight_decay', 'betas', 'clip_norm', 'scale', 'precision')}))
-    file = job.folder/'stages.json'
-    if first_process() and file.exists() and not resume: raise TinyclipError(f"'{job.folder}' already holds a compression. Go on with it: fit(resume=True), or choose another folder.")
-    if file.exists() and (odd := differences(json.loads(file.read_text()), recipe)): raise TinyclipError(f"'{job.folder}' was begun with another plan: {odd}. Give the same one, or another folder.")
-    if first_process(): write_json(file, recipe)
+    recipe = plain(
+        dict(
+            stages=[asdict(s) for s in job.stages],
+            masks={**job.clip_settings, **job.masks, 'weights': job.weights},
+            seed=job.seed,
+            settings={
+                k: v
+                for k, v in job.settings.items()
+                if k
+                in (
+                    'objective',
+                    'lr',
+                    'warmup',
+                    'schedule',
+                    'weight_decay',
+                    'betas',
+                    'clip_norm',
+                    'scale',
+                    'precision',
+                )
+            },
+        )
+    )
+    file = job.folder / 'stages.json'
+    if first_process() and file.exists() and not resume:
+        raise TinyclipError(
+            f"'{job.folder}' already holds a compression. Go on with it: fit(resume=True), "
+            "or choose another folder."
+        )
+    if file.exists() and (odd := differences(json.loads(file.read_text()), recipe)):
+        raise TinyclipError(
+            f"'{job.folder}' was begun with another plan: {odd}. Give the same one, or "
+            "another folder."
+        )
+    if first_process():
+        write_json(file, recipe)
     try:
-        for i in range(1, len(job.stages)+1):
-            place = job.folder/f'stage-{i}'
-            if not (place/'cut').exists():
-                before = load(job.folder/f'stage-{i-1}'/'student').model if i>1 else job.teacher
-                if not mask_and_cut(job, i, before, resume): break
-            if not (place/'student').exists() and not distil(job, i, resume): break
+        for i in range(1, len(job.stages) + 1):
+            place = job.folder / f'stage-{i}'
+            if not (place / 'cut').exists():
+                before = (
+                    load(job.folder / f'stage-{i - 1}' / 'student').model if i > 1 else job.teacher
+                )
+                if not mask_and_cut(job, i, before, resume):
+                    break
+            if not (place / 'student').exists() and not distil(job, i, resume):
+                break
         return report(job.folder)
-    finally: job.stopping.clear()
+    finally:
+        job.stopping.clear()
+
 
 def report(
-    folder, # Of a compression
-)->Table: # A row per finished stage
+    folder,  # Of a compression
+) -> Table:  # A row per finished stage
     "What the stages of a compression came to"
     rows = Table()
-    for place in sorted(Path(folder).glob('stage-*/student'), key=lambda p: int(p.parent.name.split('-')[1])):
-        cut,done = (json.loads((place.parent/n/'stage.json').read_text()) for n in ('cut', 'student'))
-        scores = {f'{k} {when}':v for when,d in (('after the cut', cut), ('after distilling', done)) for k,v in d['evaluation'].items()}
-        rows.append(dict(stage=done['stage'], asked=done['asked'], masks_reached=cut['masks_reached']['towers'], kept=round(done['share']['towers'], 4), **scores))
+    for place in sorted(
+        Path(folder).glob('stage-*/student'), key=lambda p: int(p.parent.name.split('-')[1])
+    ):
+        cut, done = (
+            json.loads((place.parent / n / 'stage.json').read_text()) for n in ('cut', 'student')
+        )
+        scores = {
+            f'{k} {when}': v
+            for when, d in (('after the cut', cut), ('after distilling', done))
+            for k, v in d['evaluation'].items()
+        }
+        rows.append(
+            dict(
+                stage=done['stage'],
+                asked=done['asked'],
+                masks_reached=cut['masks_reached']['towers'],
+                kept=round(done['share']['towers'], 4),
+                **scores,
+            )
+        )
     return rows
 
 # %% ../nbs/07_stages.ipynb #82825409
 def compare(
-    plans:dict, # name -> list of `Stage`s
-    teacher:nn.Module, # As for `Stages`
-    pairs, # As for `Stages`
-    folder, # One folder per plan goes here
-    resume:bool=False, # Go on with an interrupted comparison
-    **settings, # As for `Stages`
-)->Table: # The last stage of every plan
+    plans: dict,  # name -> list of `Stage`s
+    teacher: nn.Module,  # As for `Stages`
+    pairs,  # As for `Stages`
+    folder,  # One folder per plan goes here
+    resume: bool = False,  # Go on with an interrupted comparison
+    **settings,  # As for `Stages`
+) -> Table:  # The last stage of every plan
     "Run several plans with the same total of steps"
-    total = {n:sum(s.mask_steps+s.steps for s in check_plan(p)) for n,p in plans.items()}
-    if len(set(total.values()))>1: raise TinyclipError(f'These plans take different numbers of steps: {total}. A comparison is fair only with the same total, mask steps included.')
-    jobs = {n:Stages(teacher, pairs, p, Path(folder)/n.replace(' ', '-'), **settings) for n,p in plans.items()} # all are checked before the first is run
-    done = {n:job.fit(resume) for n,job in jobs.items()}
-    return Table(dict(plan=n, stages=len(plans[n]), steps=total[n]) | {k:v for k,v in t[-1].items() if k!='stage'} for n,t in done.items())
+    total = {n: sum(s.mask_steps + s.steps for s in check_plan(p)) for n, p in plans.items()}
+    if len(set(total.values())) > 1:
+        raise TinyclipError(
+            f'These plans take different numbers of steps: {total}. A comparison is fair '
+            'only with the same total, mask steps included.'
+        )
+    jobs = {
+        n: Stages(teacher, pairs, p, Path(folder) / n.replace(' ', '-'), **settings)
+        for n, p in plans.items()
+    }  # all are checked before the first is run
+    done = {n: job.fit(resume) for n, job in jobs.items()}
+    return Table(
+        dict(plan=n, stages=len(plans[n]), steps=total[n])
+        | {k: v for k, v in t[-1].items() if k != 'stage'}
+        for n, t in done.items()
+    )
 
 # %% ../nbs/07_stages.ipynb #2895894c
 @dataclass(frozen=True)
 class Recipe:
-    "A plan and its settings: `Stages(teacher, pairs, r.stages, folder, masks=r.masks, **r.settings)`"
-    stages:tuple # Of `Stage`
-    batch_size:int # Pairs per step, of all processes together
-    settings:dict = field(default_factory=dict) # For the `Distiller`s
-    masks:dict = field(default_factory=dict) # For `MaskedCLIP` and `Sparsity`
+    """A plan and its settings: `Stages(teacher, pairs, r.stages, folder, masks=r.masks,
+    **r.settings)`"""
+
+    stages: tuple  # Of `Stage`
+    batch_size: int  # Pairs per step, of all processes together
+    settings: dict = field(default_factory=dict)  # For the `Distiller`s
+    masks: dict = field(default_factory=dict)  # For `MaskedCLIP` and `Sparsity`
+
 
 def in_epochs(
-    shares, # Kept share of each stage
-    epochs, # Epochs of each stage
-    pairs:int, # Pairs in an epoch
-    batch_size:int, # Pairs per step
-    small:bool, # A handful of steps instead
-)->Recipe:
+    shares,  # Kept share of each stage
+    epochs,  # Epochs of each stage
+    pairs: int,  # Pairs in an epoch
+    batch_size: int,  # Pairs per step
+    small: bool,  # A handful of steps instead
+) -> Recipe:
     "The paper's common settings with stages measured in epochs"
-    if small: stages,batch_size = [Stage(s, 3, 5) for s in shares], 16
+    if small:
+        stages, batch_size = [Stage(s, 3, 5) for s in shares], 16
     else:
-        steps = [math.ceil(e*pairs/batch_size) for e in epochs]
-        if min(steps)<=3000: raise TinyclipError(f'{pairs:,} pairs in batches of {batch_size:,} make a stage of {min(steps):,} steps, and its mask phase alone takes 3,000. Use a smaller batch, or write the stages yourself.')
-        stages = [Stage(s, 3000, n-3000) for s,n in zip(shares, steps)]
-    return Recipe(tuple(stages), batch_size, dict(objective='affinity', lr=1e-4), dict(lr=.5 if small else .01, form='two-sided'))
+        steps = [math.ceil(e * pairs / batch_size) for e in epochs]
+        if min(steps) <= 3000:
+            raise TinyclipError(
+                f'{pairs:,} pairs in batches of {batch_size:,} make a stage of '
+                f'{min(steps):,} steps, and its mask phase alone takes 3,000. Use a smaller '
+                'batch, or write the stages yourself.'
+            )
+        stages = [Stage(s, 3000, n - 3000) for s, n in zip(shares, steps)]
+    return Recipe(
+        tuple(stages),
+        batch_size,
+        dict(objective='affinity', lr=1e-4),
+        dict(lr=0.5 if small else 0.01, form='two-sided'),
+    )
+
 
 def laion400m(
-    pairs:int=400_000_000, # Pairs that you could download
-    batch_size:int=4096, # Pairs per step, of all processes together
-    small:bool=False, # The same in seconds, on any pairs
-)->Recipe:
+    pairs: int = 400_000_000,  # Pairs that you could download
+    batch_size: int = 4096,  # Pairs per step, of all processes together
+    small: bool = False,  # The same in seconds, on any pairs
+) -> Recipe:
     "100 to 75 to 50 to 25 % in 6, 16 and 16 epochs (TinyCLIP, ViT-B/32 on LAION-400M)"
-    return in_epochs((.75, .5, .25), (6, 16, 16), pairs, batch_size, small)
+    return in_epochs((0.75, 0.5, 0.25), (6, 16, 16), pairs, batch_size, small)
+
 
 def yfcc15m(
-    pairs:int=15_000_000, # Pairs that you could download
-    batch_size:int=4096, # Pairs per step, of all processes together
-    small:bool=False, # The same in seconds, on any pairs
-)->Recipe:
+    pairs: int = 15_000_000,  # Pairs that you could download
+    batch_size: int = 4096,  # Pairs per step, of all processes together
+    small: bool = False,  # The same in seconds, on any pairs
+) -> Recipe:
     "100 to 50 to 10 % in 25 epochs each (TinyCLIP, ViT-B/16 on YFCC-15M)"
-    return in_epochs((.5, .1), (25, 25), pairs, batch_size, small)
+    return in_epochs((0.5, 0.1), (25, 25), pairs, batch_size, small)

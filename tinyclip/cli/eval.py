@@ -12,47 +12,73 @@ import argparse
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from ..evaluate.agreement import agreement, answers
-from ..lab.chart import chart, chart_kind, save_chart
-from ..evaluate.benchmarks import benchmark
+
 from ..core import PRECISIONS, Table, TinyclipError, pick_device
 from ..data.pairs import captioned, labelled
-from ..data.transforms import transforms
-from ..evaluate.zeroshot import TEMPLATES, retrieval, zero_shot
-from ..zoo.folders import Loaded, clip_tokenizer
-from ..evaluate.cost import compare, macs, parameters, profiles, weight_bytes
-from ..zoo.onnx import ONNX_CONFIG, OnnxCLIP
-from ..lab.keep_map import layer_shares
-from ..evaluate.probe import PROTOCOLS, linear_probe
-from ..evaluate.redundancy import drop_one, layer_features, similarity
 from ..data.shapes import Shapes
 from ..data.sources import Listing, as_source
+from ..data.transforms import transforms
+from ..evaluate.agreement import agreement, answers
+from ..evaluate.benchmarks import benchmark
+from ..evaluate.cost import compare, macs, parameters, profiles, weight_bytes
+from ..evaluate.probe import PROTOCOLS, linear_probe
+from ..evaluate.redundancy import drop_one, layer_features, similarity
 from ..evaluate.standard_sets import SETS, evaluate_on, standard, watched
-from ..zoo.vocabulary import read_merges
+from ..evaluate.zeroshot import TEMPLATES, retrieval, zero_shot
+from ..lab.chart import chart, chart_kind, save_chart
+from ..lab.keep_map import layer_shares
+from ..zoo.folders import Loaded, clip_tokenizer
 from ..zoo.loading import load
+from ..zoo.onnx import ONNX_CONFIG, OnnxCLIP
+from ..zoo.vocabulary import read_merges
 
 # %% ../../nbs/cli/01_eval.ipynb #c508ee67
 def data_options(
-    p:argparse.ArgumentParser, # A command's parser
-    required:bool=True, # Must data be named?
+    p: argparse.ArgumentParser,  # A command's parser
+    required: bool = True,  # Must data be named?
 ):
     "Options that say which image-text pairs"
-    p.add_argument('--data', required=required, metavar='SOURCE', help="'shapes', shards ('train-{0000..0011}.tar'), a table (pairs.csv), or a folder of class folders")
-    p.add_argument('--classnames', metavar='FILE', help='one class name per line, for shards with cls')
-    p.add_argument('--templates', default=None, help=f"prompts for class names at evaluation: {', '.join(TEMPLATES)}, or a text with {{}}")
+    p.add_argument(
+        '--data',
+        required=required,
+        metavar='SOURCE',
+        help="'shapes', shards ('train-{0000..0011}.tar'), a table (pairs.csv), or a folder of "
+        "class folders",
+    )
+    p.add_argument(
+        '--classnames', metavar='FILE', help='one class name per line, for shards with cls'
+    )
+    p.add_argument(
+        '--templates',
+        default=None,
+        help=f"prompts for class names at evaluation: {', '.join(TEMPLATES)}, or a text with {{}}",
+    )
     p.add_argument('--image-column', metavar='NAME', help='column of image paths in a table')
     p.add_argument('--caption-column', metavar='NAME', help='column (or json key) of captions')
-    p.add_argument('--workers', type=int, default=0, metavar='N', help='loader processes (default 0: load in this process)')
+    p.add_argument(
+        '--workers',
+        type=int,
+        default=0,
+        metavar='N',
+        help='loader processes (default 0: load in this process)',
+    )
+
 
 def source_of(
-    args, # With the options above
-    which:str|None=None, # Another source with the same options, e.g. held-out data
-    test:bool=False, # For evaluation: 'shapes' then means the held-out combinations
-): # A source of the page *Sources*
+    args,  # With the options above
+    which: str | None = None,  # Another source with the same options, e.g. held-out data
+    test: bool = False,  # For evaluation: 'shapes' then means the held-out combinations
+):  # A source of the page *Sources*
     "The source that the options name"
-    if test and (which or args.data)=='shapes': return as_source(Shapes('heldout', n=1280, seed=99))
-    options = dict(classnames=args.classnames, image_column=args.image_column, caption_column=args.caption_column)
-    return as_source(which or args.data, **{k:v for k,v in options.items() if v is not None})
+    if test and (which or args.data) == 'shapes':
+        return as_source(Shapes('heldout', n=1280, seed=99))
+    options = dict(
+        classnames=args.classnames,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+    )
+    return as_source(which or args.data, **{k: v for k, v in options.items() if v is not None})
+
 
 def machine_options(p, precision='fp32'):
     "Where and how precisely to compute"
@@ -61,142 +87,334 @@ def machine_options(p, precision='fp32'):
 
 # %% ../../nbs/cli/01_eval.ipynb #cf30c52b
 def open_model(
-    name:str, # As in `zoo.load`, or a folder of ONNX files
-    device=None, # As in `core.pick_device`
-)->Loaded: # In eval mode
+    name: str,  # As in `zoo.load`, or a folder of ONNX files
+    device=None,  # As in `core.pick_device`
+) -> Loaded:  # In eval mode
     "A model to ask"
-    folder,_,kind = name.rpartition(':') if name.endswith(':int8') else (name, '', '')
-    if not (Path(folder).expanduser()/ONNX_CONFIG).is_file(): return load(name, pick_device(device))
+    folder, _, kind = name.rpartition(':') if name.endswith(':int8') else (name, '', '')
+    if not (Path(folder).expanduser() / ONNX_CONFIG).is_file():
+        return load(name, pick_device(device))
     model = OnnxCLIP(folder, int8=bool(kind))
-    if (bpe := Path(folder).expanduser()/'bpe.txt.gz').is_file(): model.merges = read_merges(bpe)
+    if (bpe := Path(folder).expanduser() / 'bpe.txt.gz').is_file():
+        model.merges = read_merges(bpe)
     return Loaded(model, transforms(model)[1], clip_tokenizer(model))
 
 # %% ../../nbs/cli/01_eval.ipynb #5e555e9d
 def evaluation(
-    model, # A CLIP
-    preprocess, # Its evaluation transform
-    tokenizer, # Its tokenizer
-    source, # A source of the page *Sources*
-    templates='simple', # For class names
-    workers:int=0, # Loader processes
-    precision:str='fp32', # As in `core.autocast`
-    progress:bool=False, # A bar on stderr
-)->dict: # Numbers by name
+    model,  # A CLIP
+    preprocess,  # Its evaluation transform
+    tokenizer,  # Its tokenizer
+    source,  # A source of the page *Sources*
+    templates='simple',  # For class names
+    workers: int = 0,  # Loader processes
+    precision: str = 'fp32',  # As in `core.autocast`
+    progress: bool = False,  # A bar on stderr
+) -> dict:  # Numbers by name
     "Zero-shot accuracy where there are class names, else retrieval"
-    batches = labelled(source, preprocess, 128, workers=workers) if source.classnames else captioned(source, preprocess, tokenizer, 128, workers=workers)
-    bar = partial(watched, total=len(source) if isinstance(source, Listing) else None, title='images', progress=progress)
-    if source.classnames: return zero_shot(model, tokenizer, bar(batches), source.classnames, templates, precision)
+    batches = (
+        labelled(source, preprocess, 128, workers=workers)
+        if source.classnames
+        else captioned(source, preprocess, tokenizer, 128, workers=workers)
+    )
+    bar = partial(
+        watched,
+        total=len(source) if isinstance(source, Listing) else None,
+        title='images',
+        progress=progress,
+    )
+    if source.classnames:
+        return zero_shot(model, tokenizer, bar(batches), source.classnames, templates, precision)
     return retrieval(model, bar(batches), precision)
 
 # %% ../../nbs/cli/01_eval.ipynb #61eff91b
-def eval_options(p:argparse.ArgumentParser):
+def eval_options(p: argparse.ArgumentParser):
     "Options of `tinyclip eval`"
-    p.add_argument('model', nargs='+', help='a folder, a name (tinyclip zoo), or a folder of ONNX files (with :int8 for the 8-bit ones)')
+    p.add_argument(
+        'model',
+        nargs='+',
+        help='a folder, a name (tinyclip zoo), or a folder of ONNX files (with :int8 for the '
+        '8-bit ones)',
+    )
     data_options(p)
-    p.add_argument('--set', metavar='NAME', help=f'--data is a standard test set, as published: {", ".join(SETS)}')
-    p.add_argument('--clip-benchmark', metavar='NAME', help="--data is the folder of a data set of CLIP_benchmark, e.g. 'vtab/pets' or 'wds/...'")
-    p.add_argument('--download', action='store_true', help='with --clip-benchmark: fetch what is missing')
-    p.add_argument('--split', help="of --set flickr30k and coco, or of --clip-benchmark (default: test)")
-    p.add_argument('--annotations', metavar='FILE', help='of --set flickr30k and coco: the JSON file of the Karpathy split')
-    p.add_argument('--part', action='store_true', help='with --set: take what is there of an incomplete set')
-    p.add_argument('--probe', choices=PROTOCOLS, help='a linear classifier on image features that learns from --train')
-    p.add_argument('--train', metavar='SOURCE', help='with --probe: labelled images to learn from; --data is for the test')
-    p.add_argument('--teacher', metavar='MODEL', help="also say how often, and how nearly, the answers are this model's")
-    p.add_argument('--layers', action='store_true', help='also ask each model without each of its layers')
+    p.add_argument(
+        '--set',
+        metavar='NAME',
+        help=f'--data is a standard test set, as published: {", ".join(SETS)}',
+    )
+    p.add_argument(
+        '--clip-benchmark',
+        metavar='NAME',
+        help="--data is the folder of a data set of CLIP_benchmark, e.g. 'vtab/pets' or 'wds/...'",
+    )
+    p.add_argument(
+        '--download', action='store_true', help='with --clip-benchmark: fetch what is missing'
+    )
+    p.add_argument(
+        '--split', help="of --set flickr30k and coco, or of --clip-benchmark (default: test)"
+    )
+    p.add_argument(
+        '--annotations',
+        metavar='FILE',
+        help='of --set flickr30k and coco: the JSON file of the Karpathy split',
+    )
+    p.add_argument(
+        '--part', action='store_true', help='with --set: take what is there of an incomplete set'
+    )
+    p.add_argument(
+        '--probe',
+        choices=PROTOCOLS,
+        help='a linear classifier on image features that learns from --train',
+    )
+    p.add_argument(
+        '--train',
+        metavar='SOURCE',
+        help='with --probe: labelled images to learn from; --data is for the test',
+    )
+    p.add_argument(
+        '--teacher',
+        metavar='MODEL',
+        help="also say how often, and how nearly, the answers are this model's",
+    )
+    p.add_argument(
+        '--layers', action='store_true', help='also ask each model without each of its layers'
+    )
     p.add_argument('--chart', metavar='FILE', help='accuracy against cost as .html, .png or .svg')
-    p.add_argument('--against', choices=['macs', 'towers', 'total', 'fp16'], default='macs', help='what the chart has on its other axis (default: macs)')
+    p.add_argument(
+        '--against',
+        choices=['macs', 'towers', 'total', 'fp16'],
+        default='macs',
+        help='what the chart has on its other axis (default: macs)',
+    )
     machine_options(p)
+
 
 def check_options(args):
     "Refuse options that do not go together"
-    special = [f'--{k.replace("_", "-")}' for k in ('set', 'clip_benchmark', 'probe') if getattr(args, k)]
-    if len(special)>1: raise TinyclipError(f'{special[0]} and {special[1]} ask for different things; give one of them.')
-    if args.chart: chart_kind(args.chart)
-    if bool(args.probe)!=bool(args.train): raise TinyclipError('--probe learns from --train, so they go together; --data is for the test.')
-    if special and (args.teacher or args.layers): raise TinyclipError(f'--teacher and --layers ask about plain --data, not with {special[0]}.')
-    for name,wants in (('annotations', 'set'), ('part', 'set'), ('download', 'clip-benchmark'), ('split', 'set or --clip-benchmark')):
-        if getattr(args, name) and not (args.set and name!='download' or args.clip_benchmark and name in ('split', 'download')): raise TinyclipError(f'--{name} belongs to --{wants}.')
+    special = [
+        f'--{k.replace("_", "-")}' for k in ('set', 'clip_benchmark', 'probe') if getattr(args, k)
+    ]
+    if len(special) > 1:
+        raise TinyclipError(
+            f'{special[0]} and {special[1]} ask for different things; give one of them.'
+        )
+    if args.chart:
+        chart_kind(args.chart)
+    if bool(args.probe) != bool(args.train):
+        raise TinyclipError(
+            '--probe learns from --train, so they go together; --data is for the test.'
+        )
+    if special and (args.teacher or args.layers):
+        raise TinyclipError(
+            f'--teacher and --layers ask about plain --data, not with {special[0]}.'
+        )
+    for name, wants in (
+        ('annotations', 'set'),
+        ('part', 'set'),
+        ('download', 'clip-benchmark'),
+        ('split', 'set or --clip-benchmark'),
+    ):
+        if getattr(args, name) and not (
+            args.set and name != 'download' or args.clip_benchmark and name in ('split', 'download')
+        ):
+            raise TinyclipError(f'--{name} belongs to --{wants}.')
 
 # %% ../../nbs/cli/01_eval.ipynb #d91f694d
 def ask(
-    loaded:Loaded, # A model
-    args, # Of `tinyclip eval`
-)->dict: # Numbers by name
+    loaded: Loaded,  # A model
+    args,  # Of `tinyclip eval`
+) -> dict:  # Numbers by name
     "The main question: accuracy, recall, or a probe"
-    options,progress = dict(workers=args.workers, precision=args.precision), not args.json
+    options = dict(workers=args.workers, precision=args.precision)
+    progress = not args.json
     if args.set:
-        test = standard(args.set, args.data, templates=args.templates, annotations=args.annotations, split=args.split, part=args.part)
+        test = standard(
+            args.set,
+            args.data,
+            templates=args.templates,
+            annotations=args.annotations,
+            split=args.split,
+            part=args.part,
+        )
         return evaluate_on(*loaded, test, progress=progress, **options)
-    if args.clip_benchmark: return benchmark(*loaded, args.clip_benchmark, args.data, args.split or 'test', templates=args.templates, progress=progress, download=args.download, **options)
+    if args.clip_benchmark:
+        return benchmark(
+            *loaded,
+            args.clip_benchmark,
+            args.data,
+            args.split or 'test',
+            templates=args.templates,
+            progress=progress,
+            download=args.download,
+            **options,
+        )
     if args.probe:
-        train,test = (labelled(source_of(args, which, test=which is None), loaded.preprocess, 128, workers=args.workers) for which in (args.train, None))
-        return linear_probe(loaded.model, train, test, protocol=args.probe, precision=args.precision, progress=progress)
-    return evaluation(*loaded, source_of(args, test=True), args.templates or 'simple', progress=progress, **options)
+        train, test = (
+            labelled(
+                source_of(args, which, test=which is None),
+                loaded.preprocess,
+                128,
+                workers=args.workers,
+            )
+            for which in (args.train, None)
+        )
+        return linear_probe(
+            loaded.model,
+            train,
+            test,
+            protocol=args.probe,
+            precision=args.precision,
+            progress=progress,
+        )
+    return evaluation(
+        *loaded,
+        source_of(args, test=True),
+        args.templates or 'simple',
+        progress=progress,
+        **options,
+    )
+
 
 def answers_to(
-    loaded:Loaded, # A model
-    args, # Of `tinyclip eval`
-): # As from `agreement.answers`
+    loaded: Loaded,  # A model
+    args,  # Of `tinyclip eval`
+):  # As from `agreement.answers`
     "What a model says about all of the data"
     source = source_of(args, test=True)
-    batches = labelled(source, loaded.preprocess, 128, workers=args.workers) if source.classnames else captioned(source, loaded.preprocess, loaded.tokenizer, 128, workers=args.workers)
-    return answers(loaded.model, batches, loaded.tokenizer, source.classnames, args.templates or 'simple', args.precision)
+    batches = (
+        labelled(source, loaded.preprocess, 128, workers=args.workers)
+        if source.classnames
+        else captioned(source, loaded.preprocess, loaded.tokenizer, 128, workers=args.workers)
+    )
+    return answers(
+        loaded.model,
+        batches,
+        loaded.tokenizer,
+        source.classnames,
+        args.templates or 'simple',
+        args.precision,
+    )
 
 # %% ../../nbs/cli/01_eval.ipynb #1466c2bf
 def layers_of(
-    loaded:Loaded, # A model with two transformers
-    args, # Of `tinyclip eval`
-    batches:int=8, # Of 128, for the similarity
-)->Table: # A row per layer
+    loaded: Loaded,  # A model with two transformers
+    args,  # Of `tinyclip eval`
+    batches: int = 8,  # Of 128, for the similarity
+) -> Table:  # A row per layer
     "Redundancy: a model without each of its layers"
-    model,preprocess,tokenizer = loaded
-    source,templates = source_of(args, test=True), args.templates or 'simple'
+    model, preprocess, tokenizer = loaded
+    source = source_of(args, test=True)
+    templates = args.templates or 'simple'
     key = 'top1' if source.classnames else 'i2t_r1'
-    rows = drop_one(model, lambda m: evaluation(m, preprocess, tokenizer, source, templates, args.workers, args.precision)[key])
+    rows = drop_one(
+        model,
+        lambda m: evaluation(
+            m, preprocess, tokenizer, source, templates, args.workers, args.precision
+        )[key],
+    )
     few = list(islice(captioned(source, preprocess, tokenizer, 128, workers=args.workers), batches))
-    alike = {t:similarity(layer_features(model, few, t, args.precision)) for t in dict.fromkeys(r['tower'] for r in rows)}
+    alike = {
+        t: similarity(layer_features(model, few, t, args.precision))
+        for t in dict.fromkeys(r['tower'] for r in rows)
+    }
     kept = kept_layers(getattr(model, 'keep', None))
-    return Table(dict(tower=r['tower'], layer=r['layer'], drop=round(-r['change'], 4)+0., alike=round(alike[r['tower']][r['layer'], r['layer']+1].item(), 3)) | kept.get((r['tower'], r['layer']), {}) for r in rows)
+    return Table(
+        dict(
+            tower=r['tower'],
+            layer=r['layer'],
+            drop=round(-r['change'], 4) + 0.0,
+            alike=round(alike[r['tower']][r['layer'], r['layer'] + 1].item(), 3),
+        )
+        | kept.get((r['tower'], r['layer']), {})
+        for r in rows
+    )
 
-def kept_layers(keep)->dict:
+
+def kept_layers(keep) -> dict:
     "(tower, layer of the student) -> shares of heads and neurons that are left"
-    if keep is None: return {}
-    shares = {(r['tower'], r['layer']):r for r in layer_shares(keep)}
-    return {(t, i):{f'{k} kept':f'{shares[t, old][k]:.0%}' for k in ('heads', 'ffn')} for t in ('image', 'text') for i,old in enumerate(keep[f'{t}.layers'])}
+    if keep is None:
+        return {}
+    shares = {(r['tower'], r['layer']): r for r in layer_shares(keep)}
+    return {
+        (t, i): {f'{k} kept': f'{shares[t, old][k]:.0%}' for k in ('heads', 'ffn')}
+        for t in ('image', 'text')
+        for i, old in enumerate(keep[f'{t}.layers'])
+    }
 
 # %% ../../nbs/cli/01_eval.ipynb #7d29e386
-def cost_of(model)->dict:
+def cost_of(model) -> dict:
     "What does not depend on the machine"
-    if isinstance(model, OnnxCLIP): return {}
-    return {f'{k}_parameters':v for k,v in parameters(model).items()} | {f'{k}_macs':v for k,v in macs(model).items()} | {f'{k}_bytes':v for k,v in weight_bytes(model).items()}
+    if isinstance(model, OnnxCLIP):
+        return {}
+    return (
+        {f'{k}_parameters': v for k, v in parameters(model).items()}
+        | {f'{k}_macs': v for k, v in macs(model).items()}
+        | {f'{k}_bytes': v for k, v in weight_bytes(model).items()}
+    )
 
-def printable(rows)->Table:
+
+def printable(rows) -> Table:
     "Rows without what is no number or word, and without the costs"
-    return Table({k:v for k,v in r.items() if not isinstance(v, (dict, list)) and not k.endswith(('_parameters', '_macs', '_bytes'))} for r in rows)
+    return Table(
+        {
+            k: v
+            for k, v in r.items()
+            if not isinstance(v, (dict, list))
+            and not k.endswith(('_parameters', '_macs', '_bytes'))
+        }
+        for r in rows
+    )
 
-def run_eval(args)->dict:
-    "Accuracy of one model or several: zero-shot, retrieval, a linear probe, agreement with a teacher"
+
+def run_eval(args) -> dict:
+    """Accuracy of one model or several: zero-shot, retrieval, a linear probe, agreement with a
+    teacher"""
     check_options(args)
     teacher = answers_to(open_model(args.teacher, args.device), args) if args.teacher else None
-    rows,layers = [],{}
+    rows, layers = [], {}
     for name in args.model:
         loaded = open_model(name, args.device)
-        rows.append(dict(model=name) | ask(loaded, args) | (agreement(answers_to(loaded, args), teacher) if teacher else {}) | (cost_of(loaded.model) if args.chart else {}))
-        if args.layers: layers[name] = layers_of(loaded, args)
+        rows.append(
+            dict(model=name)
+            | ask(loaded, args)
+            | (agreement(answers_to(loaded, args), teacher) if teacher else {})
+            | (cost_of(loaded.model) if args.chart else {})
+        )
+        if args.layers:
+            layers[name] = layers_of(loaded, args)
     if not args.json:
         print(printable(rows))
-        for name,table in layers.items(): print(f'\n{name}, without each of its layers\n{table}')
-    if args.chart: save_chart(chart(rows, args.against, next(k for k in ('top1', 'i2t_r1') if k in rows[0])), args.chart)
+        for name, table in layers.items():
+            print(f'\n{name}, without each of its layers\n{table}')
+    if args.chart:
+        save_chart(
+            chart(rows, args.against, next(k for k in ('top1', 'i2t_r1') if k in rows[0])),
+            args.chart,
+        )
     return dict(rows=rows) | (dict(layers=layers) if layers else {})
 
-def run_measure(args)->dict:
-    "What models cost: parameters, MACs, speed, memory"
-    models = {n:load(n, pick_device(args.device)).model for n in args.model}
-    if not args.json: print(compare(models, args.batch_size, args.precision, args.reference)); return {}
-    return dict(rows=[dict(model=n) | r for n,r in profiles(models, args.batch_size, args.precision, args.reference).items()])
 
-def measure_options(p:argparse.ArgumentParser):
+def run_measure(args) -> dict:
+    "What models cost: parameters, MACs, speed, memory"
+    models = {n: load(n, pick_device(args.device)).model for n in args.model}
+    if not args.json:
+        print(compare(models, args.batch_size, args.precision, args.reference))
+        return {}
+    return dict(
+        rows=[
+            dict(model=n) | r
+            for n, r in profiles(models, args.batch_size, args.precision, args.reference).items()
+        ]
+    )
+
+
+def measure_options(p: argparse.ArgumentParser):
     "Options of `tinyclip measure`"
-    p.add_argument('model', nargs='+'); p.add_argument('--batch-size', type=int, default=32)
-    p.add_argument('--reference', metavar='CONFIG', help='give speeds as a ratio to this architecture, measured in the same run, e.g. ViT-B-32 (default: to the first model)')
+    p.add_argument('model', nargs='+')
+    p.add_argument('--batch-size', type=int, default=32)
+    p.add_argument(
+        '--reference',
+        metavar='CONFIG',
+        help='give speeds as a ratio to this architecture, measured in the same run, e.g. '
+        'ViT-B-32 (default: to the first model)',
+    )
     machine_options(p)

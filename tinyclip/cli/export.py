@@ -9,113 +9,199 @@ __all__ = ['TO', 'run_zoo', 'texts_in', 'shortened', 'write_to', 'check_export',
 # %% ../../nbs/cli/02_export.ipynb #417a5207
 import argparse
 from pathlib import Path
+
 import torch
+
 from .eval import data_options, evaluation, source_of
 from ..core import Table, TinyclipError, evaluating, human
+from ..data.sources import Order, as_source
+from ..evaluate.cost import inputs
 from ..zoo.folders import Loaded, save
 from ..zoo.from_transformers import from_transformers
-from ..zoo.to_transformers import FORMS, to_transformers
-from ..evaluate.cost import inputs
+from ..zoo.loading import load
 from ..zoo.onnx import OnnxCLIP, to_onnx
 from ..zoo.released import fetch, published
-from ..data.sources import Order, as_source
+from ..zoo.to_transformers import FORMS, to_transformers
 from ..zoo.vocabulary import coverage, shorten
-from ..zoo.loading import load
 
 # %% ../../nbs/cli/02_export.ipynb #8266927f
-def run_zoo(args)->dict:
+def run_zoo(args) -> dict:
     "The released models, as published; with names: download them"
-    files = {n:str(fetch(n, progress=not args.json)) for n in args.model}
-    if not args.json: print(Table(dict(model=n, file=f) for n,f in files.items()) if files else published())
+    files = {n: str(fetch(n, progress=not args.json)) for n in args.model}
+    if not args.json:
+        print(Table(dict(model=n, file=f) for n, f in files.items()) if files else published())
     return dict(files=files) if files else dict(models=list(published()))
 
 # %% ../../nbs/cli/02_export.ipynb #9dfb33d8
 def texts_in(
-    source, # A text file with one text per line, or any source of pairs
-): # Yields strings
+    source,  # A text file with one text per line, or any source of pairs
+):  # Yields strings
     "Every text once, as stored"
     path = Path(str(source))
     if path.is_file() and path.suffix in ('.txt', ''):
-        with open(path, encoding='utf-8') as f: yield from (l.strip() for l in f if l.strip())
+        with open(path, encoding='utf-8') as f:
+            yield from (l.strip() for l in f if l.strip())
         return
     for chunk in as_source(source).chunks(Order(shuffle=False)):
-        for sample in chunk: yield from getattr(sample, 'captions', ())
+        for sample in chunk:
+            yield from getattr(sample, 'captions', ())
+
 
 def shortened(
-    loaded:Loaded, # A model with CLIP's tokenizer
-    source, # As in `texts_in`
-)->Loaded:
+    loaded: Loaded,  # A model with CLIP's tokenizer
+    source,  # As in `texts_in`
+) -> Loaded:
     "The same model with the tokens of these texts"
-    model,tokenizer = shorten(loaded.model, texts_in(source))
+    model, tokenizer = shorten(loaded.model, texts_in(source))
     return loaded._replace(model=model, tokenizer=tokenizer)
 
 # %% ../../nbs/cli/02_export.ipynb #fcca5ce5
 TO = ('open_clip', 'transformers', 'onnx')
 
+
 def write_to(
-    loaded:Loaded, # What is exported
-    args, # Of `tinyclip export`
-)->tuple: # (name -> how it is loaded again, what else to tell)
+    loaded: Loaded,  # What is exported
+    args,  # Of `tinyclip export`
+) -> tuple:  # (name -> how it is loaded again, what else to tell)
     "Write a model in the form that was asked for"
-    model,_,tokenizer = loaded
+    model, _, tokenizer = loaded
     dtype = torch.float16 if args.fp16 else None
-    if args.to=='open_clip': return {'open_clip':load(save(model, args.out, dtype, tokenizer))}, {}
-    if args.to=='transformers':
+    if args.to == 'open_clip':
+        return {'open_clip': load(save(model, args.out, dtype, tokenizer))}, {}
+    if args.to == 'transformers':
         told = to_transformers(model, args.out, args.form, dtype)
-        return {'transformers':from_transformers(args.out)}, {k:told[k] for k in ('form', 'why', 'parameters', 'stored', 'snippet')}
+        return {'transformers': from_transformers(args.out)}, {
+            k: told[k] for k in ('form', 'why', 'parameters', 'stored', 'snippet')
+        }
     rows = to_onnx(model, args.out, tokenizer, int8=args.int8)
-    names = {'onnx':False} | ({'onnx, 8 bit':True} if args.int8 else {})
-    return {n:loaded._replace(model=OnnxCLIP(args.out, int8=i)) for n,i in names.items()}, dict(parity=list(rows))
+    names = {'onnx': False} | ({'onnx, 8 bit': True} if args.int8 else {})
+    return {n: loaded._replace(model=OnnxCLIP(args.out, int8=i)) for n, i in names.items()}, dict(
+        parity=list(rows)
+    )
+
 
 def check_export(args):
     "Refuse options that do not go together"
-    for option,to in (('int8', 'onnx'), ('form', 'transformers')):
-        if getattr(args, option) not in (False, 'auto') and args.to!=to: raise TinyclipError(f'--{option} belongs to --to {to}.')
-    if args.fp16 and args.to=='onnx': raise TinyclipError('--fp16 stores weights for open_clip and transformers; ONNX files are float32, and with --int8 also 8 bit.')
+    for option, to in (('int8', 'onnx'), ('form', 'transformers')):
+        if getattr(args, option) not in (False, 'auto') and args.to != to:
+            raise TinyclipError(f'--{option} belongs to --to {to}.')
+    if args.fp16 and args.to == 'onnx':
+        raise TinyclipError(
+            '--fp16 stores weights for open_clip and transformers; ONNX files are float32, '
+            'and with --int8 also 8 bit.'
+        )
 
-def export_options(p:argparse.ArgumentParser):
+
+def export_options(p: argparse.ArgumentParser):
     "Options of `tinyclip export`"
-    p.add_argument('model', help='a folder, a file or a name, as in tinyclip eval'); p.add_argument('--to', choices=TO, required=True); p.add_argument('--out', required=True, metavar='FOLDER')
-    p.add_argument('--texts', metavar='SOURCE', help='keep only the tokens of these texts: a text file, or data with captions')
-    p.add_argument('--fp16', action='store_true', help='store weights in half precision'); p.add_argument('--int8', action='store_true', help='with --to onnx: also files with 8-bit weights')
-    p.add_argument('--form', choices=FORMS, default='auto', help='with --to transformers: a plain CLIPModel, or one with its own modelling file (default: the first where it can be exact)')
+    p.add_argument('model', help='a folder, a file or a name, as in tinyclip eval')
+    p.add_argument('--to', choices=TO, required=True)
+    p.add_argument('--out', required=True, metavar='FOLDER')
+    p.add_argument(
+        '--texts',
+        metavar='SOURCE',
+        help='keep only the tokens of these texts: a text file, or data with captions',
+    )
+    p.add_argument('--fp16', action='store_true', help='store weights in half precision')
+    p.add_argument(
+        '--int8', action='store_true', help='with --to onnx: also files with 8-bit weights'
+    )
+    p.add_argument(
+        '--form',
+        choices=FORMS,
+        default='auto',
+        help='with --to transformers: a plain CLIPModel, or one with its own modelling file '
+        '(default: the first where it can be exact)',
+    )
     data_options(p, required=False)
 
 # %% ../../nbs/cli/02_export.ipynb #1bd31a4c
 @torch.no_grad()
-def cosines(loaded:Loaded, image, text): # `(n, n)`
+def cosines(loaded: Loaded, image, text):  # `(n, n)`
     "What a model makes of some inputs"
-    with evaluating(loaded.model): f,g = loaded.model.encode_image(image, normalize=True), loaded.model.encode_text(text, normalize=True)
+    with evaluating(loaded.model):
+        f = loaded.model.encode_image(image, normalize=True)
+        g = loaded.model.encode_text(text, normalize=True)
     return f.float() @ g.float().T
 
-def size_of(folder, form)->int:
+
+def size_of(folder, form) -> int:
     "Bytes of the weights in one form; the folder may hold others"
-    of = {'open_clip':('open_clip_*.safetensors',), 'transformers':('model*.safetensors',), 'onnx':('image.onnx*', 'text.onnx*'), 'onnx, 8 bit':('*.int8.onnx*',)}[form]
+    of = {
+        'open_clip': ('open_clip_*.safetensors',),
+        'transformers': ('model*.safetensors',),
+        'onnx': ('image.onnx*', 'text.onnx*'),
+        'onnx, 8 bit': ('*.int8.onnx*',),
+    }[form]
     return sum(p.stat().st_size for pattern in of for p in Path(folder).glob(pattern))
 
-def run_export(args)->dict:
+
+def run_export(args) -> dict:
     "A model for open_clip, transformers or ONNX runtimes, checked against what it was"
     check_export(args)
     loaded = load(args.model)
-    source,told = source_of(args, test=True) if args.data else None, {}
+    source = source_of(args, test=True) if args.data else None
+    told = {}
     if args.texts:
         full = loaded
         loaded = shortened(loaded, args.texts)
-        told['vocabulary'] = dict(tokens=loaded.tokenizer.vocab_size, of=full.tokenizer.vocab_size, **coverage(texts_in(args.texts), loaded.tokenizer, full.tokenizer))
-    forms,more = write_to(loaded, args)
-    with torch.random.fork_rng(): torch.manual_seed(0); image,text = inputs(loaded.model, 4)
-    want,rows = cosines(loaded, image, text), Table()
-    ask = lambda l: evaluation(*l, source, args.templates or 'simple', args.workers, progress=not args.json) if source else {}
-    rows.append(dict(form='torch', MB=4*sum(p.numel() for p in loaded.model.parameters())/1e6, difference=0.) | ask(loaded))
-    for name,again in forms.items(): rows.append(dict(form=name, MB=size_of(args.out, name)/1e6, difference=(cosines(again, image, text)-want).abs().max().item()) | ask(again))
+        told['vocabulary'] = dict(
+            tokens=loaded.tokenizer.vocab_size,
+            of=full.tokenizer.vocab_size,
+            **coverage(texts_in(args.texts), loaded.tokenizer, full.tokenizer),
+        )
+    forms, more = write_to(loaded, args)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        image, text = inputs(loaded.model, 4)
+    want, rows = cosines(loaded, image, text), Table()
+
+    def ask(l):
+        return (
+            evaluation(*l, source, args.templates or 'simple', args.workers, progress=not args.json)
+            if source
+            else {}
+        )
+
+    rows.append(
+        dict(
+            form='torch',
+            MB=4 * sum(p.numel() for p in loaded.model.parameters()) / 1e6,
+            difference=0.0,
+        )
+        | ask(loaded)
+    )
+    for name, again in forms.items():
+        rows.append(
+            dict(
+                form=name,
+                MB=size_of(args.out, name) / 1e6,
+                difference=(cosines(again, image, text) - want).abs().max().item(),
+            )
+            | ask(again)
+        )
     result = dict(folder=str(args.out), rows=list(rows)) | told | more
-    if not args.json: print(said(result))
+    if not args.json:
+        print(said(result))
     return result
 
-def said(result)->str:
+
+def said(result) -> str:
     "The result for a person"
     lines = [str(Table(result['rows'])), f"\nIn {result['folder']}"]
-    if v := result.get('vocabulary'): lines.append(f"{v['tokens']} of {v['of']} tokens are left; {v['same']:.1%} of the texts have the tokens they had.")
-    if result.get('why'): lines.append(f"It has its own modelling file, since it cannot be a CLIPModel: {result['why']}.")
-    if result.get('stored', 0) > result.get('parameters', 0): lines.append(f"As a CLIPModel it holds {human(result['stored'])} parameters, {human(result['stored']-result['parameters'])} of them zeros that fill uneven layers up; --form slim has none.")
+    if v := result.get('vocabulary'):
+        lines.append(
+            f"{v['tokens']} of {v['of']} tokens are left; {v['same']:.1%} of the texts have "
+            "the tokens they had."
+        )
+    if result.get('why'):
+        lines.append(
+            f"It has its own modelling file, since it cannot be a CLIPModel: {result['why']}."
+        )
+    if result.get('stored', 0) > result.get('parameters', 0):
+        lines.append(
+            f"As a CLIPModel it holds {human(result['stored'])} parameters, "
+            f"{human(result['stored'] - result['parameters'])} of them zeros that fill "
+            "uneven layers up; --form slim has none."
+        )
     return '\n'.join(lines + ([result['snippet']] if 'snippet' in result else []))

@@ -6,208 +6,512 @@
 __all__ = ['student_options', 'read_cfg', 'make_student', 'check_stages', 'in_stages', 'parser', 'main']
 
 # %% ../../nbs/cli/03_main.ipynb #63defd3a
-import argparse, json, os, shutil, sys
+import argparse
+import json
+import os
+import shutil
+import sys
 from functools import partial
 from pathlib import Path
-from ..towers.architecture import config
+
+from tinyclip.cli.eval import (
+    data_options,
+    eval_options,
+    evaluation,
+    machine_options,
+    measure_options,
+    run_eval,
+    run_measure,
+    source_of,
+)
+from .export import export_options, run_export, run_zoo
+from tinyclip.core import (
+    Table,
+    TinyclipError,
+    human,
+    pick_device,
+    processes,
+    seed_everything,
+    write_json,
+)
 from ..data.cache import DTYPES, cache_size, embedding_width, write_cache
 from ..data.cached import cached_pairs
-from .eval import data_options, eval_options, evaluation, machine_options, measure_options, run_eval, run_measure, source_of
-from .export import export_options, run_export, run_zoo
-from ..core import Table, TinyclipError, human, pick_device, processes, seed_everything, write_json
 from ..data.inspect import check
 from ..data.pairs import open_pairs
+from ..data.sources import Drawn
 from ..data.transforms import transforms
-from ..lab.demo import STEPS, run as run_demo
 from ..distill import Distiller, Terminated
-from ..train.engine import make_accelerator
 from ..inheritance import build, fresh, inherit
 from ..keep import CHOOSERS, like, manual
-from ..losses.mimicking import LOSSES
+from ..lab.demo import STEPS
+from ..lab.demo import run as run_demo
 from ..live.panels import write_replay
-from ..data.sources import Drawn
+from ..losses.mimicking import LOSSES
 from ..stages import SHORT, Stage, Stages
+from ..towers.architecture import config
+from ..train.engine import make_accelerator
 from ..zoo.folders import Loaded, finish, save
 from ..zoo.loading import load
 
 # %% ../../nbs/cli/03_main.ipynb #8b8498f3
-def student_options(p:argparse.ArgumentParser):
+def student_options(p: argparse.ArgumentParser):
     "Options that say what is trained"
-    p.add_argument('--student', metavar='CONFIG', help="a configuration: a name like TinyCLIP-ViT-40M-32-Text-19M, or a JSON file; without a teacher also a model folder")
+    p.add_argument(
+        '--student',
+        metavar='CONFIG',
+        help="a configuration: a name like TinyCLIP-ViT-40M-32-Text-19M, or a JSON file; without "
+        "a teacher also a model folder",
+    )
     for tower in ('image', 'text'):
-        for what in ('width', 'depth'): p.add_argument(f'--{tower}-{what}', type=float, default=1., metavar='SHARE', help=f'share of the {tower} tower\'s {what} to keep (default 1)')
-    p.add_argument('--width-by', choices=CHOOSERS, default='leading', help='which channels, heads and neurons to keep')
-    p.add_argument('--depth-by', choices=CHOOSERS, default='evenly_spaced', help='which layers to keep')
-    p.add_argument('--share', type=float, action='append', metavar='SHARE', help='let masks learn what to keep, down to this share of the teacher; repeat for several stages')
-    p.add_argument('--mask-steps', type=int, metavar='STEPS', help='with --share: steps of each stage in which masks learn (default a fifth, at most 500)')
-    p.add_argument('--uniform', action='store_true', help='with --share: equal layers, so that plain open_clip loads the student')
-    p.add_argument('--random-start', action='store_true', help='the same shape with random weights: the control')
+        for what in ('width', 'depth'):
+            p.add_argument(
+                f'--{tower}-{what}',
+                type=float,
+                default=1.0,
+                metavar='SHARE',
+                help=f'share of the {tower} tower\'s {what} to keep (default 1)',
+            )
+    p.add_argument(
+        '--width-by',
+        choices=CHOOSERS,
+        default='leading',
+        help='which channels, heads and neurons to keep',
+    )
+    p.add_argument(
+        '--depth-by', choices=CHOOSERS, default='evenly_spaced', help='which layers to keep'
+    )
+    p.add_argument(
+        '--share',
+        type=float,
+        action='append',
+        metavar='SHARE',
+        help='let masks learn what to keep, down to this share of the teacher; repeat for several '
+        'stages',
+    )
+    p.add_argument(
+        '--mask-steps',
+        type=int,
+        metavar='STEPS',
+        help='with --share: steps of each stage in which masks learn (default a fifth, at most 500)',
+    )
+    p.add_argument(
+        '--uniform',
+        action='store_true',
+        help='with --share: equal layers, so that plain open_clip loads the student',
+    )
+    p.add_argument(
+        '--random-start',
+        action='store_true',
+        help='the same shape with random weights: the control',
+    )
 
-def read_cfg(name:str)->dict: # open_clip's `model_cfg`
+
+def read_cfg(name: str) -> dict:  # open_clip's `model_cfg`
     "A configuration by name or from a JSON file"
     path = Path(name)
-    if path.suffix!='.json': return config(name)
-    try: cfg = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise TinyclipError(f'{name!r} cannot be read as a JSON configuration: {e}.') from e
-    if not isinstance(cfg, dict): raise TinyclipError(f'{name!r} holds a {type(cfg).__name__}, not a configuration; give an object with embed_dim, vision_cfg and text_cfg.')
+    if path.suffix != '.json':
+        return config(name)
+    try:
+        cfg = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        raise TinyclipError(f'{name!r} cannot be read as a JSON configuration: {e}.') from e
+    if not isinstance(cfg, dict):
+        raise TinyclipError(
+            f'{name!r} holds a {type(cfg).__name__}, not a configuration; give an object '
+            'with embed_dim, vision_cfg and text_cfg.'
+        )
     return cfg.get('model_cfg', cfg)
 
+
 def make_student(
-    args, # Of `tinyclip distill`
-    teacher:Loaded|None, # What it inherits from
-)->Loaded: # Model, transform and tokenizer
+    args,  # Of `tinyclip distill`
+    teacher: Loaded | None,  # What it inherits from
+) -> Loaded:  # Model, transform and tokenizer
     "The student that the options describe"
     seed_everything(args.seed)
     if teacher is None:
-        if not args.student: raise TinyclipError('Without --teacher there is nothing to inherit: say what to train with --student (a configuration or a model folder).')
-        if Path(args.student).is_dir(): return load(args.student)
+        if not args.student:
+            raise TinyclipError(
+                'Without --teacher there is nothing to inherit: say what to train with '
+                '--student (a configuration or a model folder).'
+            )
+        if Path(args.student).is_dir():
+            return load(args.student)
         cfg = read_cfg(args.student)
         return finish(build(cfg), cfg, {}, '')
     by = dict(width_by=args.width_by, depth_by=args.depth_by)
-    shares = {k:getattr(args, k) for k in ('image_width', 'image_depth', 'text_width', 'text_depth')}
-    if args.student and any(v!=1 for v in shares.values()): raise TinyclipError('Give either --student or shares (--image-width, --text-depth, ...), not both.')
-    keep = like(teacher.model, read_cfg(args.student), **by) if args.student else manual(teacher.model, **shares, **by)
+    shares = {
+        k: getattr(args, k) for k in ('image_width', 'image_depth', 'text_width', 'text_depth')
+    }
+    if args.student and any(v != 1 for v in shares.values()):
+        raise TinyclipError(
+            'Give either --student or shares (--image-width, --text-depth, ...), not both.'
+        )
+    keep = (
+        like(teacher.model, read_cfg(args.student), **by)
+        if args.student
+        else manual(teacher.model, **shares, **by)
+    )
     student = inherit(teacher.model, keep)
     return teacher._replace(model=fresh(student) if args.random_start else student)
 
 # %% ../../nbs/cli/03_main.ipynb #ace15132
-def _demo(args)->dict:
+def _demo(args) -> dict:
     "Compress a small CLIP offline and write a report"
     return run_demo(args.folder, args.steps, args.seed, progress=not args.json)
 
-def _check(args)->dict:
+
+def _check(args) -> dict:
     "Look at data before training on them"
-    model,preprocess,tokenizer = load(args.model)
-    report = check(source_of(args), preprocess, tokenizer, teacher=model, workers=args.workers, n=args.n)
-    if not args.json: print(report)
-    if args.html: Path(args.html).write_text(f'<!doctype html><meta charset=utf-8><title>tinyclip check</title>{report._repr_html_()}', encoding='utf-8')
+    model, preprocess, tokenizer = load(args.model)
+    report = check(
+        source_of(args), preprocess, tokenizer, teacher=model, workers=args.workers, n=args.n
+    )
+    if not args.json:
+        print(report)
+    if args.html:
+        Path(args.html).write_text(
+            '<!doctype html><meta charset=utf-8><title>tinyclip '
+            f'check</title>{report._repr_html_()}',
+            encoding='utf-8',
+        )
     return report.numbers()
 
-def _join(args):
-    "The device of this process, once all that were started together have found each other; None for one alone"
-    return make_accelerator(args.precision, args.device).device if int(os.environ.get('WORLD_SIZE', 1))>1 else None
 
-def _cache(args)->dict:
+def _join(args):
+    """The device of this process, once all that were started together have found each other;
+    None for one alone"""
+    return (
+        make_accelerator(args.precision, args.device).device
+        if int(os.environ.get('WORLD_SIZE', 1)) > 1
+        else None
+    )
+
+
+def _cache(args) -> dict:
     "Write what a teacher makes of shards, so that training needs no teacher"
-    device = _join(args) # several processes share the shards
-    model,_,tokenizer = load(args.teacher, device or pick_device(args.device))
-    source,out,tell = source_of(args), Path(args.out), (lambda *a: None) if args.json else partial(print, file=sys.stderr, flush=True)
-    rank,world = processes()
+    device = _join(args)  # several processes share the shards
+    model, _, tokenizer = load(args.teacher, device or pick_device(args.device))
+    source = source_of(args)
+    out = Path(args.out)
+    tell = (lambda *a: None) if args.json else partial(print, file=sys.stderr, flush=True)
+    rank, world = processes()
     need = cache_size(source, embedding_width(model, tokenizer), args.views, args.dtype)
     there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if rank==0: tell(f'About {human(need)}B for {source!r}; {human(shutil.disk_usage(there).free)}B are free there.')
-    result = write_cache(source, model, transforms(model)[0], tokenizer, out, views=args.views, seed=args.seed, dtype=args.dtype, precision=args.precision, batch_size=args.batch_size, workers=args.workers,
-                         told=lambda r: tell(f"{r['shard']}: {r['samples']} samples, {human(r['bytes'])}B"))
-    if device: result = dict(process=rank, of=world) | result
-    if not args.json: print(Table([{k:v for k,v in result.items() if k!='skipped'} | {f'skipped: {k}':v for k,v in result['skipped'].items()}]))
+    if rank == 0:
+        tell(
+            f'About {human(need)}B for {source!r}; {human(shutil.disk_usage(there).free)}B '
+            'are free there.'
+        )
+    result = write_cache(
+        source,
+        model,
+        transforms(model)[0],
+        tokenizer,
+        out,
+        views=args.views,
+        seed=args.seed,
+        dtype=args.dtype,
+        precision=args.precision,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        told=lambda r: tell(f"{r['shard']}: {r['samples']} samples, {human(r['bytes'])}B"),
+    )
+    if device:
+        result = dict(process=rank, of=world) | result
+    if not args.json:
+        print(
+            Table(
+                [
+                    {k: v for k, v in result.items() if k != 'skipped'}
+                    | {f'skipped: {k}': v for k, v in result['skipped'].items()}
+                ]
+            )
+        )
     return result | dict(estimate=need, folder=str(out))
 
-def _replay(args)->dict:
+
+def _replay(args) -> dict:
     "A run as one HTML page to scrub through: curves, masks, layers"
     page = write_replay(args.run, args.out, args.title or Path(args.run).name)
-    if not args.json: print(f'Replay: {page}')
+    if not args.json:
+        print(f'Replay: {page}')
     return dict(page=str(page))
 
 # %% ../../nbs/cli/03_main.ipynb #5a1862ca
 def check_stages(args):
     "Refuse options that do not go together"
     if not args.share:
-        if args.mask_steps is not None or args.uniform: raise TinyclipError('--mask-steps and --uniform belong to masks that learn: say with --share how much of the teacher to keep.')
+        if args.mask_steps is not None or args.uniform:
+            raise TinyclipError(
+                '--mask-steps and --uniform belong to masks that learn: say with --share how '
+                'much of the teacher to keep.'
+            )
         return
-    if not args.teacher: raise TinyclipError('--share is a share of a teacher: name one with --teacher.')
-    named = [k for k in ('student', 'random_start') if getattr(args, k)] + [k for k in ('image_width', 'image_depth', 'text_width', 'text_depth') if getattr(args, k)!=1] + [k for k,v in (('width_by', 'leading'), ('depth_by', 'evenly_spaced')) if getattr(args, k)!=v]
-    if named: raise TinyclipError(f'--share lets masks decide what to keep, --{named[0].replace("_", "-")} says so itself: give one of them.')
+    if not args.teacher:
+        raise TinyclipError('--share is a share of a teacher: name one with --teacher.')
+    named = (
+        [k for k in ('student', 'random_start') if getattr(args, k)]
+        + [
+            k
+            for k in ('image_width', 'image_depth', 'text_width', 'text_depth')
+            if getattr(args, k) != 1
+        ]
+        + [
+            k
+            for k, v in (('width_by', 'leading'), ('depth_by', 'evenly_spaced'))
+            if getattr(args, k) != v
+        ]
+    )
+    if named:
+        raise TinyclipError(
+            f'--share lets masks decide what to keep, --{named[0].replace("_", "-")} says so '
+            'itself: give one of them.'
+        )
+
 
 def in_stages(
-    args, # Of `tinyclip distill`
-    teacher, # The CLIP to compress
-    pairs, # To learn from
-    tokenizer, # The teacher's
-    settings:dict, # Of the `Distiller`s
-)->tuple: # (student, what to report)
+    args,  # Of `tinyclip distill`
+    teacher,  # The CLIP to compress
+    pairs,  # To learn from
+    tokenizer,  # The teacher's
+    settings: dict,  # Of the `Distiller`s
+) -> tuple:  # (student, what to report)
     "One stage per `--share`, the steps divided among them"
-    steps = args.steps//len(args.share)
-    masks = min(500, max(1, steps//5)) if args.mask_steps is None else args.mask_steps
-    if masks>=steps: raise TinyclipError(f'--mask-steps {masks} leave nothing of the {steps} steps of a stage to distil in: raise --steps, or lower --mask-steps.')
-    plan = [Stage(s, masks, steps-masks) for s in args.share]
-    stages = Stages(teacher, pairs, plan, args.out, masks={**SHORT, 'uniform':args.uniform}, tokenizer=tokenizer, seed=args.seed, **settings).fit(resume=args.resume)
-    return load(Path(args.out)/f'stage-{len(plan)}'/'student').model, dict(steps=steps*len(plan), stages=stages)
+    steps = args.steps // len(args.share)
+    masks = min(500, max(1, steps // 5)) if args.mask_steps is None else args.mask_steps
+    if masks >= steps:
+        raise TinyclipError(
+            f'--mask-steps {masks} leave nothing of the {steps} steps of a stage to distil '
+            'in: raise --steps, or lower --mask-steps.'
+        )
+    plan = [Stage(s, masks, steps - masks) for s in args.share]
+    stages = Stages(
+        teacher,
+        pairs,
+        plan,
+        args.out,
+        masks={**SHORT, 'uniform': args.uniform},
+        tokenizer=tokenizer,
+        seed=args.seed,
+        **settings,
+    ).fit(resume=args.resume)
+    return load(Path(args.out) / f'stage-{len(plan)}' / 'student').model, dict(
+        steps=steps * len(plan), stages=stages
+    )
 
 # %% ../../nbs/cli/03_main.ipynb #db2c9f1a
-def _distill(args)->dict:
+def _distill(args) -> dict:
     "Cut a student out of a teacher and train it; or train a CLIP from scratch"
     out = Path(args.out)
     _join(args)
     teacher = load(args.teacher) if args.teacher else None
     student = teacher if args.share else make_student(args, teacher)
     check_stages(args)
-    drawn = isinstance(source_of(args), Drawn) # a random crop would make the drawn captions untrue
+    drawn = isinstance(source_of(args), Drawn)  # a random crop would make the drawn captions untrue
     opened = partial(cached_pairs, folder=args.cache) if args.cache else open_pairs
-    pairs = opened(source_of(args), preprocess=transforms(student.model)[1 if drawn else 0], tokenizer=student.tokenizer, batch_size=args.batch_size, seed=args.seed, workers=args.workers)
+    pairs = opened(
+        source_of(args),
+        preprocess=transforms(student.model)[1 if drawn else 0],
+        tokenizer=student.tokenizer,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        workers=args.workers,
+    )
     test = source_of(args, args.eval_data, test=True) if args.eval_data else None
-    if teacher and args.cache and not args.share: pairs.check_teacher(teacher.model); teacher = None # the student has inherited; nobody else asks
-    look = partial(evaluation, preprocess=student.preprocess, tokenizer=student.tokenizer, source=test, templates=args.templates or 'simple', workers=args.workers) if test else None
-    settings = dict(objective=args.objective or ['affinity' if args.teacher or args.cache else 'contrastive'], lr=args.lr, warmup=args.warmup, weight_decay=args.weight_decay, precision=args.precision, device=args.device,
-                    save_every=args.save_every, evaluate=look, evaluate_every=args.eval_every, trackers=args.track,
-                    chunk_size=args.chunk_size, grad_checkpointing=args.grad_checkpointing, compile=args.compile, shard=args.shard or None)
-    if args.share: model,result = in_stages(args, teacher.model, pairs, student.tokenizer, settings)
+    if teacher and args.cache and not args.share:
+        pairs.check_teacher(teacher.model)
+        teacher = None  # the student has inherited; nobody else asks
+    look = (
+        partial(
+            evaluation,
+            preprocess=student.preprocess,
+            tokenizer=student.tokenizer,
+            source=test,
+            templates=args.templates or 'simple',
+            workers=args.workers,
+        )
+        if test
+        else None
+    )
+    settings = dict(
+        objective=args.objective or ['affinity' if args.teacher or args.cache else 'contrastive'],
+        lr=args.lr,
+        warmup=args.warmup,
+        weight_decay=args.weight_decay,
+        precision=args.precision,
+        device=args.device,
+        save_every=args.save_every,
+        evaluate=look,
+        evaluate_every=args.eval_every,
+        trackers=args.track,
+        chunk_size=args.chunk_size,
+        grad_checkpointing=args.grad_checkpointing,
+        compile=args.compile,
+        shard=args.shard or None,
+    )
+    if args.share:
+        model, result = in_stages(args, teacher.model, pairs, student.tokenizer, settings)
     else:
-        r = Distiller(student.model, teacher and teacher.model, pairs, seed=args.seed, folder=out, **settings).fit(args.steps, resume=args.resume)
-        model,result = r.student, dict(steps=r.steps, seconds=r.seconds, pairs_per_s=r.pairs_per_s, losses=r.losses, evaluation=r.evaluation, skipped_steps=r.skipped)
-    if processes()[0]: return {} # the first process writes and tells
-    save(model, out/'student', tokenizer=student.tokenizer)
-    result |= dict(skipped_samples=dict(pairs.skipped), student=str(out/'student'), arguments={k:v for k,v in vars(args).items() if k not in ('command', 'json')})
-    write_json(out/'result.json', result)
-    if not args.json: print(result['stages'] if args.share else Table([result['evaluation']]) if result['evaluation'] else '', f'\nStudent: {out/"student"}')
+        r = Distiller(
+            student.model, teacher and teacher.model, pairs, seed=args.seed, folder=out, **settings
+        ).fit(args.steps, resume=args.resume)
+        model = r.student
+        result = dict(
+            steps=r.steps,
+            seconds=r.seconds,
+            pairs_per_s=r.pairs_per_s,
+            losses=r.losses,
+            evaluation=r.evaluation,
+            skipped_steps=r.skipped,
+        )
+    if processes()[0]:
+        return {}  # the first process writes and tells
+    save(model, out / 'student', tokenizer=student.tokenizer)
+    result |= dict(
+        skipped_samples=dict(pairs.skipped),
+        student=str(out / 'student'),
+        arguments={k: v for k, v in vars(args).items() if k not in ('command', 'json')},
+    )
+    write_json(out / 'result.json', result)
+    if not args.json:
+        print(
+            result['stages']
+            if args.share
+            else Table([result['evaluation']])
+            if result['evaluation']
+            else '',
+            f'\nStudent: {out / "student"}',
+        )
     return result
 
 # %% ../../nbs/cli/03_main.ipynb #529e73de
 def _training_options(p):
     "Options of `tinyclip distill` beside data and student"
-    p.add_argument('--teacher', metavar='MODEL', help="a model folder, 'ViT-B-32:laion2b_s34b_b79k', 'hf-hub:...', or 'shapes-teacher'; none to train from scratch")
-    p.add_argument('--cache', action='append', metavar='FOLDER', help='what the teacher said before, from tinyclip cache: it is not run; repeat for several teachers, whose logits are averaged')
-    p.add_argument('--out', required=True, metavar='FOLDER', help='checkpoints, event log and the student')
-    p.add_argument('--objective', action='append', choices=LOSSES, help="loss; repeat to add several (default: affinity, without a teacher contrastive)")
-    p.add_argument('--steps', type=int, required=True); p.add_argument('--batch-size', type=int, default=256, help='pairs of a step in each process')
-    p.add_argument('--lr', type=float, default=5e-4); p.add_argument('--warmup', type=float, default=.05, help='share of the steps'); p.add_argument('--weight-decay', type=float, default=.2)
-    p.add_argument('--eval-data', metavar='SOURCE', help='held-out data of the same kind'); p.add_argument('--eval-every', type=int, metavar='STEPS')
-    p.add_argument('--save-every', type=int, default=1000, metavar='STEPS'); p.add_argument('--resume', action='store_true', help='go on from the newest checkpoint in --out')
-    p.add_argument('--chunk-size', type=int, metavar='PAIRS', help='so many in the towers at once, for batches larger than memory; exact'); p.add_argument('--grad-checkpointing', action='store_true', help='less memory, more time')
-    p.add_argument('--compile', action='store_true', help='torch.compile student and teacher'); p.add_argument('--shard', action='store_true', help='divide the student among processes (FSDP2), as accelerate launch --use_fsdp --fsdp_version 2 does')
-    p.add_argument('--track', action='append', default=[], metavar='TRACKER', help='tensorboard, wandb, ...')
+    p.add_argument(
+        '--teacher',
+        metavar='MODEL',
+        help="a model folder, 'ViT-B-32:laion2b_s34b_b79k', 'hf-hub:...', or 'shapes-teacher'; "
+        "none to train from scratch",
+    )
+    p.add_argument(
+        '--cache',
+        action='append',
+        metavar='FOLDER',
+        help='what the teacher said before, from tinyclip cache: it is not run; repeat for '
+        'several teachers, whose logits are averaged',
+    )
+    p.add_argument(
+        '--out', required=True, metavar='FOLDER', help='checkpoints, event log and the student'
+    )
+    p.add_argument(
+        '--objective',
+        action='append',
+        choices=LOSSES,
+        help="loss; repeat to add several (default: affinity, without a teacher contrastive)",
+    )
+    p.add_argument('--steps', type=int, required=True)
+    p.add_argument('--batch-size', type=int, default=256, help='pairs of a step in each process')
+    p.add_argument('--lr', type=float, default=5e-4)
+    p.add_argument('--warmup', type=float, default=0.05, help='share of the steps')
+    p.add_argument('--weight-decay', type=float, default=0.2)
+    p.add_argument('--eval-data', metavar='SOURCE', help='held-out data of the same kind')
+    p.add_argument('--eval-every', type=int, metavar='STEPS')
+    p.add_argument('--save-every', type=int, default=1000, metavar='STEPS')
+    p.add_argument(
+        '--resume', action='store_true', help='go on from the newest checkpoint in --out'
+    )
+    p.add_argument(
+        '--chunk-size',
+        type=int,
+        metavar='PAIRS',
+        help='so many in the towers at once, for batches larger than memory; exact',
+    )
+    p.add_argument('--grad-checkpointing', action='store_true', help='less memory, more time')
+    p.add_argument('--compile', action='store_true', help='torch.compile student and teacher')
+    p.add_argument(
+        '--shard',
+        action='store_true',
+        help='divide the student among processes (FSDP2), as accelerate launch --use_fsdp '
+        '--fsdp_version 2 does',
+    )
+    p.add_argument(
+        '--track', action='append', default=[], metavar='TRACKER', help='tensorboard, wandb, ...'
+    )
 
-def parser()->argparse.ArgumentParser:
+
+def parser() -> argparse.ArgumentParser:
     "The command line"
     top = argparse.ArgumentParser(prog='tinyclip', description='Small CLIPs out of large ones.')
     commands = top.add_subparsers(dest='name', required=True, metavar='COMMAND')
+
     def command(name, run):
         p = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         p.add_argument('--json', action='store_true', help='print one JSON object')
         p.set_defaults(command=run)
         return p
-    p = command('demo', _demo); p.add_argument('--folder', default='demo'); p.add_argument('--steps', type=int, default=STEPS); p.add_argument('--seed', type=int, default=0)
-    p = command('check', _check); data_options(p); p.add_argument('--model', default='shapes-teacher', help='a CLIP that should know such pairs'); p.add_argument('--n', type=int, default=64)
+
+    p = command('demo', _demo)
+    p.add_argument('--folder', default='demo')
+    p.add_argument('--steps', type=int, default=STEPS)
+    p.add_argument('--seed', type=int, default=0)
+    p = command('check', _check)
+    data_options(p)
+    p.add_argument('--model', default='shapes-teacher', help='a CLIP that should know such pairs')
+    p.add_argument('--n', type=int, default=64)
     p.add_argument('--html', metavar='FILE', help='write the report with its pictures here')
-    p = command('cache', _cache); data_options(p); p.add_argument('--teacher', required=True, metavar='MODEL', help='as in tinyclip distill'); p.add_argument('--out', required=True, metavar='FOLDER', help='the cache, a folder of its own')
-    p.add_argument('--views', type=int, default=1, metavar='N', help='crops per picture (default 1); epoch e of a training shows crop e %% N'); p.add_argument('--dtype', choices=DTYPES, default='float16', help='how rows are stored')
-    p.add_argument('--batch-size', type=int, default=256); p.add_argument('--seed', type=int, default=0, help='of the crops'); machine_options(p, 'auto')
-    p = command('distill', _distill); data_options(p); student_options(p); _training_options(p); p.add_argument('--seed', type=int, default=0); machine_options(p, 'auto')
+    p = command('cache', _cache)
+    data_options(p)
+    p.add_argument('--teacher', required=True, metavar='MODEL', help='as in tinyclip distill')
+    p.add_argument('--out', required=True, metavar='FOLDER', help='the cache, a folder of its own')
+    p.add_argument(
+        '--views',
+        type=int,
+        default=1,
+        metavar='N',
+        help='crops per picture (default 1); epoch e of a training shows crop e %% N',
+    )
+    p.add_argument('--dtype', choices=DTYPES, default='float16', help='how rows are stored')
+    p.add_argument('--batch-size', type=int, default=256)
+    p.add_argument('--seed', type=int, default=0, help='of the crops')
+    machine_options(p, 'auto')
+    p = command('distill', _distill)
+    data_options(p)
+    student_options(p)
+    _training_options(p)
+    p.add_argument('--seed', type=int, default=0)
+    machine_options(p, 'auto')
     eval_options(command('eval', run_eval))
     measure_options(command('measure', run_measure))
-    p = command('zoo', run_zoo); p.add_argument('model', nargs='*', help='download these; without names: list them')
+    p = command('zoo', run_zoo)
+    p.add_argument('model', nargs='*', help='download these; without names: list them')
     export_options(command('export', run_export))
-    p = command('replay', _replay); p.add_argument('run', help='the folder of a run, of a compression in stages, or of several runs'); p.add_argument('--out', default='replay.html', metavar='FILE'); p.add_argument('--title')
+    p = command('replay', _replay)
+    p.add_argument(
+        'run', help='the folder of a run, of a compression in stages, or of several runs'
+    )
+    p.add_argument('--out', default='replay.html', metavar='FILE')
+    p.add_argument('--title')
     return top
 
 # %% ../../nbs/cli/03_main.ipynb #a54fa508
 def main(
-    argv:list|None=None, # Arguments; None for those of the process
-)->int: # Exit code
-    "Run a command: 0 for success, 2 for bad input, 130 when interrupted, 75 when the system wants its machine back"
+    argv: list | None = None,  # Arguments; None for those of the process
+) -> int:  # Exit code
+    """Run a command: 0 for success, 2 for bad input, 130 when interrupted, 75 when the system
+    wants its machine back"""
     args = parser().parse_args(argv)
-    try: result = args.command(args)
-    except TinyclipError as e: print(f'tinyclip: {e}', file=sys.stderr); return 2
-    except KeyboardInterrupt as e: print(f'tinyclip: {e or "interrupted"}', file=sys.stderr); return 130
-    except Terminated as e: print(f'tinyclip: {e}; run the command again with --resume', file=sys.stderr); return e.code
-    if args.json and result: print(json.dumps(result, default=str))
+    try:
+        result = args.command(args)
+    except TinyclipError as e:
+        print(f'tinyclip: {e}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as e:
+        print(f'tinyclip: {e or "interrupted"}', file=sys.stderr)
+        return 130
+    except Terminated as e:
+        print(f'tinyclip: {e}; run the command again with --resume', file=sys.stderr)
+        return e.code
+    if args.json and result:
+        print(json.dumps(result, default=str))
     return 0

@@ -8,301 +8,524 @@ __all__ = ['DTYPES', 'INDEX', 'KNOWN', 'write_shards', 'answer_bytes', 'cache_si
            'sweep', 'read_index', 'begin_cache', 'write_cache']
 
 # %% ../../nbs/data/09_cache.ipynb #44c5cc5c
-import glob, io, json, shutil, tarfile, time
+import glob
+import io
+import json
+import shutil
+import tarfile
+import time
 from collections import Counter
 from functools import lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 from safetensors.torch import save as save_tensors
-from ..core import TinyclipError, atomic_path, autocast, evaluating, processes, resolve_precision, unknown, write_json
-from .fingerprints import difference, differing, prints, shard_print, teacher_print, transform_print
+from torch import nn
+
+from tinyclip.core import (
+    TinyclipError,
+    atomic_path,
+    autocast,
+    evaluating,
+    processes,
+    resolve_precision,
+    unknown,
+    write_json,
+)
+from tinyclip.data.fingerprints import (
+    difference,
+    differing,
+    prints,
+    shard_print,
+    teacher_print,
+    transform_print,
+)
 from .pairs import Tally, stream, worker_count
-from .transforms import Chunk, pictures, tokenise, try_out
 from .sources import IMAGES, Order, Sample, Shards, Skip, Source, as_source
+from .transforms import Chunk, pictures, tokenise, try_out
 
 # %% ../../nbs/data/09_cache.ipynb #69e2f5a6
-def _encoded(image): # (extension, bytes), as stored; drawn ones as PNG
+def _encoded(image):  # (extension, bytes), as stored; drawn ones as PNG
     if isinstance(image, torch.Tensor):
         Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(b := io.BytesIO(), 'PNG')
         return 'png', b.getvalue()
     data = image if isinstance(image, bytes) else Path(image).read_bytes()
-    with Image.open(io.BytesIO(data)) as im: kind = im.format.lower()
-    return kind if kind in IMAGES else 'jpg', data # a name only: what it is, is told by its bytes
+    with Image.open(io.BytesIO(data)) as im:
+        kind = im.format.lower()
+    return kind if kind in IMAGES else 'jpg', data  # a name only: what it is, is told by its bytes
 
-def _add(tar, name, data): info = tarfile.TarInfo(name); info.size = len(data); tar.addfile(info, io.BytesIO(data))
 
-def _files(source, order, skipped): # yields a dict of bytes by extension for every sample that has an image and captions
+def _add(tar, name, data):
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def _files(
+    source, order, skipped
+):  # yields a dict of bytes by extension for every sample that has an image and captions
     for s in (s for chunk in source.chunks(order) for s in chunk):
-        try: named = None if isinstance(s, Skip) else dict([_encoded(s.image)])
-        except OSError: s,named = Skip('broken image', s.key, s.where),None # Pillow's and the file system's
-        if named is None: skipped[s.kind] += 1; continue
-        yield named | dict(json=json.dumps(dict(captions=s.captions), ensure_ascii=False).encode()) | ({} if s.label is None else dict(cls=str(s.label).encode()))
+        try:
+            named = None if isinstance(s, Skip) else dict([_encoded(s.image)])
+        except OSError:
+            # Pillow's and the file system's
+            s = Skip('broken image', s.key, s.where)
+            named = None
+        if named is None:
+            skipped[s.kind] += 1
+            continue
+        yield (
+            named
+            | dict(json=json.dumps(dict(captions=s.captions), ensure_ascii=False).encode())
+            | ({} if s.label is None else dict(cls=str(s.label).encode()))
+        )
+
 
 def write_shards(
-    source, # Anything that `as_source` takes
-    folder, # For the shards `00000.tar`, ...; appears whole or not at all
-    each:int=10_000, # Samples per shard
-    seed:int=0, # Of their order
-    **options, # As for `as_source`
-)->dict: # `shards`, `samples`, `skipped`
-    "One epoch of any source as webdataset shards, in random order: images as they are, all captions, classes"
-    source,folder = as_source(source, **options),Path(folder)
-    if each<1: raise TinyclipError(f'each={each}: a shard holds at least one sample.')
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())): raise TinyclipError(f"'{folder}' holds something already: give another folder.")
-    tmp,n,skipped = folder.with_name(f'.{folder.name}.tmp'),0,Counter(s.kind for s in source.notes)
-    shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
+    source,  # Anything that `as_source` takes
+    folder,  # For the shards `00000.tar`, ...; appears whole or not at all
+    each: int = 10_000,  # Samples per shard
+    seed: int = 0,  # Of their order
+    **options,  # As for `as_source`
+) -> dict:  # `shards`, `samples`, `skipped`
+    """One epoch of any source as webdataset shards, in random order: images as they are, all
+    captions, classes"""
+    source, folder = as_source(source, **options), Path(folder)
+    if each < 1:
+        raise TinyclipError(f'each={each}: a shard holds at least one sample.')
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise TinyclipError(f"'{folder}' holds something already: give another folder.")
+    tmp = folder.with_name(f'.{folder.name}.tmp')
+    n = 0
+    skipped = Counter(s.kind for s in source.notes)
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
     try:
-        for number,samples in groupby(enumerate(_files(source, Order(seed=seed), skipped)), lambda o: o[0]//each):
-            with tarfile.open(tmp/f'{number:05}.tar', 'w') as tar:
-                for n,files in samples:
-                    for ext,data in files.items(): _add(tar, f'{n:09}.{ext}', data)
+        for number, samples in groupby(
+            enumerate(_files(source, Order(seed=seed), skipped)), lambda o: o[0] // each
+        ):
+            with tarfile.open(tmp / f'{number:05}.tar', 'w') as tar:
+                for n, files in samples:
+                    for ext, data in files.items():
+                        _add(tar, f'{n:09}.{ext}', data)
                 n += 1
-        if not n: raise TinyclipError(f'{source!r} holds nothing to write into shards: {dict(skipped)} were left out.')
-        if source.classnames: (tmp/'classnames.txt').write_text('\n'.join(source.classnames)+'\n', encoding='utf-8')
+        if not n:
+            raise TinyclipError(
+                f'{source!r} holds nothing to write into shards: {dict(skipped)} were left out.'
+            )
+        if source.classnames:
+            (tmp / 'classnames.txt').write_text(
+                '\n'.join(source.classnames) + '\n', encoding='utf-8'
+            )
         tmp.replace(folder)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
-    return dict(shards=number+1, samples=n, skipped=dict(skipped))
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    return dict(shards=number + 1, samples=n, skipped=dict(skipped))
 
 # %% ../../nbs/data/09_cache.ipynb #1aa50297
 DTYPES = dict(float16=torch.float16, bfloat16=torch.bfloat16, float32=torch.float32)
 
+
 @lru_cache(maxsize=1000)
 def answer_bytes(
-    captions:int, # Of one sample
-    views:int, # Crops per picture
-    width:int, # Channels of the teacher's embedding
-    dtype:str='float16', # One of `DTYPES`
-)->int: # Bytes in a tar
+    captions: int,  # Of one sample
+    views: int,  # Crops per picture
+    width: int,  # Channels of the teacher's embedding
+    dtype: str = 'float16',  # One of `DTYPES`
+) -> int:  # Bytes in a tar
     "What one sample takes on disk"
-    rows = {k:torch.zeros(n, width, dtype=DTYPES[dtype]) for k,n in (('image', views), ('text', captions))}
-    return 512 + -(-len(save_tensors(rows))//512)*512
+    rows = {
+        k: torch.zeros(n, width, dtype=DTYPES[dtype])
+        for k, n in (('image', views), ('text', captions))
+    }
+    return 512 + -(-len(save_tensors(rows)) // 512) * 512
 
-def _tar_size(content): return -(-(content+1024)//tarfile.RECORDSIZE)*tarfile.RECORDSIZE # two empty blocks, then whole records
+
+def _tar_size(content):
+    return (
+        -(-(content + 1024) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+    )  # two empty blocks, then whole records
+
 
 def cache_size(
-    source, # Shards, as for `write_cache`
-    width:int, # Channels of the teacher's embedding
-    views:int=1, # Crops per picture
-    dtype:str='float16', # One of `DTYPES`
-    look:int|None=4, # Read so many shards; None for all, which makes it exact
-)->int: # Bytes
+    source,  # Shards, as for `write_cache`
+    width: int,  # Channels of the teacher's embedding
+    views: int = 1,  # Crops per picture
+    dtype: str = 'float16',  # One of `DTYPES`
+    look: int | None = 4,  # Read so many shards; None for all, which makes it exact
+) -> int:  # Bytes
     "How large a cache will be"
     source = shards_only(source)
-    urls = source.urls if look is None else source.urls[::max(1, len(source.urls)//look)][:look]
-    size = lambda u: shard_print(u)['size']
-    took = [_tar_size(sum(answer_bytes(len(s.captions), views, width, dtype) for s in source.samples([u]) if isinstance(s, Sample))) for u in urls]
+    urls = source.urls if look is None else source.urls[:: max(1, len(source.urls) // look)][:look]
+
+    def size(u):
+        return shard_print(u)['size']
+
+    took = [
+        _tar_size(
+            sum(
+                answer_bytes(len(s.captions), views, width, dtype)
+                for s in source.samples([u])
+                if isinstance(s, Sample)
+            )
+        )
+        for u in urls
+    ]
     known = [size(u) for u in source.urls]
-    if None in known: return round(sum(took)*len(source.urls)/len(urls))
-    return round(sum(took)*sum(known)/sum(map(size, urls)))
+    if None in known:
+        return round(sum(took) * len(source.urls) / len(urls))
+    return round(sum(took) * sum(known) / sum(map(size, urls)))
+
 
 def shards_only(
-    source, # As in `as_source`
-)->Shards: # Each with a name of its own
+    source,  # As in `as_source`
+) -> Shards:  # Each with a name of its own
     "Refuse what a cache cannot stand beside"
     source = as_source(source)
-    if not isinstance(source, Shards): raise TinyclipError(f"Only webdataset shards can have a cache of teacher answers. Write these pairs into shards first, tinyclip.data.cache.write_shards(source, 'shards'): {source!r}.")
-    twice = [n for n,k in Counter(Path(u).name for u in source.urls).items() if k>1]
-    if twice: raise TinyclipError(f'{twice[0]!r} names more than one shard, and answers are found by that name: make a cache for each folder of shards.')
+    if not isinstance(source, Shards):
+        raise TinyclipError(
+            "Only webdataset shards can have a cache of teacher answers. Write these pairs "
+            "into shards first, tinyclip.data.cache.write_shards(source, 'shards'): "
+            f"{source!r}."
+        )
+    twice = [n for n, k in Counter(Path(u).name for u in source.urls).items() if k > 1]
+    if twice:
+        raise TinyclipError(
+            f'{twice[0]!r} names more than one shard, and answers are found by that name: '
+            'make a cache for each folder of shards.'
+        )
     return source
 
 # %% ../../nbs/data/09_cache.ipynb #23c9bb36
 class OneShard(Source):
     "The samples of one shard in their order, in chunks that workers take in turn"
-    def __init__(self, shards, url): self.shards,self.url = shards,url
+
+    def __init__(self, shards, url):
+        self.shards = shards
+        self.url = url
+
     def chunks(self, order, worker=0, workers=1):
         samples = self.shards.samples([self.url])
         for i in range(10**12):
-            if not (chunk := list(islice(samples, order.size))): return
-            if i % workers==worker: yield chunk
-    def __repr__(self): return Path(self.url).name
+            if not (chunk := list(islice(samples, order.size))):
+                return
+            if i % workers == worker:
+                yield chunk
+
+    def __repr__(self):
+        return Path(self.url).name
 
 # %% ../../nbs/data/09_cache.ipynb #f14c520a
 def all_views(
-    entries:list, # `Sample`s and `Skip`s
-    order, # An `Order`: its seed is the cache's
-    preprocess, # PIL image -> float (3,h,w)
-    tokenizer, # The teacher's
-    views:int, # Crops per picture
-    reduced:bool, # As in `open_pairs`
-)->Chunk: # `fields` are (samples, pictures of every view, tokens)
+    entries: list,  # `Sample`s and `Skip`s
+    order,  # An `Order`: its seed is the cache's
+    preprocess,  # PIL image -> float (3,h,w)
+    tokenizer,  # The teacher's
+    views: int,  # Crops per picture
+    reduced: bool,  # As in `open_pairs`
+) -> Chunk:  # `fields` are (samples, pictures of every view, tokens)
     "What the teacher is to be shown of some samples"
-    good,first,skips = pictures(entries, order._replace(epoch=0), preprocess, reduced=reduced)
-    if not good: return Chunk((), skips)
-    crops = [first] + [pictures(good, order._replace(epoch=v), preprocess, reduced=reduced)[1] for v in range(1, views)]
-    tokens,cut = tokenise(tokenizer, [c for s in good for c in s.captions])
+    good, first, skips = pictures(entries, order._replace(epoch=0), preprocess, reduced=reduced)
+    if not good:
+        return Chunk((), skips)
+    crops = [first] + [
+        pictures(good, order._replace(epoch=v), preprocess, reduced=reduced)[1]
+        for v in range(1, views)
+    ]
+    tokens, cut = tokenise(tokenizer, [c for s in good for c in s.captions])
     light = [s._replace(image=None) for s in good]
-    return Chunk((light, torch.stack([torch.stack(c) for c in crops], 1), tokens), skips, len(tokens), cut)
+    return Chunk(
+        (light, torch.stack([torch.stack(c) for c in crops], 1), tokens), skips, len(tokens), cut
+    )
 
 # %% ../../nbs/data/09_cache.ipynb #7e2b5a03
 def ask_teacher(
-    teacher:nn.Module, # With `encode_image` and `encode_text`
-    images:torch.Tensor, # (n,views,3,h,w)
-    tokens:torch.Tensor, # (m,context)
-    precision:str='fp32', # As in `core.autocast`
-    size:int=256, # Rows at a time
-)->tuple: # Unit rows (n,views,d) and (m,d), float32, on the CPU
+    teacher: nn.Module,  # With `encode_image` and `encode_text`
+    images: torch.Tensor,  # (n,views,3,h,w)
+    tokens: torch.Tensor,  # (m,context)
+    precision: str = 'fp32',  # As in `core.autocast`
+    size: int = 256,  # Rows at a time
+) -> tuple:  # Unit rows (n,views,d) and (m,d), float32, on the CPU
     "What the teacher makes of pictures and captions"
     device = next(teacher.parameters()).device
-    def rows(f, x): return torch.cat([F.normalize(f(part.to(device)).float(), dim=-1).cpu() for part in x.split(size)])
-    with evaluating(teacher), autocast(device, precision): return rows(teacher.encode_image, images.flatten(0, 1)).unflatten(0, images.shape[:2]), rows(teacher.encode_text, tokens)
+
+    def rows(f, x):
+        return torch.cat(
+            [F.normalize(f(part.to(device)).float(), dim=-1).cpu() for part in x.split(size)]
+        )
+
+    with evaluating(teacher), autocast(device, precision):
+        return rows(teacher.encode_image, images.flatten(0, 1)).unflatten(
+            0, images.shape[:2]
+        ), rows(teacher.encode_text, tokens)
+
 
 def embedding_width(
-    teacher:nn.Module, # As above
-    tokenizer, # Its own
-)->int: # Channels
+    teacher: nn.Module,  # As above
+    tokenizer,  # Its own
+) -> int:  # Channels
     "How long a teacher's rows are"
-    device,tokens,context = next(teacher.parameters()).device, tokenizer(['a']), getattr(teacher, 'context_length', None)
-    if context and tokens.shape[1]!=context: raise TinyclipError(f'The tokenizer makes texts of {tokens.shape[1]} tokens, and this teacher takes {context}: use the tokenizer that was loaded with it.')
-    with evaluating(teacher): return teacher.encode_text(tokens.to(device)).shape[-1]
+    device = next(teacher.parameters()).device
+    tokens = tokenizer(['a'])
+    context = getattr(teacher, 'context_length', None)
+    if context and tokens.shape[1] != context:
+        raise TinyclipError(
+            f'The tokenizer makes texts of {tokens.shape[1]} tokens, and this teacher takes '
+            f'{context}: use the tokenizer that was loaded with it.'
+        )
+    with evaluating(teacher):
+        return teacher.encode_text(tokens.to(device)).shape[-1]
 
-def _gathered(chunks, size): # many small chunks as few that hold `size` pictures or a little more: workers hand over little, and a GPU has enough to do
-    held,n = [],0
-    joined = lambda: (sum((c[0] for c in held), []), *(torch.cat([c[i] for c in held]) for i in (1, 2)))
+
+def _gathered(
+    chunks, size
+):  # many small chunks as few that hold `size` pictures or a little more: workers hand over little, and a GPU has enough to do
+    held, n = [], 0
+
+    def joined():
+        return (
+            sum((c[0] for c in held), []),
+            *(torch.cat([c[i] for c in held]) for i in (1, 2)),
+        )
+
     for c in chunks:
-        held.append(c); n += c[1].shape[:2].numel()
-        if n>=size: yield joined(); held,n = [],0
-    if held: yield joined()
+        held.append(c)
+        n += c[1].shape[:2].numel()
+        if n >= size:
+            yield joined()
+            held, n = [], 0
+    if held:
+        yield joined()
 
 # %% ../../nbs/data/09_cache.ipynb #37745b4f
 INDEX = 'cache.json'
 
+
 def place(
-    folder, # Of a cache
-    url, # Of a data shard
-)->Path: # The cached shard; what is known of it stands beside, with `.json` at the end
+    folder,  # Of a cache
+    url,  # Of a data shard
+) -> Path:  # The cached shard; what is known of it stands beside, with `.json` at the end
     "Where the answers for a shard are"
     name = Path(url).name
-    return Path(folder)/(name if name.endswith('.tar') else f'{name}.tar')
+    return Path(folder) / (name if name.endswith('.tar') else f'{name}.tar')
 
 # %% ../../nbs/data/09_cache.ipynb #a9c94282
-def noted(folder, url)->dict:
+def noted(folder, url) -> dict:
     "What stands beside the answers for a shard; empty where nothing readable does"
-    try: known = json.loads(Path(f'{place(folder, url)}.json').read_text())
-    except (OSError, ValueError): return {}
+    try:
+        known = json.loads(Path(f'{place(folder, url)}.json').read_text())
+    except (OSError, ValueError):
+        return {}
     return known if isinstance(known, dict) and isinstance(known.get('shard'), dict) else {}
 
+
 def cached_already(
-    folder, # Of a cache
-    url, # Of a data shard
-)->dict|None: # What is known of it
+    folder,  # Of a cache
+    url,  # Of a data shard
+) -> dict | None:  # What is known of it
     "Whether the answers for a shard are there, whole, and for the shard as it is now"
-    path,known = place(folder, url),noted(folder, url)
-    return known if known.get('shard')==shard_print(url) and path.is_file() and path.stat().st_size==known.get('bytes') else None
+    path, known = place(folder, url), noted(folder, url)
+    return (
+        known
+        if known.get('shard') == shard_print(url)
+        and path.is_file()
+        and path.stat().st_size == known.get('bytes')
+        else None
+    )
+
 
 def write_answers(
-    flow, # Yields (samples, image (n,views,d), text (m,d))
-    path, # Of the tar
-    dtype, # One of torch's
-)->tuple: # (samples, captions, left out because they were not finite)
+    flow,  # Yields (samples, image (n,views,d), text (m,d))
+    path,  # Of the tar
+    dtype,  # One of torch's
+) -> tuple:  # (samples, captions, left out because they were not finite)
     "A shard of answers, in one move"
-    n,m,odd = 0,0,0
+    n, m, odd = 0, 0, 0
     with atomic_path(path) as tmp, tarfile.open(tmp, 'w') as tar:
-        for samples,image,text in flow:
-            for s,i,t in zip(samples, image, text.split([len(s.captions) for s in samples])):
-                if not (i.isfinite().all() and t.isfinite().all()): odd += 1; continue
-                rows = save_tensors(dict(image=i.to(dtype).contiguous(), text=t.to(dtype).contiguous()))
+        for samples, image, text in flow:
+            for s, i, t in zip(samples, image, text.split([len(s.captions) for s in samples])):
+                if not (i.isfinite().all() and t.isfinite().all()):
+                    odd += 1
+                    continue
+                rows = save_tensors(
+                    dict(image=i.to(dtype).contiguous(), text=t.to(dtype).contiguous())
+                )
                 _add(tar, f'{s.key}.safetensors', rows)
-                n,m = n+1, m+len(t)
+                n, m = n + 1, m + len(t)
     return n, m, odd
 
 # %% ../../nbs/data/09_cache.ipynb #01d3e37c
 def cache_shard(
-    source:Shards, # Of which it is one
-    url, # The shard
-    teacher:nn.Module, # Asked
-    ready, # (entries, order) -> Chunk: `all_views` with its settings
-    path, # Of the cached shard
-    order, # An `Order`, with the cache's seed
-    dtype:str='float16', # One of `DTYPES`
-    precision:str='fp32', # As in `core.autocast`
-    batch_size:int=256, # Pictures at a time
-    workers:int|None=0, # Loader processes
-)->dict: # What is known of it, also written beside it, last
+    source: Shards,  # Of which it is one
+    url,  # The shard
+    teacher: nn.Module,  # Asked
+    ready,  # (entries, order) -> Chunk: `all_views` with its settings
+    path,  # Of the cached shard
+    order,  # An `Order`, with the cache's seed
+    dtype: str = 'float16',  # One of `DTYPES`
+    precision: str = 'fp32',  # As in `core.autocast`
+    batch_size: int = 256,  # Pictures at a time
+    workers: int | None = 0,  # Loader processes
+) -> dict:  # What is known of it, also written beside it, last
     "The answers for one shard"
     one = OneShard(source, url)
-    tally,shard,record = Tally(one), shard_print(url), Path(f'{path}.json')
-    record.unlink(missing_ok=True) # it speaks of other answers
+    tally = Tally(one)
+    shard = shard_print(url)
+    record = Path(f'{path}.json')
+    record.unlink(missing_ok=True)  # it speaks of other answers
+
     def flow():
         try:
             chunks = stream(one, order, ready, worker_count(workers, one, order), tally)
-            for samples,images,tokens in _gathered(chunks, batch_size): yield samples, *ask_teacher(teacher, images, tokens, precision, batch_size)
-        except TinyclipError as e: # a shard without anything usable is no reason to lose the others
-            if tally.used or str(e)!=str(tally.nothing_usable()): raise
-    n,m,odd = write_answers(flow(), path, DTYPES[dtype])
-    skipped = dict(tally.skipped) | ({'teacher not finite':odd} if odd else {})
-    write_json(record, known := dict(shard=shard, samples=n, captions=m, bytes=path.stat().st_size, skipped=skipped))
+            for samples, images, tokens in _gathered(chunks, batch_size):
+                yield samples, *ask_teacher(teacher, images, tokens, precision, batch_size)
+        except (
+            TinyclipError
+        ) as e:  # a shard without anything usable is no reason to lose the others
+            if tally.used or str(e) != str(tally.nothing_usable()):
+                raise
+
+    n, m, odd = write_answers(flow(), path, DTYPES[dtype])
+    skipped = dict(tally.skipped) | ({'teacher not finite': odd} if odd else {})
+    write_json(
+        record,
+        known := dict(
+            shard=shard, samples=n, captions=m, bytes=path.stat().st_size, skipped=skipped
+        ),
+    )
     return known
 
+
 def sweep(
-    path, # Of a cached shard
-    since:float, # Seconds since 1970: what was touched later may be in use
+    path,  # Of a cached shard
+    since: float,  # Seconds since 1970: what was touched later may be in use
 ):
     "Remove what killed processes left half-written for a shard"
     for tmp in Path(path).parent.glob(f'.{glob.escape(Path(path).name)}.*.tmp'):
-        if tmp.stat().st_mtime<since: tmp.unlink(missing_ok=True)
+        if tmp.stat().st_mtime < since:
+            tmp.unlink(missing_ok=True)
 
 # %% ../../nbs/data/09_cache.ipynb #60941852
 KNOWN = ('teacher', 'parameters', 'scale', 'views', 'seed', 'dtype', 'reduced', 'width')
 
-def read_index(folder)->dict:
+
+def read_index(folder) -> dict:
     "What a cache says about itself"
-    try: index = json.loads((Path(folder)/INDEX).read_text())
-    except OSError: raise TinyclipError(f"'{folder}' holds no cache of teacher answers: make one with `tinyclip cache`.") from None
-    except ValueError: index = None
-    if not isinstance(index, dict) or any(k not in index for k in KNOWN): raise TinyclipError(f"'{Path(folder)/INDEX}' is damaged: make the cache again.")
+    try:
+        index = json.loads((Path(folder) / INDEX).read_text())
+    except OSError:
+        raise TinyclipError(
+            f"'{folder}' holds no cache of teacher answers: make one with `tinyclip cache`."
+        ) from None
+    except ValueError:
+        index = None
+    if not isinstance(index, dict) or any(k not in index for k in KNOWN):
+        raise TinyclipError(f"'{Path(folder) / INDEX}' is damaged: make the cache again.")
     return index
 
-def begin_cache(folder, source, about:dict):
+
+def begin_cache(folder, source, about: dict):
     "The first file of a cache, or a refusal to mix it with another one"
-    if any(Path(u).is_file() and Path(u).resolve().parent==Path(folder).resolve() for u in source.urls):
-        raise TinyclipError(f"'{folder}' holds the data themselves, and cached shards have the same names: give the cache a folder of its own.")
-    if not (Path(folder)/INDEX).is_file(): return write_json(Path(folder)/INDEX, about)
+    if any(
+        Path(u).is_file() and Path(u).resolve().parent == Path(folder).resolve()
+        for u in source.urls
+    ):
+        raise TinyclipError(
+            f"'{folder}' holds the data themselves, and cached shards have the same names: "
+            "give the cache a folder of its own."
+        )
+    if not (Path(folder) / INDEX).is_file():
+        return write_json(Path(folder) / INDEX, about)
     there = read_index(folder)
     odd = differing(there, about)
-    if odd: raise TinyclipError(f"'{folder}' holds a cache with {difference(odd, there, about)}: go on with the same, or give another folder.")
+    if odd:
+        raise TinyclipError(
+            f"'{folder}' holds a cache with {difference(odd, there, about)}: go on with the "
+            "same, or give another folder."
+        )
 
 # %% ../../nbs/data/09_cache.ipynb #24f715e4
 def write_cache(
-    source, # Webdataset shards: see *Sources*
-    teacher:nn.Module, # Asked in eval mode, where it is
-    preprocess, # The transform of the training to come: `transforms(student)[0]`
-    tokenizer, # The teacher's
-    folder, # For the cache
+    source,  # Webdataset shards: see *Sources*
+    teacher: nn.Module,  # Asked in eval mode, where it is
+    preprocess,  # The transform of the training to come: `transforms(student)[0]`
+    tokenizer,  # The teacher's
+    folder,  # For the cache
     *,
-    views:int=1, # Crops per picture
-    seed:int=0, # Of the crops
-    dtype:str='float16', # Stored: one of `DTYPES`
-    precision:str='auto', # Computed: as in `core.autocast`
-    batch_size:int=256, # Pictures at a time
-    workers:int|None=0, # Loader processes
-    reduced:bool=True, # As in `open_pairs`
-    told=lambda r: None, # Called after every shard, with a dict
-)->dict: # `shards`, `found` (finished before), `samples`, `captions`, `bytes`, `skipped`: of this process
+    views: int = 1,  # Crops per picture
+    seed: int = 0,  # Of the crops
+    dtype: str = 'float16',  # Stored: one of `DTYPES`
+    precision: str = 'auto',  # Computed: as in `core.autocast`
+    batch_size: int = 256,  # Pictures at a time
+    workers: int | None = 0,  # Loader processes
+    reduced: bool = True,  # As in `open_pairs`
+    told=lambda r: None,  # Called after every shard, with a dict
+) -> dict:  # `shards`, `found` (finished before), `samples`, `captions`, `bytes`, `skipped`: of this process
     "Ask a teacher about everything in some shards"
-    source,began = shards_only(source),time.time()
+    source, began = shards_only(source), time.time()
     try_out(preprocess, tokenizer)
-    if dtype not in DTYPES: raise unknown('dtype of a cache', dtype, DTYPES)
-    if views<1 or batch_size<1: raise TinyclipError('views= and batch_size= count: give 1 or more.')
-    size,takes = transform_print(preprocess)['size'][1:], getattr(getattr(teacher, 'visual', None), 'image_size', None)
-    if takes and size!=([takes]*2 if isinstance(takes, int) else list(takes)): raise TinyclipError(f'The transform makes images of {size}, and this teacher takes {takes}: use the transform that was loaded with it.')
-    precision,scale = resolve_precision(precision, next(teacher.parameters()).device), teacher.logit_scale.detach().float().exp().item()
-    settings = dict(views=views, seed=seed, dtype=dtype, precision=precision, reduced=reduced, width=embedding_width(teacher, tokenizer))
-    begin_cache(folder, source, dict(teacher=teacher_print(teacher), parameters=sum(p.numel() for p in teacher.parameters()), scale=scale, **prints(source, preprocess, tokenizer), **settings))
-    ready = partial(all_views, preprocess=preprocess, tokenizer=tokenizer, views=views, reduced=reduced)
-    order = Order(seed=seed, shuffle=False, size=max(1, min(32, batch_size//views)))
-    rank,world = processes()
+    if dtype not in DTYPES:
+        raise unknown('dtype of a cache', dtype, DTYPES)
+    if views < 1 or batch_size < 1:
+        raise TinyclipError('views= and batch_size= count: give 1 or more.')
+    size = transform_print(preprocess)['size'][1:]
+    takes = getattr(getattr(teacher, 'visual', None), 'image_size', None)
+    if takes and size != ([takes] * 2 if isinstance(takes, int) else list(takes)):
+        raise TinyclipError(
+            f'The transform makes images of {size}, and this teacher takes {takes}: use the '
+            'transform that was loaded with it.'
+        )
+    precision = resolve_precision(precision, next(teacher.parameters()).device)
+    scale = teacher.logit_scale.detach().float().exp().item()
+    settings = dict(
+        views=views,
+        seed=seed,
+        dtype=dtype,
+        precision=precision,
+        reduced=reduced,
+        width=embedding_width(teacher, tokenizer),
+    )
+    begin_cache(
+        folder,
+        source,
+        dict(
+            teacher=teacher_print(teacher),
+            parameters=sum(p.numel() for p in teacher.parameters()),
+            scale=scale,
+            **prints(source, preprocess, tokenizer),
+            **settings,
+        ),
+    )
+    ready = partial(
+        all_views, preprocess=preprocess, tokenizer=tokenizer, views=views, reduced=reduced
+    )
+    order = Order(seed=seed, shuffle=False, size=max(1, min(32, batch_size // views)))
+    rank, world = processes()
     total = Counter(shards=0, found=0, samples=0, captions=0, bytes=0)
     skipped = Counter()
     for url in source.urls[rank::world]:
         known = cached_already(folder, url)
         total['found'] += known is not None
-        if known is None: known = cache_shard(source, url, teacher, ready, place(folder, url), order, dtype, precision, batch_size, workers)
+        if known is None:
+            known = cache_shard(
+                source,
+                url,
+                teacher,
+                ready,
+                place(folder, url),
+                order,
+                dtype,
+                precision,
+                batch_size,
+                workers,
+            )
         sweep(place(folder, url), began)
-        total['shards'] += 1; total.update({k:known[k] for k in ('samples', 'captions', 'bytes')}); skipped.update(known['skipped'])
+        total['shards'] += 1
+        total.update({k: known[k] for k in ('samples', 'captions', 'bytes')})
+        skipped.update(known['skipped'])
         told(dict(known, shard=Path(url).name))
-    sweep(Path(folder)/INDEX, began)
+    sweep(Path(folder) / INDEX, began)
     return dict(total, skipped=dict(skipped))

@@ -11,159 +11,274 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from .cache import cached_already, noted, place, read_index, shards_only
+
 from ..core import TinyclipError
+from .cache import cached_already, noted, place, read_index, shards_only
 from .fingerprints import NAMES, differing, prints, teacher_print
 from .pairs import Pairs
-from .transforms import Chunk, cook, drawn_caption, tokenise, try_out
 from .sources import Shards, Skip, read_shard
+from .transforms import Chunk, cook, drawn_caption, tokenise, try_out
 
 # %% ../../nbs/data/10_cached.ipynb #40b83a43
 class Answered(NamedTuple):
     "A `Sample` with what was said of it"
-    key:str # As in `Sample`, like the next four
-    where:str
-    image:object
-    captions:list
-    label:int|None
-    answers:tuple # Of each teacher, safetensors: `image` (views,d), `text` (captions,d)
+
+    key: str  # As in `Sample`, like the next four
+    where: str
+    image: object
+    captions: list
+    label: int | None
+    answers: tuple  # Of each teacher, safetensors: `image` (views,d), `text` (captions,d)
+
 
 def in_turn(
-    path, # A cached shard
-): # A function from the key of a sample to its answers, as bytes; None where it has none
+    path,  # A cached shard
+):  # A function from the key of a sample to its answers, as bytes; None where it has none
     "The answers of a shard to those who ask for them in the order in which they stand"
-    answers = ((r['__key__'], r.get('safetensors', b'')) for r in read_shard(path) if not isinstance(r, Skip))
+    answers = (
+        (r['__key__'], r.get('safetensors', b''))
+        for r in read_shard(path)
+        if not isinstance(r, Skip)
+    )
     ahead = next(answers, (None, None))
+
     def take(key):
         nonlocal ahead
-        if ahead[0]!=key: return None
-        rows,ahead = ahead[1],next(answers, (None, None))
+        if ahead[0] != key:
+            return None
+        rows, ahead = ahead[1], next(answers, (None, None))
         return rows
+
     return take
+
 
 class CachedShards(Shards):
     "Shards with caches beside them"
-    def __init__(self,
-        shards:Shards, # The data
-        folders:list, # The caches, one per teacher
+
+    def __init__(
+        self,
+        shards: Shards,  # The data
+        folders: list,  # The caches, one per teacher
     ):
         vars(self).update(vars(shards))
         self.folders = folders
+
     def samples(self, urls):
         for url in urls:
             teachers = [in_turn(place(f, url)) for f in self.folders]
             for s in super().samples([url]):
-                if isinstance(s, Skip): yield s; continue
+                if isinstance(s, Skip):
+                    yield s
+                    continue
                 answers = tuple(take(s.key) for take in teachers)
-                yield Skip('not in the cache', s.key, s.where) if None in answers else Answered(*s, answers)
+                yield (
+                    Skip('not in the cache', s.key, s.where)
+                    if None in answers
+                    else Answered(*s, answers)
+                )
 
 # %% ../../nbs/data/10_cached.ipynb #2741ca33
 def opened(s):
     "An `Answered` with its rows as tensors; a `Skip` where they are damaged or for other captions"
-    if isinstance(s, Skip): return s
-    try: rows = tuple(map(load_tensors, s.answers))
-    except SafetensorError: return Skip('damaged answers', s.key, s.where)
-    return s._replace(answers=rows) if all(len(r['text'])==len(s.captions) for r in rows) else Skip('other captions than in the cache', s.key, s.where)
+    if isinstance(s, Skip):
+        return s
+    try:
+        rows = tuple(map(load_tensors, s.answers))
+    except SafetensorError:
+        return Skip('damaged answers', s.key, s.where)
+    return (
+        s._replace(answers=rows)
+        if all(len(r['text']) == len(s.captions) for r in rows)
+        else Skip('other captions than in the cache', s.key, s.where)
+    )
+
 
 def side_by_side(
-    rows:list, # Of each teacher, `(n, d)` in any precision and of any width
-    shares:list, # Of each teacher, adding up to one
-)->torch.Tensor: # Unit rows `(n, sum of the widths)`, float32
+    rows: list,  # Of each teacher, `(n, d)` in any precision and of any width
+    shares: list,  # Of each teacher, adding up to one
+) -> torch.Tensor:  # Unit rows `(n, sum of the widths)`, float32
     "Rows whose products are the weighted mean of the teachers' cosines"
-    unit = lambda x: x if x.dtype==torch.float32 else F.normalize(x.float(), dim=-1) # rounding shortens and lengthens
-    return torch.cat([w**.5*unit(r) for r,w in zip(rows, shares)], 1)
 
-def with_answers(samples, order, tokenizer, shares): # beside the images: tokens, and the teachers' rows for this epoch's view and caption
+    def unit(x):
+        return (
+            x if x.dtype == torch.float32 else F.normalize(x.float(), dim=-1)
+        )  # rounding shortens and lengthens
+
+    return torch.cat([w**0.5 * unit(r) for r, w in zip(rows, shares)], 1)
+
+
+def with_answers(
+    samples, order, tokenizer, shares
+):  # beside the images: tokens, and the teachers' rows for this epoch's view and caption
     "One caption per `opened` sample, and what the teachers said"
     drawn = [drawn_caption(s, order) for s in samples]
-    tokens,cut = tokenise(tokenizer, drawn)
-    at = dict(image=[order.epoch]*len(samples), text=[s.captions.index(c) for s,c in zip(samples, drawn)])
-    of = lambda k,t: torch.stack([s.answers[t][k][i % len(s.answers[t][k])] for s,i in zip(samples, at[k])])
-    return (tokens, *(side_by_side([of(k, t) for t in range(len(shares))], shares) for k in at)), len(samples), cut
+    tokens, cut = tokenise(tokenizer, drawn)
+    at = dict(
+        image=[order.epoch] * len(samples),
+        text=[s.captions.index(c) for s, c in zip(samples, drawn)],
+    )
+
+    def of(k, t):
+        return torch.stack(
+            [s.answers[t][k][i % len(s.answers[t][k])] for s, i in zip(samples, at[k])]
+        )
+
+    return (
+        (tokens, *(side_by_side([of(k, t) for t in range(len(shares))], shares) for k in at)),
+        len(samples),
+        cut,
+    )
+
 
 def cook_cached(
-    entries:list, # `Answered`s and `Skip`s
-    order, # An `Order`: of the captions
-    preprocess, # PIL image -> float (3,h,w)
-    tokenizer, # The student's
-    views:int, # Of the cache
-    seed:int, # Of the cache: the crops are drawn as they were for the teacher
-    reduced:bool, # As it was for the teacher
-    shares=(1.,), # Of the teachers, as in `side_by_side`
-)->Chunk: # Images, tokens, the teachers' rows of both
+    entries: list,  # `Answered`s and `Skip`s
+    order,  # An `Order`: of the captions
+    preprocess,  # PIL image -> float (3,h,w)
+    tokenizer,  # The student's
+    views: int,  # Of the cache
+    seed: int,  # Of the cache: the crops are drawn as they were for the teacher
+    reduced: bool,  # As it was for the teacher
+    shares=(1.0,),  # Of the teachers, as in `side_by_side`
+) -> Chunk:  # Images, tokens, the teachers' rows of both
     "A chunk of samples as tensors, cropped as the teacher saw them"
-    return cook([*map(opened, entries)], order._replace(seed=seed, epoch=order.epoch % views), preprocess, lambda good,_: with_answers(good, order, tokenizer, shares), reduced=reduced)
+    return cook(
+        [*map(opened, entries)],
+        order._replace(seed=seed, epoch=order.epoch % views),
+        preprocess,
+        lambda good, _: with_answers(good, order, tokenizer, shares),
+        reduced=reduced,
+    )
 
 # %% ../../nbs/data/10_cached.ipynb #78aa5a45
 class CachedBatch(NamedTuple):
     "What a training step takes when the teacher has answered before"
-    image:torch.Tensor # (n,3,h,w) float32, normalised
-    text:torch.Tensor # (n,context) int64
-    teacher_image:torch.Tensor # (n,d) unit rows
-    teacher_text:torch.Tensor # (n,d) unit rows
-    teacher_scale:torch.Tensor # The teacher's inverse temperature; of several, the mean
+
+    image: torch.Tensor  # (n,3,h,w) float32, normalised
+    text: torch.Tensor  # (n,context) int64
+    teacher_image: torch.Tensor  # (n,d) unit rows
+    teacher_text: torch.Tensor  # (n,d) unit rows
+    teacher_scale: torch.Tensor  # The teacher's inverse temperature; of several, the mean
+
 
 class CachedPairs(Pairs):
     "Image-text pairs with the answers of teachers; `cached_pairs` makes one"
+
     def __init__(self, source, indexes, cook, batch_size, seed, workers, shuffle):
         super().__init__(source, cook, batch_size, seed, workers, shuffle)
-        self.answered,one = [i['teacher'] for i in indexes],len(indexes)==1
-        self.teacher = {k:indexes[0][k] if one else [i[k] for i in indexes] for k in ('teacher', 'parameters', 'views', 'dtype')} # whose answers these are
-        self.made = partial(CachedBatch, teacher_scale=torch.tensor(sum(i['scale'] for i in indexes)/len(indexes)))
+        self.answered = [i['teacher'] for i in indexes]
+        one = len(indexes) == 1
+        self.teacher = {
+            k: indexes[0][k] if one else [i[k] for i in indexes]
+            for k in ('teacher', 'parameters', 'views', 'dtype')
+        }  # whose answers these are
+        self.made = partial(
+            CachedBatch, teacher_scale=torch.tensor(sum(i['scale'] for i in indexes) / len(indexes))
+        )
+
     def check_teacher(self, teacher):
         "Refuse a teacher that is none of those that answered"
-        if teacher_print(teacher) not in self.answered: raise TinyclipError('The cache holds the answers of another teacher than this one: make one for it with `tinyclip cache`, or leave the cache out.')
+        if teacher_print(teacher) not in self.answered:
+            raise TinyclipError(
+                'The cache holds the answers of another teacher than this one: make one for '
+                'it with `tinyclip cache`, or leave the cache out.'
+            )
 
 # %% ../../nbs/data/10_cached.ipynb #a11220ca
 def check_cached(folder, source):
     "Refuse a cache that lacks a shard, or was made of another"
     for url in source.urls:
-        if cached_already(folder, url): continue
-        name,path,known = Path(url).name, place(folder, url), noted(folder, url)
-        if not known: raise TinyclipError(f"The cache in '{folder}' has no answers for the shard {name!r}: `tinyclip cache` goes on where it stopped.")
-        whole = path.is_file() and path.stat().st_size==known.get('bytes')
-        raise TinyclipError(f"The shard {name!r} is not the one that the cache in '{folder}' was made of: " + '`tinyclip cache` asks again about this one.' if whole else f"The cached answers for the shard {name!r} in '{folder}' are damaged: `tinyclip cache` makes them again.")
+        if cached_already(folder, url):
+            continue
+        name = Path(url).name
+        path = place(folder, url)
+        known = noted(folder, url)
+        if not known:
+            raise TinyclipError(
+                f"The cache in '{folder}' has no answers for the shard {name!r}: `tinyclip "
+                "cache` goes on where it stopped."
+            )
+        whole = path.is_file() and path.stat().st_size == known.get('bytes')
+        raise TinyclipError(
+            f"The shard {name!r} is not the one that the cache in '{folder}' was made of: "
+            + '`tinyclip cache` asks again about this one.'
+            if whole
+            else (
+                f"The cached answers for the shard {name!r} in '{folder}' are damaged: `tinyclip "
+                "cache` makes them again."
+            )
+        )
+
 
 def check_together(
-    folders:list, # Caches
-    indexes:list, # What each says about itself
+    folders: list,  # Caches
+    indexes: list,  # What each says about itself
 ):
     "Refuse caches of different crops, and a teacher that would count twice"
-    for (f,i),(g,j) in combinations(zip(folders, indexes), 2):
-        if i['teacher']==j['teacher']: raise TinyclipError(f"'{f}' and '{g}' hold the answers of the same teacher: leave one of them out.")
-        odd = next((k for k in ('views', 'seed', 'reduced') if i[k]!=j[k]), None)
-        if odd: raise TinyclipError(f"The caches in '{f}' and '{g}' are of other crops, {odd}={i[odd]} and {odd}={j[odd]}: make them with the same settings.")
+    for (f, i), (g, j) in combinations(zip(folders, indexes), 2):
+        if i['teacher'] == j['teacher']:
+            raise TinyclipError(
+                f"'{f}' and '{g}' hold the answers of the same teacher: leave one of them out."
+            )
+        odd = next((k for k in ('views', 'seed', 'reduced') if i[k] != j[k]), None)
+        if odd:
+            raise TinyclipError(
+                f"The caches in '{f}' and '{g}' are of other crops, {odd}={i[odd]} and "
+                f"{odd}={j[odd]}: make them with the same settings."
+            )
 
 # %% ../../nbs/data/10_cached.ipynb #7318d678
 def cached_pairs(
-    source, # The shards that were cached, or some of them
-    folder, # The cache, or a list of caches by several teachers
-    preprocess, # The transform they were made with
-    tokenizer, # One that makes the same tokens
-    batch_size:int, # Pairs per batch and process
+    source,  # The shards that were cached, or some of them
+    folder,  # The cache, or a list of caches by several teachers
+    preprocess,  # The transform they were made with
+    tokenizer,  # One that makes the same tokens
+    batch_size: int,  # Pairs per batch and process
     *,
-    teacher=None, # To make sure that it is one of those that answered
-    seed:int=0, # Of orders and captions; crops have the cache's
-    workers:int|None=0, # Loader processes; None: one per core, at most 8
-    shuffle:bool=True, # False: as stored
-)->CachedPairs: # For a `Distiller` with `teacher=None`
+    teacher=None,  # To make sure that it is one of those that answered
+    seed: int = 0,  # Of orders and captions; crops have the cache's
+    workers: int | None = 0,  # Loader processes; None: one per core, at most 8
+    shuffle: bool = True,  # False: as stored
+) -> CachedPairs:  # For a `Distiller` with `teacher=None`
     "Image-text pairs for training without a teacher, as from `open_pairs`"
     folders = [folder] if isinstance(folder, (str, Path)) else list(folder)
-    if not folders: raise TinyclipError('There is no cache in an empty list: name one folder or more, or take open_pairs.')
-    source,indexes = shards_only(source),[read_index(f) for f in folders]
+    if not folders:
+        raise TinyclipError(
+            'There is no cache in an empty list: name one folder or more, or take open_pairs.'
+        )
+    source = shards_only(source)
+    indexes = [read_index(f) for f in folders]
     try_out(preprocess, tokenizer)
-    if batch_size<1: raise TinyclipError(f'batch_size={batch_size}: a batch holds at least one pair.')
-    here,how = prints(source, preprocess, tokenizer),dict(preprocess='Open it with the same one', tokenizer='Open it with one that makes the same tokens', captions='Open it with the same caption column, class names and templates')
-    for f,index in zip(folders, indexes):
-        if odd := differing(index, here): raise TinyclipError(f"The cache in '{f}' was made with {NAMES[odd]}. {how[odd]}, or make another cache.")
+    if batch_size < 1:
+        raise TinyclipError(f'batch_size={batch_size}: a batch holds at least one pair.')
+    here = prints(source, preprocess, tokenizer)
+    how = dict(
+        preprocess='Open it with the same one',
+        tokenizer='Open it with one that makes the same tokens',
+        captions='Open it with the same caption column, class names and templates',
+    )
+    for f, index in zip(folders, indexes):
+        if odd := differing(index, here):
+            raise TinyclipError(
+                f"The cache in '{f}' was made with {NAMES[odd]}. {how[odd]}, or make another cache."
+            )
         check_cached(f, source)
     check_together(folders, indexes)
-    shares = [i['scale']/sum(j['scale'] for j in indexes) for i in indexes]
-    ready = partial(cook_cached, preprocess=preprocess, tokenizer=tokenizer, shares=shares, **{k:indexes[0][k] for k in ('views', 'seed', 'reduced')})
-    pairs = CachedPairs(CachedShards(source, folders), indexes, ready, batch_size, seed, workers, shuffle)
-    if teacher is not None: pairs.check_teacher(teacher)
+    shares = [i['scale'] / sum(j['scale'] for j in indexes) for i in indexes]
+    ready = partial(
+        cook_cached,
+        preprocess=preprocess,
+        tokenizer=tokenizer,
+        shares=shares,
+        **{k: indexes[0][k] for k in ('views', 'seed', 'reduced')},
+    )
+    pairs = CachedPairs(
+        CachedShards(source, folders), indexes, ready, batch_size, seed, workers, shuffle
+    )
+    if teacher is not None:
+        pairs.check_teacher(teacher)
     return pairs

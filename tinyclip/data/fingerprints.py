@@ -6,81 +6,117 @@
 __all__ = ['NAMES', 'PIECE', 'digest', 'teacher_print', 'transform_print', 'prints', 'differing', 'difference', 'shard_print']
 
 # %% ../../nbs/data/08_fingerprints.ipynb #9273167d
-import hashlib, re
+import hashlib
+import re
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from .transforms import own_rng
+
 from .sources import Shards, fill
+from .transforms import own_rng
 
 # %% ../../nbs/data/08_fingerprints.ipynb #5c6c80b7
-def digest(*parts:bytes)->str: # 16 letters
+def digest(*parts: bytes) -> str:  # 16 letters
     "A short name for bytes"
     h = hashlib.blake2b(digest_size=8)
-    for p in parts: h.update(p)
+    for p in parts:
+        h.update(p)
     return h.hexdigest()
 
 # %% ../../nbs/data/08_fingerprints.ipynb #0b3a2f8b
 def teacher_print(
-    teacher:nn.Module, # On any device
-)->str: # Other weights, another print
+    teacher: nn.Module,  # On any device
+) -> str:  # Other weights, another print
     "The fingerprint of all weights of a model"
     whole = hashlib.blake2b(digest_size=8)
-    for name,t in sorted(teacher.state_dict().items()):
+    for name, t in sorted(teacher.state_dict().items()):
         whole.update(f'{name} {tuple(t.shape)} {t.dtype}'.encode())
         whole.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return whole.hexdigest()
 
 # %% ../../nbs/data/08_fingerprints.ipynb #0d1fad24
 def transform_print(
-    preprocess, # PIL image -> float tensor (3,h,w)
-)->dict: # `says` and `makes`
-    "What a transform says of itself, and the mean colours it makes of the quarters of a test picture"
-    y,x = np.mgrid[:120,:160]
-    picture = Image.fromarray(np.stack([x*255/160, y*255/120, (x+y)*255/280], -1).astype(np.uint8))
+    preprocess,  # PIL image -> float tensor (3,h,w)
+) -> dict:  # `says` and `makes`
+    """What a transform says of itself, and the mean colours it makes of the quarters of a test
+    picture"""
+    y, x = np.mgrid[:120, :160]
+    picture = Image.fromarray(
+        np.stack([x * 255 / 160, y * 255 / 120, (x + y) * 255 / 280], -1).astype(np.uint8)
+    )
     with own_rng():
         torch.manual_seed(0)
         makes = preprocess(picture)
-    return dict(says=re.sub(r' at 0x[0-9a-f]+', '', repr(preprocess)), makes=[round(v, 3) for v in F.adaptive_avg_pool2d(makes.float(), 2).flatten().tolist()], size=list(makes.shape))
+    return dict(
+        says=re.sub(r' at 0x[0-9a-f]+', '', repr(preprocess)),
+        makes=[round(v, 3) for v in F.adaptive_avg_pool2d(makes.float(), 2).flatten().tolist()],
+        size=list(makes.shape),
+    )
 
 # %% ../../nbs/data/08_fingerprints.ipynb #a7dfe042
 def prints(
-    source:Shards, # What is cached
-    preprocess, # PIL image -> float tensor (3,h,w)
-    tokenizer, # The teacher's
-)->dict: # For `differing`
+    source: Shards,  # What is cached
+    preprocess,  # PIL image -> float tensor (3,h,w)
+    tokenizer,  # The teacher's
+) -> dict:  # For `differing`
     "Fingerprints of what shapes an answer, beside the teacher's weights"
-    tokens = tokenizer(['a photo of two dogs', 'Ünïcode, 12 & a long, long line '*9])
+    tokens = tokenizer(['a photo of two dogs', 'Ünïcode, 12 & a long, long line ' * 9])
     named = [fill(source.templates, 'x'), source.classnames] if source.classnames else None
-    return dict(preprocess=transform_print(preprocess), tokenizer=digest(repr(tokens.tolist()).encode()), captions=digest(repr([source.caption_column, named]).encode()))
+    return dict(
+        preprocess=transform_print(preprocess),
+        tokenizer=digest(repr(tokens.tolist()).encode()),
+        captions=digest(repr([source.caption_column, named]).encode()),
+    )
 
-NAMES = dict(teacher='another teacher', preprocess='another preprocess', tokenizer='another tokenizer', captions='other captions')
+
+NAMES = dict(
+    teacher='another teacher',
+    preprocess='another preprocess',
+    tokenizer='another tokenizer',
+    captions='other captions',
+)
+
 
 def differing(
-    there:dict, # Of a cache
-    here:dict, # Of those who would use it
-): # Its name, or None
+    there: dict,  # Of a cache
+    here: dict,  # Of those who would use it
+):  # Its name, or None
     "The first fingerprint that is another one"
-    near = lambda a,b: a==b or isinstance(a, dict) and isinstance(b, dict) and a.get('says')==b.get('says') and a.get('size')==b.get('size') and np.allclose(a['makes'], b['makes'], atol=.05)
+
+    def near(a, b):
+        return (
+            a == b
+            or isinstance(a, dict)
+            and isinstance(b, dict)
+            and a.get('says') == b.get('says')
+            and a.get('size') == b.get('size')
+            and np.allclose(a['makes'], b['makes'], atol=0.05)
+        )
+
     return next((k for k in here if not near(there.get(k), here[k])), None)
 
-def difference(odd, there, here)->str:
+
+def difference(odd, there, here) -> str:
     "A fingerprint's difference in words"
     return NAMES.get(odd) or f'{odd}={there.get(odd)!r}, not {here[odd]!r}'
 
 # %% ../../nbs/data/08_fingerprints.ipynb #1ce98b6a
 PIECE = 2**16
 
+
 def shard_print(
-    url, # A file; of anything else only its name is known
-)->dict: # `size` in bytes and `digest`
+    url,  # A file; of anything else only its name is known
+) -> dict:  # `size` in bytes and `digest`
     "The size of a shard, and the fingerprint of its beginning, middle and end"
-    if not Path(url).is_file(): return dict(size=None, digest=None)
+    if not Path(url).is_file():
+        return dict(size=None, digest=None)
     with open(url, 'rb') as f:
-        size,parts = Path(url).stat().st_size, []
-        for at in (0, (size-PIECE)//2, size-PIECE):
-            f.seek(max(0, at)); parts.append(f.read(PIECE))
+        size, parts = Path(url).stat().st_size, []
+        for at in (0, (size - PIECE) // 2, size - PIECE):
+            f.seek(max(0, at))
+            parts.append(f.read(PIECE))
     return dict(size=size, digest=digest(*parts))

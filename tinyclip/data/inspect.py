@@ -6,149 +6,262 @@
 __all__ = ['recall_at_1', 'verdict', 'Report', 'loader_speed', 'check']
 
 # %% ../../nbs/data/07_inspect.ipynb #05ee64e7
-import base64, html, io, time
+import base64
+import html
+import io
+import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+
 import torch
 import torch.nn.functional as F
+
 from ..core import TinyclipError, evaluating, human
-from .pairs import Batch, Finite, Pairs, Tally, captioned, labelled, open_pairs, stream, worker_count
-from .transforms import Chunk, cook, drawn_caption, pictures, transforms, try_out, with_caption, with_captions
-from .sources import Order, Skip, as_source
+from tinyclip.data.pairs import (
+    Tally,
+    open_pairs,
+    stream,
+    worker_count,
+)
+from .sources import Order, as_source
+from tinyclip.data.transforms import (
+    Chunk,
+    cook,
+    drawn_caption,
+    pictures,
+    transforms,
+    try_out,
+    with_caption,
+    with_captions,
+)
 
 # %% ../../nbs/data/07_inspect.ipynb #20f90702
 @torch.no_grad()
 def recall_at_1(
-    image:torch.Tensor, # (n,d) unit rows
-    text:torch.Tensor, # (n,d) unit rows
-    captions:list, # n strings; equal ones count as one
-)->dict: # `image_to_text` and `text_to_image` in 0..1, `chance`, `n`
+    image: torch.Tensor,  # (n,d) unit rows
+    text: torch.Tensor,  # (n,d) unit rows
+    captions: list,  # n strings; equal ones count as one
+) -> dict:  # `image_to_text` and `text_to_image` in 0..1, `chance`, `n`
     "How often the nearest caption is an image's own, and the nearest image a caption's own"
     different = list(dict.fromkeys(captions))
     own = torch.tensor([different.index(c) for c in captions])
-    near = image @ text[[captions.index(c) for c in different]].T                       # (n, different captions)
-    right_captions = near.argmax(1).cpu()==own
-    right_images = own[near.argmax(0).cpu()]==torch.arange(len(different))
-    share = lambda right: right.float().mean().item()
-    return dict(image_to_text=share(right_captions), text_to_image=share(right_images), chance=1/len(different), n=len(captions))
+    near = image @ text[[captions.index(c) for c in different]].T  # (n, different captions)
+    right_captions = near.argmax(1).cpu() == own
+    right_images = own[near.argmax(0).cpu()] == torch.arange(len(different))
+
+    def share(right):
+        return right.float().mean().item()
+
+    return dict(
+        image_to_text=share(right_captions),
+        text_to_image=share(right_images),
+        chance=1 / len(different),
+        n=len(captions),
+    )
 
 # %% ../../nbs/data/07_inspect.ipynb #6cdcf729
 def verdict(
-    recall:dict|None, # From `recall_at_1`; None: no teacher
-)->str: # One sentence
+    recall: dict | None,  # From `recall_at_1`; None: no teacher
+) -> str:  # One sentence
     "What the teacher's recall says about the data"
-    if recall is None: return 'No teacher was given: whether images and captions belong together is for your eyes to judge.'
-    p,n,found = recall['chance'],recall['n'],recall['image_to_text']
-    said = f"The teacher finds {found:.0%} of the captions and {recall['text_to_image']:.0%} of the images, chance is {p:.1%}"
-    if p==1: return f'All {n} captions are the same: the teacher cannot tell anything.'
-    if found > p + 3*(p*(1-p)/n)**.5: return said + ': the pairs look right.'
-    return said + (': at chance. Images and captions probably do not belong together '
-        '(or the teacher does not know such images, or n is too small to tell).')
+    if recall is None:
+        return (
+            'No teacher was given: whether images and captions belong together is for your eyes '
+            'to judge.'
+        )
+    p = recall['chance']
+    n = recall['n']
+    found = recall['image_to_text']
+    said = (
+        f"The teacher finds {found:.0%} of the captions and {recall['text_to_image']:.0%} of the "
+        f"images, chance is {p:.1%}"
+    )
+    if p == 1:
+        return f'All {n} captions are the same: the teacher cannot tell anything.'
+    if found > p + 3 * (p * (1 - p) / n) ** 0.5:
+        return said + ': the pairs look right.'
+    return said + (
+        ': at chance. Images and captions probably do not belong together '
+        '(or the teacher does not know such images, or n is too small to tell).'
+    )
 
 # %% ../../nbs/data/07_inspect.ipynb #dad941f1
-def _gallery(pictures, captions, side=112): # HTML that needs nothing but itself
+def _gallery(pictures, captions, side=112):  # HTML that needs nothing but itself
     def figure(image, caption):
         image = image.copy()
         image.thumbnail((side, side))
         image.save(buffer := io.BytesIO(), 'JPEG', quality=80)
         data = base64.b64encode(buffer.getvalue()).decode()
-        return (f'<figure style="margin:0;width:{side}px">'
-            f'<img style="height:{side}px;width:{side}px;object-fit:contain" src="data:image/jpeg;base64,{data}" alt="">'
-            f'<figcaption style="font-size:75%;line-height:1.2">{html.escape(caption[:120])}</figcaption></figure>')
-    return '<div style="display:flex;flex-wrap:wrap;gap:10px">' + ''.join(map(figure, pictures, captions)) + '</div>'
+        return (
+            f'<figure style="margin:0;width:{side}px">'
+            f'<img style="height:{side}px;width:{side}px;object-fit:contain" '
+            f'src="data:image/jpeg;base64,{data}" alt="">'
+            '<figcaption '
+            f'style="font-size:75%;line-height:1.2">{html.escape(caption[:120])}</figcaption></figure>'
+        )
+
+    return (
+        '<div style="display:flex;flex-wrap:wrap;gap:10px">'
+        + ''.join(map(figure, pictures, captions))
+        + '</div>'
+    )
 
 # %% ../../nbs/data/07_inspect.ipynb #c4547265
 @dataclass
 class Report:
     "What `check` found; shows itself in a notebook, prints as text, `numbers()` for machines"
-    source:str # What was read
-    pictures:list # The first PIL images as stored
-    captions:list # The caption of each
-    sizes:tuple # ((smallest width, height), (largest width, height))
-    speed:float # Samples/s of the loader alone
-    looked:int # Samples looked at
-    tally:Tally # What was skipped on the way
-    truncated:float # Share of the captions longer than the context
-    repeated:float # Share of the captions that also stand elsewhere
-    context:int # Tokens that fit
-    recall:dict|None # From `recall_at_1`
+
+    source: str  # What was read
+    pictures: list  # The first PIL images as stored
+    captions: list  # The caption of each
+    sizes: tuple  # ((smallest width, height), (largest width, height))
+    speed: float  # Samples/s of the loader alone
+    looked: int  # Samples looked at
+    tally: Tally  # What was skipped on the way
+    truncated: float  # Share of the captions longer than the context
+    repeated: float  # Share of the captions that also stand elsewhere
+    context: int  # Tokens that fit
+    recall: dict | None  # From `recall_at_1`
 
     def numbers(self):
-        return dict(source=self.source, looked=self.looked, speed=round(self.speed, 1), smallest=self.sizes[0], largest=self.sizes[1],
-            truncated=self.truncated, repeated=self.repeated, skipped=dict(self.tally.skipped), culprits=self.tally.culprits,
-            recall=self.recall, verdict=verdict(self.recall))
+        return dict(
+            source=self.source,
+            looked=self.looked,
+            speed=round(self.speed, 1),
+            smallest=self.sizes[0],
+            largest=self.sizes[1],
+            truncated=self.truncated,
+            repeated=self.repeated,
+            skipped=dict(self.tally.skipped),
+            culprits=self.tally.culprits,
+            recall=self.recall,
+            verdict=verdict(self.recall),
+        )
+
     def lines(self):
-        (w,h),(W,H) = self.sizes
-        yield (f'{self.looked} samples of {self.source}; images from {w} x {h} to {W} x {H} pixels; '
-            f'the loader alone gives {human(round(self.speed))} samples/s.')
-        if self.tally.skipped: yield f'Skipped on the way: {self.tally}.'
-        if self.truncated: yield (f'{self.truncated:.0%} of the captions are longer than the {self.context} tokens of the context '
-            'and lose their end. Shorten them, or take a model with a longer context.')
-        if self.repeated: yield (f'{self.repeated:.0%} of the captions occur more than once among these; '
-            'within a batch, equal captions count as wrong answers to each other.')
+        (w, h), (W, H) = self.sizes
+        yield (
+            f'{self.looked} samples of {self.source}; images from {w} x {h} to {W} x {H} pixels; '
+            f'the loader alone gives {human(round(self.speed))} samples/s.'
+        )
+        if self.tally.skipped:
+            yield f'Skipped on the way: {self.tally}.'
+        if self.truncated:
+            yield (
+                f'{self.truncated:.0%} of the captions are longer than the {self.context} '
+                'tokens of the context '
+                'and lose their end. Shorten them, or take a model with a longer context.'
+            )
+        if self.repeated:
+            yield (
+                f'{self.repeated:.0%} of the captions occur more than once among these; '
+                'within a batch, equal captions count as wrong answers to each other.'
+            )
         yield verdict(self.recall)
-    def __repr__(self): return '\n'.join(self.lines())
-    def _repr_html_(self): return _gallery(self.pictures, self.captions) + ''.join(f'<p>{html.escape(l)}</p>' for l in self.lines())
+
+    def __repr__(self):
+        return '\n'.join(self.lines())
+
+    def _repr_html_(self):
+        return _gallery(self.pictures, self.captions) + ''.join(
+            f'<p>{html.escape(l)}</p>' for l in self.lines()
+        )
 
 # %% ../../nbs/data/07_inspect.ipynb #9981688a
 def loader_speed(
-    source, # A `Source`
-    cook, # (entries, order) -> Chunk
-    workers:int|None=0, # Loader processes
-    seconds:float=2., # Measure for at most so long
-)->float: # Samples/s, without the time to the first chunk
+    source,  # A `Source`
+    cook,  # (entries, order) -> Chunk
+    workers: int | None = 0,  # Loader processes
+    seconds: float = 2.0,  # Measure for at most so long
+) -> float:  # Samples/s, without the time to the first chunk
     "How fast pairs come when nobody trains on them"
-    order,n,marks,start = Order(buffer=256),0,[],time.perf_counter()
+    order = Order(buffer=256)
+    n = 0
+    marks = []
+    start = time.perf_counter()
     for fields in stream(source, order, cook, worker_count(workers, source, order), Tally(source)):
         n += len(fields[0])
         marks.append((time.perf_counter(), n))
-        if marks[-1][0] - marks[0][0] > seconds: break
-    (t0,n0),(t1,n1) = marks[0],marks[-1]
-    return (n1 - n0)/(t1 - t0) if n1>n0 else n1/(t1 - start)
+        if marks[-1][0] - marks[0][0] > seconds:
+            break
+    (t0, n0), (t1, n1) = marks[0], marks[-1]
+    return (n1 - n0) / (t1 - t0) if n1 > n0 else n1 / (t1 - start)
 
 # %% ../../nbs/data/07_inspect.ipynb #932cf916
-def _as_stored(image): return image
+def _as_stored(image):
+    return image
 
-def _look(entries, order): # a Chunk of samples and PIL images, as stored
-    good,images,skips = pictures(entries, order, _as_stored)
+
+def _look(entries, order):  # a Chunk of samples and PIL images, as stored
+    good, images, skips = pictures(entries, order, _as_stored)
     return Chunk((good, images) if good else (), skips)
 
-def _features(teacher, fields, size=64): # unit rows of images and texts
-    device,side,context = next(teacher.parameters()).device, getattr(getattr(teacher, 'visual', None), 'image_size', None), getattr(teacher, 'context_length', None)
-    want,have = (side, side) if isinstance(side, int) else side and tuple(side), tuple(fields[0].shape[-2:])
-    if want and want!=have: raise TinyclipError(f'The transform makes images of {have}, and this teacher takes {want}: use the transform that was loaded with it.')
-    if context and fields[1].shape[1]!=context: raise TinyclipError(f'The tokenizer makes texts of {fields[1].shape[1]} tokens, and this teacher takes {context}: use the tokenizer that was loaded with it.')
-    with evaluating(teacher): parts = [(teacher.encode_image(i.to(device)), teacher.encode_text(t.to(device))) for i,t in zip(*(f.split(size) for f in fields))]
+
+def _features(teacher, fields, size=64):  # unit rows of images and texts
+    device = next(teacher.parameters()).device
+    side = getattr(getattr(teacher, 'visual', None), 'image_size', None)
+    context = getattr(teacher, 'context_length', None)
+    want = (side, side) if isinstance(side, int) else side and tuple(side)
+    have = tuple(fields[0].shape[-2:])
+    if want and want != have:
+        raise TinyclipError(
+            f'The transform makes images of {have}, and this teacher takes {want}: use the '
+            'transform that was loaded with it.'
+        )
+    if context and fields[1].shape[1] != context:
+        raise TinyclipError(
+            f'The tokenizer makes texts of {fields[1].shape[1]} tokens, and this teacher '
+            f'takes {context}: use the tokenizer that was loaded with it.'
+        )
+    with evaluating(teacher):
+        parts = [
+            (teacher.encode_image(i.to(device)), teacher.encode_text(t.to(device)))
+            for i, t in zip(*(f.split(size) for f in fields))
+        ]
     return [F.normalize(torch.cat(p).float(), dim=-1).cpu() for p in zip(*parts)]
 
 # %% ../../nbs/data/07_inspect.ipynb #19b6d9b8
 def check(
-    source, # As in `open_pairs`
-    preprocess, # The teacher's, or the one you will train with
-    tokenizer, # An open_clip tokenizer
-    teacher=None, # A CLIP that should know such pairs
-    n:int=64, # Look at so many samples
+    source,  # As in `open_pairs`
+    preprocess,  # The teacher's, or the one you will train with
+    tokenizer,  # An open_clip tokenizer
+    teacher=None,  # A CLIP that should know such pairs
+    n: int = 64,  # Look at so many samples
     *,
-    show:int=12, # Show so many
-    seed:int=0, # Other samples
-    workers:int|None=0, # Loader processes for the measured speed
-    seconds:float=2., # Measure speed for so long
-    **options, # `classnames`, `templates`, `image_column`, `caption_column`
-)->Report: # Display it, print it, or take its `numbers()`
+    show: int = 12,  # Show so many
+    seed: int = 0,  # Other samples
+    workers: int | None = 0,  # Loader processes for the measured speed
+    seconds: float = 2.0,  # Measure speed for so long
+    **options,  # `classnames`, `templates`, `image_column`, `caption_column`
+) -> Report:  # Display it, print it, or take its `numbers()`
     "Read some pairs as training would, look at them, measure, and ask a teacher"
     source = as_source(source, **options)
     try_out(preprocess, tokenizer)
-    order,tally,flow = Order(seed=seed, buffer=4*n),Tally(source),[]
-    for samples,images in stream(source, order, _look, 0, tally):
+    order = Order(seed=seed, buffer=4 * n)
+    tally = Tally(source)
+    flow = []
+    for samples, images in stream(source, order, _look, 0, tally):
         flow += zip(samples, images)
-        if len(flow) >= n: break
-    samples,images = zip(*flow[:n])
+        if len(flow) >= n:
+            break
+    samples, images = zip(*flow[:n])
     cooked = partial(cook, preprocess=preprocess, beside=partial(with_caption, tokenizer=tokenizer))
-    tokens,all_captions,cut = with_captions(samples, order, tokenizer)
+    tokens, all_captions, cut = with_captions(samples, order, tokenizer)
     captions = [drawn_caption(s, order) for s in samples]
-    widths,heights = zip(*(im.size for im in images))
-    return Report(repr(source), images[:show], captions[:show], sizes=((min(widths), min(heights)), (max(widths), max(heights))),
-        speed=loader_speed(source, cooked, workers, seconds), looked=len(samples), tally=tally, truncated=cut/all_captions,
-        repeated=sum(c for c in Counter(captions).values() if c>1)/len(captions), context=tokens[0].shape[1],
-        recall=None if teacher is None else recall_at_1(*_features(teacher, cooked(samples, order).ready()), captions))
+    widths, heights = zip(*(im.size for im in images))
+    return Report(
+        repr(source),
+        images[:show],
+        captions[:show],
+        sizes=((min(widths), min(heights)), (max(widths), max(heights))),
+        speed=loader_speed(source, cooked, workers, seconds),
+        looked=len(samples),
+        tally=tally,
+        truncated=cut / all_captions,
+        repeated=sum(c for c in Counter(captions).values() if c > 1) / len(captions),
+        context=tokens[0].shape[1],
+        recall=None
+        if teacher is None
+        else recall_at_1(*_features(teacher, cooked(samples, order).ready()), captions),
+    )

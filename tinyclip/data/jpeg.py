@@ -6,84 +6,113 @@
 __all__ = ['SMOOTH', 'MARGIN', 'first_step', 'Window', 'window', 'reduction', 'resized', 'opener']
 
 # %% ../../nbs/data/03_jpeg.ipynb #d8e4fcd6
-import io, math
+import io
+import math
 from typing import NamedTuple
+
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Compose, InterpolationMode, RandomResizedCrop, Resize
 from torchvision.transforms.functional import pil_modes_mapping
+
 from .sources import decode, to_rgb
 
 # %% ../../nbs/data/03_jpeg.ipynb #fdb70f39
-SMOOTH = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC, InterpolationMode.LANCZOS, InterpolationMode.BOX, InterpolationMode.HAMMING)
+SMOOTH = (
+    InterpolationMode.BILINEAR,
+    InterpolationMode.BICUBIC,
+    InterpolationMode.LANCZOS,
+    InterpolationMode.BOX,
+    InterpolationMode.HAMMING,
+)
+
 
 def first_step(
-    preprocess, # PIL image -> float tensor (3,h,w)
-)->tuple: # (the resizing it begins with, what is left to do), or (None, preprocess) where it begins with something else
+    preprocess,  # PIL image -> float tensor (3,h,w)
+) -> tuple:  # (the resizing it begins with, what is left to do), or (None, preprocess) where it begins with something else
     "Take a transform apart, if it is one we know"
     steps = preprocess.transforms if type(preprocess) is Compose else []
     step = steps[0] if steps else None
-    known = (type(step) in (Resize, RandomResizedCrop) and step.interpolation in SMOOTH and not getattr(step, 'max_size', None)
-        and (isinstance(step.size, int) or len(step.size)==2))
+    known = (
+        type(step) in (Resize, RandomResizedCrop)
+        and step.interpolation in SMOOTH
+        and not getattr(step, 'max_size', None)
+        and (isinstance(step.size, int) or len(step.size) == 2)
+    )
     return (step, Compose(steps[1:])) if known else (None, preprocess)
 
 # %% ../../nbs/data/03_jpeg.ipynb #d9fb8b47
 class Window(NamedTuple):
     "The part of a picture that a transform takes, and what becomes of it"
-    box:tuple # (left, top, right, bottom) in pixels of the stored picture
-    size:tuple # (width, height) it is resized to
+
+    box: tuple  # (left, top, right, bottom) in pixels of the stored picture
+    size: tuple  # (width, height) it is resized to
+
 
 def window(
-    step, # A `Resize` or a `RandomResizedCrop`
-    image, # A PIL image, opened or loaded
-)->Window: # For a random crop: drawn with torch's generator
+    step,  # A `Resize` or a `RandomResizedCrop`
+    image,  # A PIL image, opened or loaded
+) -> Window:  # For a random crop: drawn with torch's generator
     "What `step` does to `image`"
-    w,h = image.size
+    w, h = image.size
     if isinstance(step, RandomResizedCrop):
-        top,left,ch,cw = step.get_params(image, step.scale, step.ratio)
-        return Window((left, top, left+cw, top+ch), (step.size[1], step.size[0]))
-    if not isinstance(step.size, int): return Window((0, 0, w, h), (step.size[1], step.size[0]))
-    long = int(step.size*max(w, h)/min(w, h))
-    return Window((0, 0, w, h), (step.size, long) if w<=h else (long, step.size))
+        top, left, ch, cw = step.get_params(image, step.scale, step.ratio)
+        return Window((left, top, left + cw, top + ch), (step.size[1], step.size[0]))
+    if not isinstance(step.size, int):
+        return Window((0, 0, w, h), (step.size[1], step.size[0]))
+    long = int(step.size * max(w, h) / min(w, h))
+    return Window((0, 0, w, h), (step.size, long) if w <= h else (long, step.size))
 
 # %% ../../nbs/data/03_jpeg.ipynb #5374eb27
-MARGIN = 1.6 # A reduced part is at least so many times its target, along both sides
+MARGIN = 1.6  # A reduced part is at least so many times its target, along both sides
+
 
 def reduction(
-    part:Window, # What is wanted
-    margin:float=MARGIN, # See above
-)->int: # 1, 2, 4 or 8: the largest that leaves enough
+    part: Window,  # What is wanted
+    margin: float = MARGIN,  # See above
+) -> int:  # 1, 2, 4 or 8: the largest that leaves enough
     "By how much a JPEG can be reduced while it is decoded"
-    left,top,right,bottom = part.box
-    enough = min((right-left)/part.size[0], (bottom-top)/part.size[1])/margin
-    return next((k for k in (8, 4, 2) if k<=enough), 1)
+    left, top, right, bottom = part.box
+    enough = min((right - left) / part.size[0], (bottom - top) / part.size[1]) / margin
+    return next((k for k in (8, 4, 2) if k <= enough), 1)
 
 # %% ../../nbs/data/03_jpeg.ipynb #9542a2b8
 def resized(
-    image, # An opened JPEG, not loaded yet
-    part:Window, # The part, and its size
-    k:int, # 1, 2, 4 or 8
-    how, # Pillow's name of a resampling filter
-)->Image.Image: # RGB, of the size that `part` names
+    image,  # An opened JPEG, not loaded yet
+    part: Window,  # The part, and its size
+    k: int,  # 1, 2, 4 or 8
+    how,  # Pillow's name of a resampling filter
+) -> Image.Image:  # RGB, of the size that `part` names
     "A part of a JPEG at its final size; for k=1 exactly what torchvision makes of it"
-    if k>1: image.draft(None, (image.width//k, image.height//k))
+    if k > 1:
+        image.draft(None, (image.width // k, image.height // k))
     image.load()
-    image,box = to_rgb(image),[v/k for v in part.box]
-    left,top,right,bottom = outer = *map(math.floor, box[:2]), *map(math.ceil, box[2:])
-    if outer!=(0, 0, *image.size): image = image.crop(outer)
-    return image.resize(part.size, how, box=(box[0]-left, box[1]-top, box[2]-left, box[3]-top))
+    image, box = to_rgb(image), [v / k for v in part.box]
+    left, top, right, bottom = outer = *map(math.floor, box[:2]), *map(math.ceil, box[2:])
+    if outer != (0, 0, *image.size):
+        image = image.crop(outer)
+    return image.resize(
+        part.size, how, box=(box[0] - left, box[1] - top, box[2] - left, box[3] - top)
+    )
 
 # %% ../../nbs/data/03_jpeg.ipynb #7f5399ee
 def opener(
-    preprocess, # PIL image -> float tensor (3,h,w)
-    margin:float=MARGIN, # See `reduction`
-): # A function: encoded image -> (picture, what is left of `preprocess` to do)
+    preprocess,  # PIL image -> float tensor (3,h,w)
+    margin: float = MARGIN,  # See `reduction`
+):  # A function: encoded image -> (picture, what is left of `preprocess` to do)
     "Open pictures as large as `preprocess` needs them"
-    step,rest = first_step(preprocess)
+    step, rest = first_step(preprocess)
+
     def opened(image):
-        if step is None or isinstance(image, Tensor): return decode(image), preprocess
+        if step is None or isinstance(image, Tensor):
+            return decode(image), preprocess
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
-            if im.format!='JPEG' or im.mode not in ('RGB', 'L'): im.load(); return to_rgb(im), preprocess
+            if im.format != 'JPEG' or im.mode not in ('RGB', 'L'):
+                im.load()
+                return to_rgb(im), preprocess
             part = window(step, im)
-            return resized(im, part, reduction(part, margin), pil_modes_mapping[step.interpolation]), rest
+            return resized(
+                im, part, reduction(part, margin), pil_modes_mapping[step.interpolation]
+            ), rest
+
     return opened

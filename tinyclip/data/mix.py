@@ -7,72 +7,139 @@ __all__ = ['Mix', 'mix']
 
 # %% ../../nbs/data/06_mix.ipynb #83f67f3c
 from itertools import count, zip_longest
+
 from ..core import TinyclipError
 from .sources import LANES, Listing, Sample, Skip, Source, as_source
 
 # %% ../../nbs/data/06_mix.ipynb #cc1666b6
-def _again(source, order, lane, lanes, once): # the samples of one lane, pass after pass; a Skip in the end where a pass holds no sample
+def _again(
+    source, order, lane, lanes, once
+):  # the samples of one lane, pass after pass; a Skip in the end where a pass holds no sample
     for p in range(1) if once else count():
         found = False
-        for chunk in source.chunks(order._replace(epoch=order.epoch + 1_000_003*p), lane, lanes):
+        for chunk in source.chunks(order._replace(epoch=order.epoch + 1_000_003 * p), lane, lanes):
             for s in chunk:
-                if isinstance(s, Skip): yield s; continue
+                if isinstance(s, Skip):
+                    yield s
+                    continue
                 found = True
-                yield s._replace(key=f'{s.key} (pass {p+1})') if p else s
-        if not found: yield Skip('source without samples', '', repr(source)); return
+                yield s._replace(key=f'{s.key} (pass {p + 1})') if p else s
+        if not found:
+            yield Skip('source without samples', '', repr(source))
+            return
 
 # %% ../../nbs/data/06_mix.ipynb #677b92bd
 class Mix(Source):
     "Several sources in fixed shares; `mix` makes one"
-    def __init__(self,
-        sources:list, # `Source`s
-        weights:list, # Positive numbers
-        length:int|None=None, # Samples per epoch, all processes together; None: one pass over the first source
+
+    def __init__(
+        self,
+        sources: list,  # `Source`s
+        weights: list,  # Positive numbers
+        length: int
+        # Samples per epoch, all processes together; None: one pass over the first source
+        | None = None,
     ):
-        self.sources,self.weights,self.length = sources,[w/sum(weights) for w in weights],length
+        self.sources = sources
+        self.weights = [w / sum(weights) for w in weights]
+        self.length = length
         names = [s.classnames for s in sources]
-        self.classnames = names[0] if all(n==names[0] for n in names) else None
+        self.classnames = names[0] if all(n == names[0] for n in names) else None
         self.notes = [n for s in sources for n in s.notes]
 
-    def lanes(self, order): # as many as every source can fill with at least one chunk
-        few = next((s for s in self.sources if isinstance(s, Listing) and len(s)<order.world), None)
-        if few is not None: raise TinyclipError(f'{few!r} is too small for {order.world} processes. Use fewer processes, or leave it out of the mix.')
-        return min(LANES, *(max(1, len(s)//order.world//order.size) if isinstance(s, Listing) else s.usable_workers(LANES, order) for s in self.sources))
-    def usable_workers(self, workers, order): return min(workers, self.lanes(order))
+    def lanes(self, order):  # as many as every source can fill with at least one chunk
+        few = next(
+            (s for s in self.sources if isinstance(s, Listing) and len(s) < order.world), None
+        )
+        if few is not None:
+            raise TinyclipError(
+                f'{few!r} is too small for {order.world} processes. Use fewer processes, or '
+                'leave it out of the mix.'
+            )
+        return min(
+            LANES,
+            *(
+                max(1, len(s) // order.world // order.size)
+                if isinstance(s, Listing)
+                else s.usable_workers(LANES, order)
+                for s in self.sources
+            ),
+        )
 
-    def lane(self, order, l, n): # chunks of lane l of n
-        flows = [_again(s, order, l, n, i==0 and self.length is None) for i,s in enumerate(self.sources)]
-        rng,chunk = order.rng('mix', order.rank, l), []
-        taken = [rng.random() for _ in flows] # so that short lanes do not all begin alike
-        left = None if self.length is None else self.length//order.world//n + (l < self.length//order.world%n)
-        while left is None or left>0:
-            i = min(range(len(flows)), key=lambda i: (taken[i]+1)/self.weights[i])
+    def usable_workers(self, workers, order):
+        return min(workers, self.lanes(order))
+
+    def lane(self, order, l, n):  # chunks of lane l of n
+        flows = [
+            _again(s, order, l, n, i == 0 and self.length is None)
+            for i, s in enumerate(self.sources)
+        ]
+        rng, chunk = order.rng('mix', order.rank, l), []
+        taken = [rng.random() for _ in flows]  # so that short lanes do not all begin alike
+        left = (
+            None
+            if self.length is None
+            else self.length // order.world // n + (l < self.length // order.world % n)
+        )
+        while left is None or left > 0:
+            i = min(range(len(flows)), key=lambda i: (taken[i] + 1) / self.weights[i])
             s = next(flows[i], None)
-            if s is None: break # the first source has been passed, or this one holds nothing
+            if s is None:
+                break  # the first source has been passed, or this one holds nothing
             if isinstance(s, Sample):
                 taken[i] += 1
-                left = None if left is None else left-1
-                if not self.classnames: s = s._replace(label=None)
+                left = None if left is None else left - 1
+                if not self.classnames:
+                    s = s._replace(label=None)
             chunk.append(s)
-            if len(chunk)==order.size: yield chunk; chunk = []
-        if chunk: yield chunk
+            if len(chunk) == order.size:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
 
     def chunks(self, order, worker=0, workers=1):
         n = self.lanes(order)
-        for turn in zip_longest(*(self.lane(order, l, n) for l in range(worker, n, workers)), fillvalue=[]): yield from filter(None, turn)
-    def __repr__(self): return 'a mix of ' + ' and '.join(f'{w:.0%} {s!r}' for w,s in zip(self.weights, self.sources))
+        for turn in zip_longest(
+            *(self.lane(order, l, n) for l in range(worker, n, workers)), fillvalue=[]
+        ):
+            yield from filter(None, turn)
+
+    def __repr__(self):
+        return 'a mix of ' + ' and '.join(
+            f'{w:.0%} {s!r}' for w, s in zip(self.weights, self.sources)
+        )
 
 # %% ../../nbs/data/06_mix.ipynb #5969f31c
 def mix(
-    sources, # `{source: weight}`, or a list of (source, weight): anything that `as_source` takes
-    length:int|None=None, # Samples per epoch, all processes together; None: one pass over the first source
-)->Mix: # For `open_pairs`, `captioned` and the like
+    sources,  # `{source: weight}`, or a list of (source, weight): anything that `as_source` takes
+    length: int
+    # Samples per epoch, all processes together; None: one pass over the first source
+    | None = None,
+) -> Mix:  # For `open_pairs`, `captioned` and the like
     "Several sources in one stream, in shares given by their weights"
-    parts = list(sources.items() if isinstance(sources, dict) else sources if isinstance(sources, (list, tuple)) else ())
-    if not parts: raise TinyclipError(f'{str(sources)[:60]!r} is no mix of sources: give {{source: weight, ...}}.')
-    odd = next((p for p in parts if not isinstance(p, (list, tuple)) or len(p)!=2), None)
-    if odd is not None: raise TinyclipError(f'{str(odd)[:60]!r} has no weight: give {{source: weight, ...}} or [(source, weight), ...].')
-    for s,w in parts:
-        if not (isinstance(w, (int, float)) and 0<w<float('inf')): raise TinyclipError(f'The weight of {s!r} is {w!r}. Give a positive number, or leave the source out.')
-    if length is not None and length<1: raise TinyclipError(f'length={length}: an epoch holds at least one sample.')
-    return Mix([as_source(s) for s,_ in parts], [w for _,w in parts], length)
+    parts = list(
+        sources.items()
+        if isinstance(sources, dict)
+        else sources
+        if isinstance(sources, (list, tuple))
+        else ()
+    )
+    if not parts:
+        raise TinyclipError(
+            f'{str(sources)[:60]!r} is no mix of sources: give {{source: weight, ...}}.'
+        )
+    odd = next((p for p in parts if not isinstance(p, (list, tuple)) or len(p) != 2), None)
+    if odd is not None:
+        raise TinyclipError(
+            f'{str(odd)[:60]!r} has no weight: give {{source: weight, ...}} or [(source, '
+            'weight), ...].'
+        )
+    for s, w in parts:
+        if not (isinstance(w, (int, float)) and 0 < w < float('inf')):
+            raise TinyclipError(
+                f'The weight of {s!r} is {w!r}. Give a positive number, or leave the source out.'
+            )
+    if length is not None and length < 1:
+        raise TinyclipError(f'length={length}: an epoch holds at least one sample.')
+    return Mix([as_source(s) for s, _ in parts], [w for _, w in parts], length)

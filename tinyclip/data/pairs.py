@@ -7,270 +7,449 @@ __all__ = ['REMEDIES', 'PATIENCE', 'Tally', 'stream', 'Batch', 'rebatch', 'worke
            'labelled', 'captioned']
 
 # %% ../../nbs/data/05_pairs.ipynb #13b25c6d
-import os, sys, warnings
+import os
+import sys
+import warnings
 from collections import Counter, deque
 from functools import partial
 from typing import NamedTuple
+
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
 from ..core import TinyclipError, processes
 from .sources import Listing, Order, as_source
 from .transforms import cook, try_out, with_caption, with_captions, with_label
 
 # %% ../../nbs/data/05_pairs.ipynb #0838efbc
 REMEDIES = {
-    'no caption':'Name the column or json key of the captions with caption_column=.',
-    'missing image':'Image paths count from the table; choose the column with image_column=.',
-    'label without class names':'Give classnames=: a list, or a file with one name per line.',
-    'label outside the class names':'Check that classnames= belongs to these data.',
-    'no label':'Classification needs shards with cls, a folder of class folders, or shapes.',
-    'no image':'Images are looked for as .jpg, .png, .webp and the like; a dot within a name ends the key.',
-    'empty shard':'Check the download.', 'truncated shard':'Download it again.', 'damaged shard':'Download it again.', 'unreadable shard':'Check the download and the URL.'}
+    'no caption': 'Name the column or json key of the captions with caption_column=.',
+    'missing image': 'Image paths count from the table; choose the column with image_column=.',
+    'label without class names': 'Give classnames=: a list, or a file with one name per line.',
+    'label outside the class names': 'Check that classnames= belongs to these data.',
+    'no label': 'Classification needs shards with cls, a folder of class folders, or shapes.',
+    'no image': 'Images are looked for as .jpg, .png, .webp and the like; a dot within a name ends the key.',
+    'empty shard': 'Check the download.',
+    'truncated shard': 'Download it again.',
+    'damaged shard': 'Download it again.',
+    'unreadable shard': 'Check the download and the URL.',
+}
+
 
 class Tally:
     "What was used, what was not, and why; the first culprits by name"
-    def __init__(self,
-        source, # A `Source`
-        named:int=3, # Culprits remembered of each kind
+
+    def __init__(
+        self,
+        source,  # A `Source`
+        named: int = 3,  # Culprits remembered of each kind
     ):
-        self.source,self.named,self.skipped,self.culprits = source,named,Counter(),{}
+        self.source = source
+        self.named = named
+        self.skipped = Counter()
+        self.culprits = {}
         self.used = self.captions = self.cut = 0
-        self.taken = [] # chunks of the present epoch so far, by worker
-        for s in source.notes: self.skip(s)
+        self.taken = []  # chunks of the present epoch so far, by worker
+        for s in source.notes:
+            self.skip(s)
+
     def skip(self, s):
         self.skipped[s.kind] += 1
-        if self.skipped[s.kind] <= self.named: self.culprits.setdefault(s.kind, []).append(str(s))
+        if self.skipped[s.kind] <= self.named:
+            self.culprits.setdefault(s.kind, []).append(str(s))
+
     def add(self, chunk):
-        for s in chunk.skips: self.skip(s)
+        for s in chunk.skips:
+            self.skip(s)
         self.used += len(chunk.fields[0]) if chunk.fields else 0
-        self.captions += chunk.captions; self.cut += chunk.cut
-        self.taken += [0]*(chunk.worker+1-len(self.taken)); self.taken[chunk.worker] += 1
-    def state(self): # all of it, for `load`
-        return dict(used=self.used, captions=self.captions, cut=self.cut, skipped=dict(self.skipped), culprits={k:list(v) for k,v in self.culprits.items()}, taken=list(self.taken))
-    def load(self, state): vars(self).update(Tally(self.source, self.named).state() | state | dict(skipped=Counter(state['skipped'])))
+        self.captions += chunk.captions
+        self.cut += chunk.cut
+        self.taken += [0] * (chunk.worker + 1 - len(self.taken))
+        self.taken[chunk.worker] += 1
+
+    def state(self):  # all of it, for `load`
+        return dict(
+            used=self.used,
+            captions=self.captions,
+            cut=self.cut,
+            skipped=dict(self.skipped),
+            culprits={k: list(v) for k, v in self.culprits.items()},
+            taken=list(self.taken),
+        )
+
+    def load(self, state):
+        vars(self).update(
+            Tally(self.source, self.named).state() | state | dict(skipped=Counter(state['skipped']))
+        )
+
     def __str__(self):
-        return '; '.join(f'{n} x {kind} ({self.culprits[kind][0]}{", ..." if n>1 else ""})' for kind,n in self.skipped.most_common())
+        return '; '.join(
+            f'{n} x {kind} ({self.culprits[kind][0]}{", ..." if n > 1 else ""})'
+            for kind, n in self.skipped.most_common()
+        )
+
     def nothing_usable(self):
-        remedy = next((REMEDIES[k] for k,_ in self.skipped.most_common() if k in REMEDIES), '')
-        return TinyclipError(f'Nothing usable in {self.source!r}: {self or "no samples at all"}. {remedy}'.strip())
+        remedy = next((REMEDIES[k] for k, _ in self.skipped.most_common() if k in REMEDIES), '')
+        return TinyclipError(
+            f'Nothing usable in {self.source!r}: {self or "no samples at all"}. {remedy}'.strip()
+        )
 
 # %% ../../nbs/data/05_pairs.ipynb #b2823768
-PATIENCE = 1000 # unusable samples before the first usable one
+PATIENCE = 1000  # unusable samples before the first usable one
+
 
 class _Chunks(IterableDataset):
-    def __init__(self, source, order, cook, passed): self.source,self.order,self.cook,self.passed = source,order,cook,passed
+    def __init__(self, source, order, cook, passed):
+        self.source = source
+        self.order = order
+        self.cook = cook
+        self.passed = passed
+
     def __iter__(self):
         info = get_worker_info()
-        worker,workers = (info.id, info.num_workers) if info else (0, 1)
-        passed = self.passed[worker] if worker<len(self.passed) else 0
-        for _ in range(passed): yield None # the loader asks its workers in turn: this keeps the turns
-        for entries in self.source.after(passed, self.order, worker, workers): yield self.cook(entries, self.order)._replace(worker=worker)
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        passed = self.passed[worker] if worker < len(self.passed) else 0
+        for _ in range(passed):
+            yield None  # the loader asks its workers in turn: this keeps the turns
+        for entries in self.source.after(passed, self.order, worker, workers):
+            yield self.cook(entries, self.order)._replace(worker=worker)
 
-def _same(x): return x
+
+def _same(x):
+    return x
+
 
 def stream(
-    source, # A `Source`
-    order, # An `Order`
-    cook, # (entries, order) -> Chunk
-    workers:int, # Loader processes; 0: none
-    tally, # A `Tally`: counts what passes
-    passed=(), # Chunks to leave out at the beginning, by worker: they are not decoded
-): # Yields the fields of one chunk after the other
+    source,  # A `Source`
+    order,  # An `Order`
+    cook,  # (entries, order) -> Chunk
+    workers: int,  # Loader processes; 0: none
+    tally,  # A `Tally`: counts what passes
+    passed=(),  # Chunks to leave out at the beginning, by worker: they are not decoded
+):  # Yields the fields of one chunk after the other
     "Samples as tensors, in order, counted"
-    context = 'fork' if workers and sys.platform=='linux' else None
-    loader = DataLoader(_Chunks(source, order, cook, passed), batch_size=None, collate_fn=_same, num_workers=workers,
-        multiprocessing_context=context, generator=torch.Generator()) # its own: torch's would lose a number to it
+    context = 'fork' if workers and sys.platform == 'linux' else None
+    loader = DataLoader(
+        _Chunks(source, order, cook, passed),
+        batch_size=None,
+        collate_fn=_same,
+        num_workers=workers,
+        multiprocessing_context=context,
+        generator=torch.Generator(),
+    )  # its own: torch's would lose a number to it
     used = tally.used
     try:
         for chunk in loader:
-            if chunk is None: continue
+            if chunk is None:
+                continue
             tally.add(chunk)
-            if chunk.fields: yield chunk.ready()
-            elif tally.used==used and tally.skipped.total() >= PATIENCE: break
+            if chunk.fields:
+                yield chunk.ready()
+            elif tally.used == used and tally.skipped.total() >= PATIENCE:
+                break
     except RuntimeError as e:
-        if 'DataLoader worker' not in str(e): raise
-        raise TinyclipError('A loader worker died, most often for lack of memory or of shared memory (/dev/shm). '
-            'Use fewer workers, or workers=0.') from e
-    if tally.used==used and not any(passed): raise tally.nothing_usable()
+        if 'DataLoader worker' not in str(e):
+            raise
+        raise TinyclipError(
+            'A loader worker died, most often for lack of memory or of shared memory (/dev/shm). '
+            'Use fewer workers, or workers=0.'
+        ) from e
+    if tally.used == used and not any(passed):
+        raise tally.nothing_usable()
 
 # %% ../../nbs/data/05_pairs.ipynb #a8c499f9
 class Batch(NamedTuple):
     "What a training step takes"
-    image:torch.Tensor # (n,3,h,w) float32, normalised
-    text:torch.Tensor # (n,context) int64
+
+    image: torch.Tensor  # (n,3,h,w) float32, normalised
+    text: torch.Tensor  # (n,context) int64
 
 # %% ../../nbs/data/05_pairs.ipynb #14032ec4
 def rebatch(
-    chunks, # Iterator of tuples of tensors with equally many rows
-    size:int, # Rows per batch
-): # Yields tuples of tensors with exactly `size` rows; an incomplete rest is dropped
+    chunks,  # Iterator of tuples of tensors with equally many rows
+    size: int,  # Rows per batch
+):  # Yields tuples of tensors with exactly `size` rows; an incomplete rest is dropped
     "Chunks of any length as batches of one length"
-    parts,n = [],0
+    parts, n = [], 0
     for fields in chunks:
-        while n+len(fields[0]) >= size: # every row is copied once, and not at all where a batch lies within a chunk
-            parts.append(tuple(f[:size-n] for f in fields))
-            fields = tuple(f[size-n:] for f in fields)
-            yield tuple(torch.cat(p) if len(p)>1 else p[0] for p in zip(*parts))
-            parts,n = [],0
-        if len(fields[0]): parts.append(fields); n += len(fields[0])
+        while (
+            n + len(fields[0]) >= size
+        ):  # every row is copied once, and not at all where a batch lies within a chunk
+            parts.append(tuple(f[: size - n] for f in fields))
+            fields = tuple(f[size - n :] for f in fields)
+            yield tuple(torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts))
+            parts, n = [], 0
+        if len(fields[0]):
+            parts.append(fields)
+            n += len(fields[0])
 
 # %% ../../nbs/data/05_pairs.ipynb #939d12fa
 def _too_large(batch_size, pairs, source):
-    return TinyclipError(f'batch_size={batch_size} is larger than the {pairs} in {source!r}. Use a smaller batch.')
+    return TinyclipError(
+        f'batch_size={batch_size} is larger than the {pairs} in {source!r}. Use a smaller batch.'
+    )
 
-def _unknown_length(source): return f'{source!r}: nobody knows how many samples are in shards before reading them. Count in steps.'
+
+def _unknown_length(source):
+    return (
+        f'{source!r}: nobody knows how many samples are in shards before reading them. Count in '
+        'steps.'
+    )
+
 
 def worker_count(
-    workers:int|None, # Asked for; None: one per core, at most 8
-    source, # A `Source`
-    order, # An `Order`
-)->int: # Never more than have something to do
+    workers: int | None,  # Asked for; None: one per core, at most 8
+    source,  # A `Source`
+    order,  # An `Order`
+) -> int:  # Never more than have something to do
     "Loader processes, as far as they are of use"
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, 'sched_getaffinity')
+            else os.cpu_count() or 1
+        )
         return source.usable_workers(min(8, cores), order)
-    if workers < 0: raise TinyclipError(f'workers={workers}: give 0 (load in this process), a number of processes, or None (one per core).')
+    if workers < 0:
+        raise TinyclipError(
+            f'workers={workers}: give 0 (load in this process), a number of processes, or '
+            'None (one per core).'
+        )
     usable = source.usable_workers(workers, order)
-    if usable < workers: warnings.warn(f'{source!r} can keep {usable} loader workers busy: {usable} are used, not {workers}.', stacklevel=3)
+    if usable < workers:
+        warnings.warn(
+            f'{source!r} can keep {usable} loader workers busy: {usable} are used, not {workers}.',
+            stacklevel=3,
+        )
     return usable
 
 # %% ../../nbs/data/05_pairs.ipynb #4dbe7e36
-class _Trail: # follows the chunks of an epoch, and knows which were used up when a batch ended
-    def __init__(self, tally, size, start=0, rest=0): # begins `rest` rows before batch `start` ended
-        self.tally,self.size,self.drop = tally,size,rest
-        self.ends = deque([(start*size-rest, tally.state())]) # rows of this epoch up to here, and all counts
+class _Trail:  # follows the chunks of an epoch, and knows which were used up when a batch ended
+    def __init__(
+        self, tally, size, start=0, rest=0
+    ):  # begins `rest` rows before batch `start` ended
+        self.tally = tally
+        self.size = size
+        self.drop = rest
+        self.ends = deque(
+            [(start * size - rest, tally.state())]
+        )  # rows of this epoch up to here, and all counts
+
     def watch(self, chunks):
         for fields in chunks:
-            self.ends.append((self.ends[-1][0]+len(fields[0]), self.tally.state()))
-            if self.drop < len(fields[0]): yield tuple(f[self.drop:] for f in fields)
-            self.drop = max(0, self.drop-len(fields[0]))
-    def mark(self, n): # after batch n
-        while len(self.ends)>1 and self.ends[1][0]<=n*self.size: self.ends.popleft()
-        return dict(batch=n, rest=n*self.size-self.ends[0][0], tally=self.ends[0][1])
+            self.ends.append((self.ends[-1][0] + len(fields[0]), self.tally.state()))
+            if self.drop < len(fields[0]):
+                yield tuple(f[self.drop :] for f in fields)
+            self.drop = max(0, self.drop - len(fields[0]))
+
+    def mark(self, n):  # after batch n
+        while len(self.ends) > 1 and self.ends[1][0] <= n * self.size:
+            self.ends.popleft()
+        return dict(batch=n, rest=n * self.size - self.ends[0][0], tally=self.ends[0][1])
 
 # %% ../../nbs/data/05_pairs.ipynb #12d86cba
 class Pairs:
     "Image-text pairs in batches, epoch by epoch; `open_pairs` makes one"
-    def __init__(self,
-        source, # A `Source`
-        cook, # (entries, order) -> Chunk
-        batch_size:int, # Pairs per batch and process
-        seed:int=0, # Of orders, captions and crops
-        workers:int|None=0, # Loader processes; None: one per core, at most 8
-        shuffle:bool=True, # False: as stored
-    ):
-        self.source,self.cook,self.batch_size,self.seed,self.workers,self.shuffle = source,cook,batch_size,seed,workers,shuffle
-        self.tally,self.marks,self.recalled,self.made = Tally(source),deque(maxlen=64),None,Batch
-    skipped = property(lambda self: self.tally.skipped) # Counter of samples left out so far, by kind
-    culprits = property(lambda self: self.tally.culprits) # kind -> the first of them, by name
-    truncated = property(lambda self: self.tally.cut) # captions cut by the tokenizer so far
-    def _order(self, e): return Order(self.seed, e, self.shuffle, *processes())
-    def __len__(self):
-        if not isinstance(self.source, Listing): raise TypeError(_unknown_length(self.source))
-        return len(self.source)//processes()[1]//self.batch_size
 
-    def mark(self, e:int, n:int):
-        "Where batch number `n` of epoch `e` ended, for a checkpoint; None unless it is one of the last 64"
-        return next((m for m in self.marks if (m['epoch'], m['batch'])==(e, n)), None)
-    def recall(self, mark:dict|None):
-        "`epoch` shall pass over what came before a `mark`; None, or a mark made with other settings, changes nothing"
+    def __init__(
+        self,
+        source,  # A `Source`
+        cook,  # (entries, order) -> Chunk
+        batch_size: int,  # Pairs per batch and process
+        seed: int = 0,  # Of orders, captions and crops
+        workers: int | None = 0,  # Loader processes; None: one per core, at most 8
+        shuffle: bool = True,  # False: as stored
+    ):
+        self.source = source
+        self.cook = cook
+        self.batch_size = batch_size
+        self.seed = seed
+        self.workers = workers
+        self.shuffle = shuffle
+        self.tally = Tally(source)
+        self.marks = deque(maxlen=64)
+        self.recalled = None
+        self.made = Batch
+
+    skipped = property(
+        lambda self: self.tally.skipped
+    )  # Counter of samples left out so far, by kind
+    culprits = property(lambda self: self.tally.culprits)  # kind -> the first of them, by name
+    truncated = property(lambda self: self.tally.cut)  # captions cut by the tokenizer so far
+
+    def _order(self, e):
+        return Order(self.seed, e, self.shuffle, *processes())
+
+    def __len__(self):
+        if not isinstance(self.source, Listing):
+            raise TypeError(_unknown_length(self.source))
+        return len(self.source) // processes()[1] // self.batch_size
+
+    def mark(self, e: int, n: int):
+        """Where batch number `n` of epoch `e` ended, for a checkpoint; None unless it is one of
+        the last 64"""
+        return next((m for m in self.marks if (m['epoch'], m['batch']) == (e, n)), None)
+
+    def recall(self, mark: dict | None):
+        """`epoch` shall pass over what came before a `mark`; None, or a mark made with other
+        settings, changes nothing"""
         self.recalled = mark
 
-    def epoch(self, e:int, start:int=0):
+    def epoch(self, e: int, start: int = 0):
         "Batches of epoch `e` from number `start` on; the last incomplete one is dropped"
-        order,before = self._order(e),self.tally.used
+        order, before = self._order(e), self.tally.used
         workers = worker_count(self.workers, self.source, order)
-        about,at,self.recalled = dict(epoch=e, setup=[repr(self.source), self.batch_size, workers, *order]), self.recalled, None
-        if at and {k:at.get(k) for k in ('batch', *about)} != dict(about, batch=start): at = None
+        about = dict(epoch=e, setup=[repr(self.source), self.batch_size, workers, *order])
+        at = self.recalled
+        self.recalled = None
+        if at and {k: at.get(k) for k in ('batch', *about)} != dict(about, batch=start):
+            at = None
         self.tally.load(at['tally'] if at else self.tally.state() | dict(taken=[]))
-        n = first = start if at else 0 # batches that the loader leaves out
+        n = first = start if at else 0  # batches that the loader leaves out
         trail = _Trail(self.tally, self.batch_size, first, at['rest'] if at else 0)
         fields = stream(self.source, order, self.cook, workers, self.tally, list(self.tally.taken))
-        for n,batch in enumerate(rebatch(trail.watch(fields), self.batch_size), first+1):
+        for n, batch in enumerate(rebatch(trail.watch(fields), self.batch_size), first + 1):
             self.marks.append(about | trail.mark(n))
-            if n > start: yield self.made(*batch)
-        if not n: raise _too_large(self.batch_size, f'{self.tally.used-before} usable pairs', self.source)
+            if n > start:
+                yield self.made(*batch)
+        if not n:
+            raise _too_large(
+                self.batch_size, f'{self.tally.used - before} usable pairs', self.source
+            )
 
     def __repr__(self):
-        return f'Pairs({self.source!r}, batches of {self.batch_size})' + (f'; skipped so far: {self.tally}' if self.skipped else '')
+        return f'Pairs({self.source!r}, batches of {self.batch_size})' + (
+            f'; skipped so far: {self.tally}' if self.skipped else ''
+        )
 
 # %% ../../nbs/data/05_pairs.ipynb #abdd8b42
 def open_pairs(
-    source, # `'shapes'`, shards, a table, a folder: see the top of the page
-    preprocess, # PIL image -> float tensor (3,h,w): `transforms(model)[0]`
-    tokenizer, # An open_clip tokenizer
-    batch_size:int, # Pairs per batch and process
+    source,  # `'shapes'`, shards, a table, a folder: see the top of the page
+    preprocess,  # PIL image -> float tensor (3,h,w): `transforms(model)[0]`
+    tokenizer,  # An open_clip tokenizer
+    batch_size: int,  # Pairs per batch and process
     *,
-    seed:int=0, # Of orders, captions and crops
-    workers:int|None=0, # Loader processes; None: one per core, at most 8
-    shuffle:bool=True, # False: as stored
-    reduced:bool=True, # Decode large JPEGs no larger than `preprocess` needs them (page *Large JPEGs*)?
-    **options, # `classnames`, `templates`, `image_column`, `caption_column`, as on the page *Sources*
-)->Pairs: # With `.epoch(e)`, `.skipped`, `.culprits`, `.truncated`
+    seed: int = 0,  # Of orders, captions and crops
+    workers: int | None = 0,  # Loader processes; None: one per core, at most 8
+    shuffle: bool = True,  # False: as stored
+    # Decode large JPEGs no larger than `preprocess` needs them (page *Large JPEGs*)?
+    reduced: bool = True,
+    # `classnames`, `templates`, `image_column`, `caption_column`, as on the page *Sources*
+    **options,
+) -> Pairs:  # With `.epoch(e)`, `.skipped`, `.culprits`, `.truncated`
     "Image-text pairs for training"
     source = as_source(source, **options)
     try_out(preprocess, tokenizer)
-    if batch_size < 1: raise TinyclipError(f'batch_size={batch_size}: a batch holds at least one pair.')
+    if batch_size < 1:
+        raise TinyclipError(f'batch_size={batch_size}: a batch holds at least one pair.')
     beside = partial(with_caption, tokenizer=tokenizer)
-    pairs = Pairs(source, partial(cook, preprocess=preprocess, beside=beside, reduced=reduced), batch_size, seed, workers, shuffle)
+    pairs = Pairs(
+        source,
+        partial(cook, preprocess=preprocess, beside=beside, reduced=reduced),
+        batch_size,
+        seed,
+        workers,
+        shuffle,
+    )
     if isinstance(source, Listing) and not len(pairs):
         world = processes()[1]
-        raise _too_large(batch_size, f'{len(source)//world} pairs' + (f' for each of {world} processes' if world>1 else ''), source)
+        raise _too_large(
+            batch_size,
+            f'{len(source) // world} pairs'
+            + (f' for each of {world} processes' if world > 1 else ''),
+            source,
+        )
     return pairs
 
 # %% ../../nbs/data/05_pairs.ipynb #3509d7c2
 class Finite:
     "Batches of everything, once; `labelled` and `captioned` make them"
+
     def __init__(self, source, cook, batch_size, workers):
-        self.source,self.cook,self.batch_size,self.workers,self.tally = source,cook,batch_size,workers,Tally(source)
+        self.source = source
+        self.cook = cook
+        self.batch_size = batch_size
+        self.workers = workers
+        self.tally = Tally(source)
         self.classnames = source.classnames
-    skipped = property(lambda self: self.tally.skipped) # of the last pass
+
+    skipped = property(lambda self: self.tally.skipped)  # of the last pass
     culprits = property(lambda self: self.tally.culprits)
     truncated = property(lambda self: self.tally.cut)
+
     def __len__(self):
-        if not isinstance(self.source, Listing): raise TypeError(_unknown_length(self.source))
-        return -(-len(self.source)//self.batch_size)
+        if not isinstance(self.source, Listing):
+            raise TypeError(_unknown_length(self.source))
+        return -(-len(self.source) // self.batch_size)
+
     def __iter__(self):
-        order,self.tally = Order(shuffle=False, size=self.batch_size),Tally(self.source)
-        return stream(self.source, order, self.cook, worker_count(self.workers, self.source, order), self.tally)
-    def __repr__(self): return f'{self.source!r}, batches of {self.batch_size}' + (f'; skipped: {self.tally}' if self.skipped else '')
+        order = Order(shuffle=False, size=self.batch_size)
+        self.tally = Tally(self.source)
+        return stream(
+            self.source,
+            order,
+            self.cook,
+            worker_count(self.workers, self.source, order),
+            self.tally,
+        )
+
+    def __repr__(self):
+        return f'{self.source!r}, batches of {self.batch_size}' + (
+            f'; skipped: {self.tally}' if self.skipped else ''
+        )
+
 
 class _Captioned(Finite):
     def __iter__(self):
         seen = 0
-        for image,text,counts in super().__iter__():
+        for image, text, counts in super().__iter__():
             yield image, text, seen + torch.arange(len(image)).repeat_interleave(counts)
             seen += len(image)
 
 # %% ../../nbs/data/05_pairs.ipynb #39a4f366
 def labelled(
-    source, # Shards with `cls`, a folder of class folders, or shapes
-    preprocess, # PIL image -> float tensor (3,h,w): `transforms(model)[1]`
-    batch_size:int=64, # Images per batch
+    source,  # Shards with `cls`, a folder of class folders, or shapes
+    preprocess,  # PIL image -> float tensor (3,h,w): `transforms(model)[1]`
+    batch_size: int = 64,  # Images per batch
     *,
-    workers:int|None=0, # Loader processes; None: one per core, at most 8
-    reduced:bool=False, # As for `open_pairs`; numbers that others shall meet again are better taken without
-    **options, # `classnames`, `templates`
-)->Finite: # Yields (image (n,3,h,w) float32, label (n,) int64); has `.classnames`, `.skipped`
+    workers: int | None = 0,  # Loader processes; None: one per core, at most 8
+    # As for `open_pairs`; numbers that others shall meet again are better taken without
+    reduced: bool = False,
+    **options,  # `classnames`, `templates`
+) -> Finite:  # Yields (image (n,3,h,w) float32, label (n,) int64); has `.classnames`, `.skipped`
     "Images with class numbers, for classification"
     source = as_source(source, **options)
     if not source.classnames:
-        raise TinyclipError(f'{source!r} has no class names. Give classnames=: a list, or a file with one name per line.')
+        raise TinyclipError(
+            f'{source!r} has no class names. Give classnames=: a list, or a file with one '
+            'name per line.'
+        )
     try_out(preprocess)
-    return Finite(source, partial(cook, preprocess=preprocess, beside=with_label, labels=True, reduced=reduced), batch_size, workers)
+    return Finite(
+        source,
+        partial(cook, preprocess=preprocess, beside=with_label, labels=True, reduced=reduced),
+        batch_size,
+        workers,
+    )
 
 # %% ../../nbs/data/05_pairs.ipynb #7a94e382
 def captioned(
-    source, # Anything with captions
-    preprocess, # PIL image -> float tensor (3,h,w): `transforms(model)[1]`
-    tokenizer, # An open_clip tokenizer
-    batch_size:int=64, # Images per batch
+    source,  # Anything with captions
+    preprocess,  # PIL image -> float tensor (3,h,w): `transforms(model)[1]`
+    tokenizer,  # An open_clip tokenizer
+    batch_size: int = 64,  # Images per batch
     *,
-    workers:int|None=0, # Loader processes; None: one per core, at most 8
-    reduced:bool=False, # As for `open_pairs`; numbers that others shall meet again are better taken without
-    **options, # `classnames`, `templates`, `image_column`, `caption_column`
-)->Finite: # Yields (image (n,3,h,w) float32, text (m,context) int64, image_of_text (m,) int64: counted over all batches)
+    workers: int | None = 0,  # Loader processes; None: one per core, at most 8
+    # As for `open_pairs`; numbers that others shall meet again are better taken without
+    reduced: bool = False,
+    **options,  # `classnames`, `templates`, `image_column`, `caption_column`
+) -> Finite:  # Yields (image (n,3,h,w) float32, text (m,context) int64, image_of_text (m,) int64: counted over all batches)
     "Every image once with all its captions, for retrieval"
     try_out(preprocess, tokenizer)
     beside = partial(with_captions, tokenizer=tokenizer)
-    return _Captioned(as_source(source, **options), partial(cook, preprocess=preprocess, beside=beside, reduced=reduced), batch_size, workers)
+    return _Captioned(
+        as_source(source, **options),
+        partial(cook, preprocess=preprocess, beside=beside, reduced=reduced),
+        batch_size,
+        workers,
+    )

@@ -9,51 +9,101 @@ __all__ = ['COLOURS', 'SHAPES', 'SIZES', 'PLACES', 'combinations', 'WORDS', 'TEM
 
 # %% ../../nbs/data/01_shapes.ipynb #faed33e0
 import math
+
 import numpy as np
 import torch
-from PIL import Image
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from PIL import Image
+
 from ..core import TinyclipError, unknown
 
 # %% ../../nbs/data/01_shapes.ipynb #624393b1
-COLOURS = dict(red=(0,.88,.86), orange=(27,.94,.97), yellow=(53,.86,.98), green=(130,.72,.66), # hue in degrees, saturation, value
-               cyan=(182,.78,.86), blue=(220,.82,.86), purple=(274,.64,.70), pink=(332,.44,.99))
+COLOURS = dict(
+    red=(0, 0.88, 0.86),
+    orange=(27, 0.94, 0.97),
+    yellow=(53, 0.86, 0.98),
+    green=(130, 0.72, 0.66),  # hue in degrees, saturation, value
+    cyan=(182, 0.78, 0.86),
+    blue=(220, 0.82, 0.86),
+    purple=(274, 0.64, 0.70),
+    pink=(332, 0.44, 0.99),
+)
 SHAPES = 'circle', 'square', 'triangle', 'star', 'heart', 'cross', 'ring', 'moon'
-SIZES = dict(small=(6.4,7.8), large=(11.2,13.))                                               # radius, in 48ths of the picture
-PLACES = {'top left':(14.5,14.5), 'top right':(33.5,14.5), 'centre':(24,24),                   # x, y in 48ths
-          'bottom left':(14.5,33.5), 'bottom right':(33.5,33.5)}
-combinations = [(c,s,z,p) for c in COLOURS for s in SHAPES for z in SIZES for p in PLACES]     # a label is an index into this list
+SIZES = dict(small=(6.4, 7.8), large=(11.2, 13.0))  # radius, in 48ths of the picture
+PLACES = {
+    'top left': (14.5, 14.5),
+    'top right': (33.5, 14.5),
+    'centre': (24, 24),  # x, y in 48ths
+    'bottom left': (14.5, 33.5),
+    'bottom right': (33.5, 33.5),
+}
+combinations = [
+    (c, s, z, p) for c in COLOURS for s in SHAPES for z in SIZES for p in PLACES
+]  # a label is an index into this list
 
 # %% ../../nbs/data/01_shapes.ipynb #5e0c747b
-WORDS = {'small':('small', 'little', 'tiny'), 'large':('large', 'big', 'huge'), 'purple':('purple', 'violet'), 'cyan':('cyan', 'turquoise'),
-         'circle':('circle', 'disc'), 'cross':('cross', 'plus'), 'ring':('ring', 'hoop'), 'moon':('moon', 'crescent'),
-         'centre':('in the centre', 'in the middle', 'in the center'),
-         **{f'{v} {h}':(f'at the {v} {h}', f'in the {w} {h} corner', f'in the {v} {h}')
-            for v,w in (('top','upper'), ('bottom','lower')) for h in ('left','right')}}
-TEMPLATES = ('a {size} {colour} {shape} {place}', 'a photo of a {size} {colour} {shape} {place}',
-             'a picture of a {size} {colour} {shape} {place}', 'there is a {size} {colour} {shape} {place}',
-             '{place}, a {size} {colour} {shape}', 'a {shape} {place}, {size} and {colour}',
-             '{size} {colour} {shape} {place}', 'a {colour} {shape}, {size}, {place}')
-PROMPTS = '{}', 'a photo of {}', 'a picture of {}', 'there is {}'    # for zero-shot classification over `classnames`
+WORDS = {
+    'small': ('small', 'little', 'tiny'),
+    'large': ('large', 'big', 'huge'),
+    'purple': ('purple', 'violet'),
+    'cyan': ('cyan', 'turquoise'),
+    'circle': ('circle', 'disc'),
+    'cross': ('cross', 'plus'),
+    'ring': ('ring', 'hoop'),
+    'moon': ('moon', 'crescent'),
+    'centre': ('in the centre', 'in the middle', 'in the center'),
+    **{
+        f'{v} {h}': (f'at the {v} {h}', f'in the {w} {h} corner', f'in the {v} {h}')
+        for v, w in (('top', 'upper'), ('bottom', 'lower'))
+        for h in ('left', 'right')
+    },
+}
+TEMPLATES = (
+    'a {size} {colour} {shape} {place}',
+    'a photo of a {size} {colour} {shape} {place}',
+    'a picture of a {size} {colour} {shape} {place}',
+    'there is a {size} {colour} {shape} {place}',
+    '{place}, a {size} {colour} {shape}',
+    'a {shape} {place}, {size} and {colour}',
+    '{size} {colour} {shape} {place}',
+    'a {colour} {shape}, {size}, {place}',
+)
+PROMPTS = (
+    '{}',
+    'a photo of {}',
+    'a picture of {}',
+    'there is {}',
+)  # for zero-shot classification over `classnames`
 
 # %% ../../nbs/data/01_shapes.ipynb #4d568f56
 def caption(
-    label:int, # Which of `combinations`
-    template:int=0, # Which of `TEMPLATES`; counted round, too
-    words:tuple=(0,0,0,0), # Which synonym for colour, shape, size, place; counted round where there are fewer
-)->str: # For example `'a small red star at the top left'`
+    label: int,  # Which of `combinations`
+    template: int = 0,  # Which of `TEMPLATES`; counted round, too
+    words: tuple = (
+        0,
+        0,
+        0,
+        0,
+    ),  # Which synonym for colour, shape, size, place; counted round where there are fewer
+) -> str:  # For example `'a small red star at the top left'`
     "Say what is to be seen"
-    if not 0 <= label < len(combinations): raise TinyclipError(f'There is no label {label}: labels run from 0 to {len(combinations)-1}.')
-    said = [w[k % len(w)] for a,k in zip(combinations[label], words) for w in [WORDS.get(a, (a,))]]
-    text = TEMPLATES[template % len(TEMPLATES)].format(**dict(zip(('colour','shape','size','place'), said)))
+    if not 0 <= label < len(combinations):
+        raise TinyclipError(
+            f'There is no label {label}: labels run from 0 to {len(combinations) - 1}.'
+        )
+    said = [w[k % len(w)] for a, k in zip(combinations[label], words) for w in [WORDS.get(a, (a,))]]
+    text = TEMPLATES[template % len(TEMPLATES)].format(
+        **dict(zip(('colour', 'shape', 'size', 'place'), said))
+    )
     return text.replace('a orange', 'an orange')
+
 
 classnames = [caption(o) for o in range(len(combinations))]
 
 # %% ../../nbs/data/01_shapes.ipynb #75aa3711
 def hashed(
-    *keys, # Integers or integer arrays that broadcast together
-)->np.ndarray: # uint64, the broadcast shape (at least one dimension)
+    *keys,  # Integers or integer arrays that broadcast together
+) -> np.ndarray:  # uint64, the broadcast shape (at least one dimension)
     "64 well mixed bits for every tuple of keys"
     h = np.zeros(1, np.uint64)
     for k in keys:
@@ -65,217 +115,385 @@ def hashed(
 
 # %% ../../nbs/data/01_shapes.ipynb #073ab748
 def uniform(
-    *keys, # As in `hashed`
-)->np.ndarray: # float32 in [0, 1), exact multiples of 2**-24
+    *keys,  # As in `hashed`
+) -> np.ndarray:  # float32 in [0, 1), exact multiples of 2**-24
     "A uniform number for every tuple of keys"
     return (hashed(*keys) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
 
 # %% ../../nbs/data/01_shapes.ipynb #abcb5a83
-_draw = hashed(2023, np.arange(len(combinations))).reshape(-1, len(SIZES)*len(PLACES))
+_draw = hashed(2023, np.arange(len(combinations))).reshape(-1, len(SIZES) * len(PLACES))
 _held = _draw.argsort(1).argsort(1).reshape(-1) < 1
-heldout,trained = np.flatnonzero(_held), np.flatnonzero(~_held)    # labels never trained on, labels trained on
+# labels never trained on, labels trained on
+heldout = np.flatnonzero(_held)
+trained = np.flatnonzero(~_held)
 
 # %% ../../nbs/data/01_shapes.ipynb #edc1fe3f
 def grid(
-    images:torch.Tensor, # (n,3,h,w) uint8
-    columns:int=8, # Pictures per row
-    zoom:int=2, # Every pixel becomes zoom x zoom
-    gap:int=2, # White pixels between them
-)->Image.Image:
+    images: torch.Tensor,  # (n,3,h,w) uint8
+    columns: int = 8,  # Pictures per row
+    zoom: int = 2,  # Every pixel becomes zoom x zoom
+    gap: int = 2,  # White pixels between them
+) -> Image.Image:
     "Many pictures as one"
-    n,_,h,w = images.shape
-    rows = math.ceil(n/columns)
-    sheet = torch.full((rows*(h+gap)-gap, columns*(w+gap)-gap, 3), 255, dtype=torch.uint8)
-    for i,image in enumerate(images):
-        y,x = (i//columns)*(h+gap), (i%columns)*(w+gap)
-        sheet[y:y+h, x:x+w] = image.permute(1,2,0)
+    n, _, h, w = images.shape
+    rows = math.ceil(n / columns)
+    sheet = torch.full(
+        (rows * (h + gap) - gap, columns * (w + gap) - gap, 3), 255, dtype=torch.uint8
+    )
+    for i, image in enumerate(images):
+        y, x = (i // columns) * (h + gap), (i % columns) * (w + gap)
+        sheet[y : y + h, x : x + w] = image.permute(1, 2, 0)
     return Image.fromarray(sheet.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy())
 
 # %% ../../nbs/data/01_shapes.ipynb #f7667432
-def _length(x, y): return np.sqrt(x*x + y*y)
-def _box(x, y, a, b): return np.maximum(abs(x)-a, abs(y)-b)
-def _circle(x, y): return _length(x, y) - .94
-def _square(x, y): return _box(x, y, .82, .82)
-def _triangle(x, y): return np.maximum(abs(x)*.86603 + y*.5, -y) - .56
-def _cross(x, y): return np.minimum(_box(x, y, .98, .32), _box(x, y, .32, .98))
-def _ring(x, y): return abs(_length(x, y) - .74) - .23
-def _moon(x, y): return np.maximum(_length(x, y) - 1, .84 - _length(x-.52, y-.16))
+def _length(x, y):
+    return np.sqrt(x * x + y * y)
+
+
+def _box(x, y, a, b):
+    return np.maximum(abs(x) - a, abs(y) - b)
+
+
+def _circle(x, y):
+    return _length(x, y) - 0.94
+
+
+def _square(x, y):
+    return _box(x, y, 0.82, 0.82)
+
+
+def _triangle(x, y):
+    return np.maximum(abs(x) * 0.86603 + y * 0.5, -y) - 0.56
+
+
+def _cross(x, y):
+    return np.minimum(_box(x, y, 0.98, 0.32), _box(x, y, 0.32, 0.98))
+
+
+def _ring(x, y):
+    return abs(_length(x, y) - 0.74) - 0.23
+
+
+def _moon(x, y):
+    return np.maximum(_length(x, y) - 1, 0.84 - _length(x - 0.52, y - 0.16))
 
 # %% ../../nbs/data/01_shapes.ipynb #6edf0090
 def _heart(x, y):
     "A square on its tip with half a disc on each upper side"
-    x,y = abs(x), y + .12
-    u,v = (x+y)*.70711, (y-x)*.70711
-    return np.minimum(np.maximum(abs(u), abs(v)) - .6, _length(u-.6, v) - .6)
+    x, y = abs(x), y + 0.12
+    u, v = (x + y) * 0.70711, (y - x) * 0.70711
+    return np.minimum(np.maximum(abs(u), abs(v)) - 0.6, _length(u - 0.6, v) - 0.6)
+
 
 def _star(x, y):
     "Mirror the plane into a tenth of it, where a five-pointed star is one straight edge"
-    x,y = abs(x), y + .06
-    t = 2*np.minimum(y*.95106 - x*.30902, 0); x,y = x + t*.30902, y - t*.95106
+    x, y = abs(x), y + 0.06
+    t = 2 * np.minimum(y * 0.95106 - x * 0.30902, 0)
+    x, y = x + t * 0.30902, y - t * 0.95106
     x = abs(x)
-    t = 2*np.minimum(y*.58779 - x*.80902, 0); x,y = x + t*.80902, y - t*.58779
-    return x*.92083 + (y-1.06)*.38998
+    t = 2 * np.minimum(y * 0.58779 - x * 0.80902, 0)
+    x, y = x + t * 0.80902, y - t * 0.58779
+    return x * 0.92083 + (y - 1.06) * 0.38998
 
 # %% ../../nbs/data/01_shapes.ipynb #679b2ad6
-_DISTANCES = dict(circle=_circle, square=_square, triangle=_triangle, star=_star, heart=_heart, cross=_cross, ring=_ring, moon=_moon)
+_DISTANCES = dict(
+    circle=_circle,
+    square=_square,
+    triangle=_triangle,
+    star=_star,
+    heart=_heart,
+    cross=_cross,
+    ring=_ring,
+    moon=_moon,
+)
+
 
 def distance(
-    shape:str, # One of `SHAPES`
-    x:np.ndarray, # Rightwards, in units of the radius
-    y:np.ndarray, # Upwards, in units of the radius
-)->np.ndarray: # Same shape: negative inside, zero at the edge
-    "Distance to the edge of a shape of radius about one (exact along straight edges, close enough at corners)"
-    if shape not in _DISTANCES: raise unknown('shape', shape, SHAPES)
+    shape: str,  # One of `SHAPES`
+    x: np.ndarray,  # Rightwards, in units of the radius
+    y: np.ndarray,  # Upwards, in units of the radius
+) -> np.ndarray:  # Same shape: negative inside, zero at the edge
+    """Distance to the edge of a shape of radius about one (exact along straight edges, close
+    enough at corners)"""
+    if shape not in _DISTANCES:
+        raise unknown('shape', shape, SHAPES)
     return _DISTANCES[shape](x, y)
 
 # %% ../../nbs/data/01_shapes.ipynb #690177c7
-DRAWS = ('x y radius tilt hue saturation value light shine focus shadow exposure grain paper strength angle frequency phase '
-         'tone warmth tint tone2 warmth2 tint2 spot_x spot_y spot_r spot').split()
+DRAWS = [
+    'x',
+    'y',
+    'radius',
+    'tilt',
+    'hue',
+    'saturation',
+    'value',
+    'light',
+    'shine',
+    'focus',
+    'shadow',
+    'exposure',
+    'grain',
+    'paper',
+    'strength',
+    'angle',
+    'frequency',
+    'phase',
+    'tone',
+    'warmth',
+    'tint',
+    'tone2',
+    'warmth2',
+    'tint2',
+    'spot_x',
+    'spot_y',
+    'spot_r',
+    'spot',
+]
+
 
 def variation(
-    key:np.ndarray, # (n,) uint64: one per picture
-)->dict: # name -> (n,) float32 in [0, 1)
+    key: np.ndarray,  # (n,) uint64: one per picture
+) -> dict:  # name -> (n,) float32 in [0, 1)
     "All that may vary in a picture, each under its name"
-    return dict(zip(DRAWS, uniform(key[:,None], np.arange(len(DRAWS))).T.copy()))
+    return dict(zip(DRAWS, uniform(key[:, None], np.arange(len(DRAWS))).T.copy()))
 
 # %% ../../nbs/data/01_shapes.ipynb #7f1f7014
 def _rgb(h, s, v):
     "Hue in degrees, saturation and value to (n,3) in [0, 1]"
-    k = np.fmod(np.array([5,3,1], np.float32) + (h[:,None]+360)/60, 6)
-    return v[:,None] - (v*s)[:,None]*np.clip(np.minimum(k, 4-k), 0, 1)
+    k = np.fmod(np.array([5, 3, 1], np.float32) + (h[:, None] + 360) / 60, 6)
+    return v[:, None] - (v * s)[:, None] * np.clip(np.minimum(k, 4 - k), 0, 1)
+
 
 def _smooth(x):
     "0 below 0, 1 above 1, smooth between"
     x = np.clip(x, 0, 1)
-    return x*x*(3 - 2*x)
+    return x * x * (3 - 2 * x)
+
 
 def _turn(u, reach):
-    "Cosine and sine of an angle whose half has a tangent between -reach and reach: a random angle without trigonometry"
-    t = (2*u - 1)*reach
-    return (1 - t*t)/(1 + t*t), 2*t/(1 + t*t)
+    """Cosine and sine of an angle whose half has a tangent between -reach and reach: a random
+    angle without trigonometry"""
+    t = (2 * u - 1) * reach
+    return (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
+
 
 def _clouds(key, x, y, cells=5):
     "Smooth random field in [0, 1]: a coarse lattice of random values, interpolated"
-    lattice = uniform(key[:,None,None], 1000 + np.arange(cells+1)[:,None], np.arange(cells+1))
-    (i,fx),(j,fy) = [(np.minimum((o*cells).astype(int), cells-1), None) for o in (x, y)]
-    fx,fy = _smooth(x*cells - i)[None,None,:], _smooth(y*cells - j)[None,:,None]
-    rows = lattice[:,j]*(1-fy) + lattice[:,j+1]*fy
-    return rows[:,:,i]*(1-fx) + rows[:,:,i+1]*fx
+    lattice = uniform(
+        key[:, None, None], 1000 + np.arange(cells + 1)[:, None], np.arange(cells + 1)
+    )
+    (i, fx), (j, fy) = [(np.minimum((o * cells).astype(int), cells - 1), None) for o in (x, y)]
+    fx = _smooth(x * cells - i)[None, None, :]
+    fy = _smooth(y * cells - j)[None, :, None]
+    rows = lattice[:, j] * (1 - fy) + lattice[:, j + 1] * fy
+    return rows[:, :, i] * (1 - fx) + rows[:, :, i + 1] * fx
 
 # %% ../../nbs/data/01_shapes.ipynb #0ec72770
 def _paper(key, v, x, y):
-    "(n,s,s) in [0, 1]: how far each point is from the first tone to the second; `x`, `y` (s,) in [0, 1]"
-    col = {k:o[:,None,None] for k,o in v.items()}
-    x2,y2 = x[None,None,:] - .5, y[None,:,None] - .5
-    c,s = _turn(col['angle'], 1)
-    along,across = c*x2 + s*y2, c*y2 - s*x2
-    kind,frequency = (v['paper']*6).astype(int), 3 + 5*col['frequency']
-    wave = lambda o,at: _smooth(1.5*abs(2*np.fmod(o*frequency[at] + col['phase'][at] + 8, 1) - 1) - .25)
+    """(n,s,s) in [0, 1]: how far each point is from the first tone to the second; `x`, `y` (s,)
+    in [0, 1]"""
+    col = {k: o[:, None, None] for k, o in v.items()}
+    x2, y2 = x[None, None, :] - 0.5, y[None, :, None] - 0.5
+    c, s = _turn(col['angle'], 1)
+    along, across = c * x2 + s * y2, c * y2 - s * x2
+    kind = (v['paper'] * 6).astype(int)
+    frequency = 3 + 5 * col['frequency']
+
+    def wave(o, at):
+        return _smooth(
+            1.5 * abs(2 * np.fmod(o * frequency[at] + col['phase'][at] + 8, 1) - 1) - 0.25
+        )
+
     field = np.zeros((len(key), len(y), len(x)), np.float32)
-    for k,at in ((k, np.flatnonzero(kind==k)) for k in range(1, 6)):
-        if   k==1: field[at] = along[at] + .5
-        elif k==2: field[at] = _smooth(1.4*_length(x2 + .3 - .6*col['phase'][at], y2 + .3 - .6*col['frequency'][at]))
-        elif k==3: field[at] = _clouds(key[at], x, y)
-        elif k==4: field[at] = wave(along[at], at)
-        else:      field[at] = wave(along[at], at)*.5 + wave(across[at], at)*.5
-    far = _length(x2 + .5 - col['spot_x'], y2 + .5 - col['spot_y'])
-    spot = _smooth((.05 + .13*col['spot_r'] - far)*12 + .5)*(col['spot']<.35)*.6
-    return np.clip(field*(.3 + .7*col['strength']) + spot, 0, 1)
+    for k, at in ((k, np.flatnonzero(kind == k)) for k in range(1, 6)):
+        if k == 1:
+            field[at] = along[at] + 0.5
+        elif k == 2:
+            field[at] = _smooth(
+                1.4
+                * _length(x2 + 0.3 - 0.6 * col['phase'][at], y2 + 0.3 - 0.6 * col['frequency'][at])
+            )
+        elif k == 3:
+            field[at] = _clouds(key[at], x, y)
+        elif k == 4:
+            field[at] = wave(along[at], at)
+        else:
+            field[at] = wave(along[at], at) * 0.5 + wave(across[at], at) * 0.5
+    far = _length(x2 + 0.5 - col['spot_x'], y2 + 0.5 - col['spot_y'])
+    spot = _smooth((0.05 + 0.13 * col['spot_r'] - far) * 12 + 0.5) * (col['spot'] < 0.35) * 0.6
+    return np.clip(field * (0.3 + 0.7 * col['strength']) + spot, 0, 1)
 
 # %% ../../nbs/data/01_shapes.ipynb #d924c2a1
 def _edges(labels, v, xs, ys):
-    "(n,s,s) signed distance to the edge, and coordinates relative to the centre and radius, y upwards"
+    """(n,s,s) signed distance to the edge, and coordinates relative to the centre and radius, y
+    upwards"""
     where = [combinations[l] for l in labels]
     place = np.array([PLACES[o[3]] for o in where], np.float32)
-    low,high = np.array([SIZES[o[2]] for o in where], np.float32).T
-    r = (low + (high-low)*v['radius'])[:,None,None]
-    centre = lambda o,u: (o + 4*u - 2)[:,None,None]
-    px,py = (xs[None,None,:] - centre(place[:,0], v['x']))/r, (centre(place[:,1], v['y']) - ys[None,:,None])/r
-    c,s = (o[:,None,None] for o in _turn(v['tilt'], .13))
-    x,y,d = c*px + s*py, c*py - s*px, np.empty((len(where), len(ys), len(xs)), np.float32)
+    low, high = np.array([SIZES[o[2]] for o in where], np.float32).T
+    r = (low + (high - low) * v['radius'])[:, None, None]
+
+    def centre(o, u):
+        return (o + 4 * u - 2)[:, None, None]
+
+    px = (xs[None, None, :] - centre(place[:, 0], v['x'])) / r
+    py = (centre(place[:, 1], v['y']) - ys[None, :, None]) / r
+    c, s = (o[:, None, None] for o in _turn(v['tilt'], 0.13))
+    x = c * px + s * py
+    y = c * py - s * px
+    d = np.empty((len(where), len(ys), len(xs)), np.float32)
     kind = np.array([SHAPES.index(o[1]) for o in where])
-    for k in np.unique(kind): d[kind==k] = distance(SHAPES[k], x[kind==k], y[kind==k])
-    return d*r, px, py
+    for k in np.unique(kind):
+        d[kind == k] = distance(SHAPES[k], x[kind == k], y[kind == k])
+    return d * r, px, py
 
 # %% ../../nbs/data/01_shapes.ipynb #7bad65cc
 def _blend(labels, key, size):
     "One chunk of pictures, (n,3,size,size) uint8"
     v = variation(key)
-    col = {k:o[:,None,None] for k,o in v.items()}
-    at = (np.arange(size, dtype=np.float32) + .5)/size
-    edge,px,py = _edges(labels, v, at*48, at*48)
+    col = {k: o[:, None, None] for k, o in v.items()}
+    at = (np.arange(size, dtype=np.float32) + 0.5) / size
+    edge, px, py = _edges(labels, v, at * 48, at * 48)
     hsv = np.array([COLOURS[combinations[l][0]] for l in labels], np.float32)
-    ink = _rgb(hsv[:,0] + 10*v['hue'] - 5, hsv[:,1]*(.9 + .15*v['saturation']), np.minimum(hsv[:,2]*(.86 + .2*v['value']), 1))
-    tone = .12 + .84*v['tone']
-    first = _rgb(360*v['warmth'], .2*v['tint'], tone)
-    second = _rgb(360*v['warmth2'], .25*v['tint2'], (tone + .7*v['tone2'] - .35).clip(.08, .98))
-    soft = .8 + 1.4*col['focus']*col['focus']                                             # width of the edge, in 48ths: the focus
-    inside = 1 - _smooth(edge/soft + .5)
-    c,s = _turn(v['light'], .7)                                                           # light from above, more or less
-    c,s = c[:,None,None],s[:,None,None]
-    lit = .9 + (.16*c*py + .16*s*px) + (.1 + .25*col['shine'])*_smooth(.9 - _length(px - .5*s, py - .5*c))
-    step = max(1, round(size*1.6/48))
-    fall = np.pad(edge, ((0,0),(step,0),(0,0)), mode='edge')[:,:size]                      # the shadow falls downwards
-    shade = 1 - (.1 + .35*col['shadow'])*(1 - _smooth(fall/4 + .4))
-    grain = (hashed(key[:,None,None], 7000 + np.arange(size)[:,None], np.arange(size)) >> np.uint64(56)).astype(np.float32)/255 - .5
-    paper,gain = _paper(key, v, at, at), .88 + .2*col['exposure']
+    ink = _rgb(
+        hsv[:, 0] + 10 * v['hue'] - 5,
+        hsv[:, 1] * (0.9 + 0.15 * v['saturation']),
+        np.minimum(hsv[:, 2] * (0.86 + 0.2 * v['value']), 1),
+    )
+    tone = 0.12 + 0.84 * v['tone']
+    first = _rgb(360 * v['warmth'], 0.2 * v['tint'], tone)
+    second = _rgb(
+        360 * v['warmth2'], 0.25 * v['tint2'], (tone + 0.7 * v['tone2'] - 0.35).clip(0.08, 0.98)
+    )
+    soft = 0.8 + 1.4 * col['focus'] * col['focus']  # width of the edge, in 48ths: the focus
+    inside = 1 - _smooth(edge / soft + 0.5)
+    c, s = _turn(v['light'], 0.7)  # light from above, more or less
+    c, s = c[:, None, None], s[:, None, None]
+    lit = (
+        0.9
+        + (0.16 * c * py + 0.16 * s * px)
+        + (0.1 + 0.25 * col['shine']) * _smooth(0.9 - _length(px - 0.5 * s, py - 0.5 * c))
+    )
+    step = max(1, round(size * 1.6 / 48))
+    fall = np.pad(edge, ((0, 0), (step, 0), (0, 0)), mode='edge')[
+        :, :size
+    ]  # the shadow falls downwards
+    shade = 1 - (0.1 + 0.35 * col['shadow']) * (1 - _smooth(fall / 4 + 0.4))
+    grain = (
+        hashed(key[:, None, None], 7000 + np.arange(size)[:, None], np.arange(size))
+        >> np.uint64(56)
+    ).astype(np.float32) / 255 - 0.5
+    paper, gain = _paper(key, v, at, at), 0.88 + 0.2 * col['exposure']
     out = np.empty((len(key), 3, size, size), np.uint8)
     for k in range(3):
-        a,b,i = (o[:,k,None,None] for o in (first, second, ink))
-        under = (a + (b-a)*paper)*shade
-        out[:,k] = np.clip(((under + (i*lit - under)*inside)*gain + grain*.12*col['grain']*col['grain'])*255 + .5, 0, 255).astype(np.uint8)
+        a, b, i = (o[:, k, None, None] for o in (first, second, ink))
+        under = (a + (b - a) * paper) * shade
+        out[:, k] = np.clip(
+            (
+                (under + (i * lit - under) * inside) * gain
+                + grain * 0.12 * col['grain'] * col['grain']
+            )
+            * 255
+            + 0.5,
+            0,
+            255,
+        ).astype(np.uint8)
     return out
 
 # %% ../../nbs/data/01_shapes.ipynb #7748761e
 def render(
-    labels, # n of them: which of `combinations`
-    key:np.ndarray, # (n,) uint64: all the chance there is in each picture
-    size:int=48, # Side in pixels
-    chunk:int=16, # Pictures drawn together
-)->torch.Tensor: # (n,3,size,size) uint8
+    labels,  # n of them: which of `combinations`
+    key: np.ndarray,  # (n,) uint64: all the chance there is in each picture
+    size: int = 48,  # Side in pixels
+    chunk: int = 16,  # Pictures drawn together
+) -> torch.Tensor:  # (n,3,size,size) uint8
     "Draw pictures"
-    labels,key = np.atleast_1d(labels), np.atleast_1d(key).astype(np.uint64)
-    parts = [_blend(labels[i:i+chunk], key[i:i+chunk], size) for i in range(0, len(labels), chunk)]
-    return torch.from_numpy(np.concatenate(parts) if parts else np.empty((0, 3, size, size), np.uint8))
+    labels = np.atleast_1d(labels)
+    key = np.atleast_1d(key).astype(np.uint64)
+    parts = [
+        _blend(labels[i : i + chunk], key[i : i + chunk], size)
+        for i in range(0, len(labels), chunk)
+    ]
+    return torch.from_numpy(
+        np.concatenate(parts) if parts else np.empty((0, 3, size, size), np.uint8)
+    )
 
 # %% ../../nbs/data/01_shapes.ipynb #83cbeb3d
 SPLITS = dict(train=trained, val=trained, heldout=heldout)
 
+
 class Shapes:
     "Pictures and captions of one split, drawn when asked for"
-    def __init__(self,
-        split:str='train', # `'train'`; `'val'`: trained combinations, other pictures; `'heldout'`: combinations that training never shows
-        n:int=51_200, # Samples in one epoch (the stream itself is endless)
-        seed:int=0, # Another seed, other pictures; the held-out combinations stay the same
-        size:int=48, # Side of a picture in pixels
+
+    def __init__(
+        self,
+        # `'train'`; `'val'`: trained combinations, other pictures; `'heldout'`: combinations that
+        # training never shows
+        split: str = 'train',
+        n: int = 51_200,  # Samples in one epoch (the stream itself is endless)
+        seed: int = 0,  # Another seed, other pictures; the held-out combinations stay the same
+        size: int = 48,  # Side of a picture in pixels
     ):
-        if split not in SPLITS: raise unknown('split', split, SPLITS)
-        if n<1 or size<8: raise TinyclipError(f'Shapes(n={n}, size={size}): n must be at least 1 and size at least 8.')
-        self.split,self.n,self.seed,self.size,self.known = split,n,seed,size,SPLITS[split]
-    def __len__(self): return self.n
-    def __repr__(self): return f'Shapes({self.split!r}, n={self.n}, seed={self.seed}, size={self.size}): {len(self.known)} combinations'
+        if split not in SPLITS:
+            raise unknown('split', split, SPLITS)
+        if n < 1 or size < 8:
+            raise TinyclipError(
+                f'Shapes(n={n}, size={size}): n must be at least 1 and size at least 8.'
+            )
+        self.split = split
+        self.n = n
+        self.seed = seed
+        self.size = size
+        self.known = SPLITS[split]
+
+    def __len__(self):
+        return self.n
+
+    def __repr__(self):
+        return (
+            f'Shapes({self.split!r}, n={self.n}, seed={self.seed}, size={self.size}): '
+            f'{len(self.known)} combinations'
+        )
+
     def __getitem__(self, i):
-        if not 0 <= i < self.n: raise IndexError(f'Sample {i} of {self.n}.')
-        images,captions,labels = self.batch([i])
-        return Image.fromarray(images[0].permute(1,2,0).numpy()), captions[0], int(labels[0])
-    def keys(self, *what): return hashed(list(SPLITS).index(self.split), self.seed, *what)
-    def epoch(self, e): return np.arange(e*self.n, (e+1)*self.n)
+        if not 0 <= i < self.n:
+            raise IndexError(f'Sample {i} of {self.n}.')
+        images, captions, labels = self.batch([i])
+        return Image.fromarray(images[0].permute(1, 2, 0).numpy()), captions[0], int(labels[0])
+
+    def keys(self, *what):
+        return hashed(list(SPLITS).index(self.split), self.seed, *what)
+
+    def epoch(self, e):
+        return np.arange(e * self.n, (e + 1) * self.n)
+
     def labels(self, indices):
-        rounds,at = np.divmod(np.asarray(indices, dtype=np.int64), len(self.known))
-        order = {r:self.keys(1, r, np.arange(len(self.known))).argsort(kind='stable') for r in np.unique(rounds)}
-        return np.array([self.known[order[r][a]] for r,a in zip(rounds, at)], dtype=np.int64)
+        rounds, at = np.divmod(np.asarray(indices, dtype=np.int64), len(self.known))
+        order = {
+            r: self.keys(1, r, np.arange(len(self.known))).argsort(kind='stable')
+            for r in np.unique(rounds)
+        }
+        return np.array([self.known[order[r][a]] for r, a in zip(rounds, at)], dtype=np.int64)
+
     def captions(self, indices, labels=None):
         labels = self.labels(indices) if labels is None else labels
-        draws = (self.keys(2, np.asarray(indices)[:,None], np.arange(5)) >> np.uint64(33)).astype(int)
-        return [caption(l, d[0], d[1:]) for l,d in zip(labels.tolist(), draws.tolist())]
+        draws = (self.keys(2, np.asarray(indices)[:, None], np.arange(5)) >> np.uint64(33)).astype(
+            int
+        )
+        return [caption(l, d[0], d[1:]) for l, d in zip(labels.tolist(), draws.tolist())]
+
     def batch(self, indices):
         labels = self.labels(indices)
-        return render(labels, self.keys(3, np.asarray(indices)), self.size), self.captions(indices, labels), torch.from_numpy(labels)
+        return (
+            render(labels, self.keys(3, np.asarray(indices)), self.size),
+            self.captions(indices, labels),
+            torch.from_numpy(labels),
+        )
 
 # %% ../../nbs/data/01_shapes.ipynb #4ed9c1d3
 def normalise(
-    images:torch.Tensor, # (n,3,h,w) uint8
-)->torch.Tensor: # (n,3,h,w) float32
+    images: torch.Tensor,  # (n,3,h,w) uint8
+) -> torch.Tensor:  # (n,3,h,w) float32
     "What the image tower takes: CLIP's mean and standard deviation"
-    mean,std = (torch.tensor(o).view(3,1,1) for o in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
-    return (images/255 - mean)/std
+    mean, std = (torch.tensor(o).view(3, 1, 1) for o in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    return (images / 255 - mean) / std

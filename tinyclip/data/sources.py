@@ -8,10 +8,18 @@ __all__ = ['TEMPLATES', 'IMAGES', 'LANES', 'COLUMNS', 'POSSIBLE', 'Sample', 'Ski
            'pick_column', 'read_table', 'Csv', 'Folders', 'Drawn', 'as_source']
 
 # %% ../../nbs/data/02_sources.ipynb #2f57a615
-import csv, glob, hashlib, io, json, random, re, tarfile
+import csv
+import glob
+import hashlib
+import io
+import json
+import random
+import re
+import tarfile
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple
+
 import numpy as np
 import torch
 import webdataset
@@ -19,41 +27,52 @@ from PIL import Image
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
+
 from ..core import TinyclipError
-from .shapes import Shapes, classnames as shape_names
+from .shapes import Shapes
+from .shapes import classnames as shape_names
 
 # %% ../../nbs/data/02_sources.ipynb #35a8bab6
 class Sample(NamedTuple):
     "One image with everything said about it; the image is not decoded yet"
-    key:str # Its name within the data set
-    where:str # The shard, table or folder it comes from
-    image:object # Encoded `bytes`, a path, or a uint8 tensor (3,h,w)
-    captions:list # One string or more
-    label:int|None = None # Its class, where there are classes
+
+    key: str  # Its name within the data set
+    where: str  # The shard, table or folder it comes from
+    image: object  # Encoded `bytes`, a path, or a uint8 tensor (3,h,w)
+    captions: list  # One string or more
+    label: int | None = None  # Its class, where there are classes
 
 # %% ../../nbs/data/02_sources.ipynb #882adb79
 class Skip(NamedTuple):
     "What stands in the stream in place of a sample that cannot be used"
-    kind:str # For counting, e.g. `'broken image'`
-    key:str # Its name within the data set
-    where:str # The shard, table or folder it comes from
-    detail:str = '' # What a person would like to know before looking
-    def __str__(self): return ' '.join(filter(None, [self.key, f'in {self.where}', f'({self.detail})' if self.detail else '']))
+
+    kind: str  # For counting, e.g. `'broken image'`
+    key: str  # Its name within the data set
+    where: str  # The shard, table or folder it comes from
+    detail: str = ''  # What a person would like to know before looking
+
+    def __str__(self):
+        return ' '.join(
+            filter(None, [self.key, f'in {self.where}', f'({self.detail})' if self.detail else ''])
+        )
 
 # %% ../../nbs/data/02_sources.ipynb #6ee4aa3d
 def stable_hash(
-    *what, # Numbers and strings
-)->int: # 0 .. 2**63-1
+    *what,  # Numbers and strings
+) -> int:  # 0 .. 2**63-1
     "The same number for the same words: in every process, on every machine"
     return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=8).digest(), 'big') >> 1
 
 # %% ../../nbs/data/02_sources.ipynb #8c91b44d
 def to_rgb(
-    image:Image.Image, # In any mode
-)->Image.Image: # RGB
-    "The image as a person sees it: transparent parts on white, 16-bit greys scaled, everything else converted"
-    if image.mode=='RGB' and 'transparency' not in image.info: return image
-    if image.mode[0]=='I': image = Image.fromarray((np.asarray(image)//256).clip(0, 255).astype(np.uint8))
+    image: Image.Image,  # In any mode
+) -> Image.Image:  # RGB
+    """The image as a person sees it: transparent parts on white, 16-bit greys scaled, everything
+    else converted"""
+    if image.mode == 'RGB' and 'transparency' not in image.info:
+        return image
+    if image.mode[0] == 'I':
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
     if image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in image.info:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
@@ -61,10 +80,11 @@ def to_rgb(
 
 # %% ../../nbs/data/02_sources.ipynb #5fd3b97b
 def decode(
-    image, # Encoded `bytes`, a path, or a uint8 tensor (3,h,w)
-)->Image.Image: # RGB
+    image,  # Encoded `bytes`, a path, or a uint8 tensor (3,h,w)
+) -> Image.Image:  # RGB
     "The picture itself. Whatever Pillow raises on a broken one passes through"
-    if isinstance(image, torch.Tensor): return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    if isinstance(image, torch.Tensor):
+        return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
         im.load()
         return to_rgb(im)
@@ -72,346 +92,573 @@ def decode(
 # %% ../../nbs/data/02_sources.ipynb #2a4dabda
 class Order(NamedTuple):
     "Equal orders mean equal sequences of samples"
-    seed:int = 0 # Of the run
-    epoch:int = 0 # Another epoch, another order
-    shuffle:bool = True # False: as stored
-    rank:int = 0 # This process
-    world:int = 1 # of so many
-    size:int = 16 # Samples handed over at a time
-    buffer:int = 2048 # Undecoded samples held for shuffling, where a source can only be read front to back
-    def rng(self, *what): return random.Random(stable_hash(self.seed, self.epoch, *what))
-    def indices(self, n): # This rank's share of 0..n-1; all ranks get equally many
+
+    seed: int = 0  # Of the run
+    epoch: int = 0  # Another epoch, another order
+    shuffle: bool = True  # False: as stored
+    rank: int = 0  # This process
+    world: int = 1  # of so many
+    size: int = 16  # Samples handed over at a time
+    buffer: int = (
+        2048  # Undecoded samples held for shuffling, where a source can only be read front to back
+    )
+
+    def rng(self, *what):
+        return random.Random(stable_hash(self.seed, self.epoch, *what))
+
+    def indices(self, n):  # This rank's share of 0..n-1; all ranks get equally many
         order = list(range(n))
-        if self.shuffle: self.rng('order').shuffle(order)
-        return order[:n - n%self.world][self.rank::self.world]
+        if self.shuffle:
+            self.rng('order').shuffle(order)
+        return order[: n - n % self.world][self.rank :: self.world]
 
 # %% ../../nbs/data/02_sources.ipynb #fd53dcd8
 class Source:
-    "Anything with `chunks(order, worker, workers)`: lists of `Sample` and `Skip`, split over loader workers"
-    classnames = None # Class names, where samples have labels
-    notes = () # What was already found unusable when the source was opened: `Skip`s
-    def usable_workers(self, workers, order): return workers
-    def after(self, n, order, worker=0, workers=1): # the chunks from number n on, of those that `worker` would make
+    """Anything with `chunks(order, worker, workers)`: lists of `Sample` and `Skip`, split over
+    loader workers"""
+
+    classnames = None  # Class names, where samples have labels
+    notes = ()  # What was already found unusable when the source was opened: `Skip`s
+
+    def usable_workers(self, workers, order):
+        return workers
+
+    def after(
+        self, n, order, worker=0, workers=1
+    ):  # the chunks from number n on, of those that `worker` would make
         return islice(self.chunks(order, worker, workers), n, None)
+
 
 class Listing(Source):
     "A source whose samples can be had by number: it knows its length and shuffles perfectly"
-    def __len__(self): raise NotImplementedError
-    def read(self, indices): raise NotImplementedError # -> a list of Sample and Skip
-    def at(self, mine, epoch): return mine # the numbers of this epoch's samples, where they differ from epoch to epoch
-    def chunks(self, order, worker=0, workers=1): return self.after(0, order, worker, workers)
-    def after(self, n, order, worker=0, workers=1): # without reading those before
+
+    def __len__(self):
+        raise NotImplementedError
+
+    def read(self, indices):
+        raise NotImplementedError  # -> a list of Sample and Skip
+
+    def at(self, mine, epoch):
+        return mine  # the numbers of this epoch's samples, where they differ from epoch to epoch
+
+    def chunks(self, order, worker=0, workers=1):
+        return self.after(0, order, worker, workers)
+
+    def after(self, n, order, worker=0, workers=1):  # without reading those before
         mine = self.at(order.indices(len(self)), order.epoch)
-        for i in range((worker + n*workers)*order.size, len(mine), workers*order.size): yield self.read(mine[i:i+order.size])
+        for i in range((worker + n * workers) * order.size, len(mine), workers * order.size):
+            yield self.read(mine[i : i + order.size])
 
 # %% ../../nbs/data/02_sources.ipynb #674ab454
 def read_classnames(
-    names, # A list of names, a text file with one name per line, or None
-)->list|None: # The names; a label is a position in them
+    names,  # A list of names, a text file with one name per line, or None
+) -> list | None:  # The names; a label is a position in them
     "Class names from wherever they are"
-    if names is None or not isinstance(names, (str, Path)): return None if names is None else [str(n) for n in names]
+    if names is None or not isinstance(names, (str, Path)):
+        return None if names is None else [str(n) for n in names]
     if not Path(names).is_file():
-        raise TinyclipError(f'There is no file of class names {str(names)!r}. Give a list, or a text file with one name per line.')
+        raise TinyclipError(
+            f'There is no file of class names {str(names)!r}. Give a list, or a text file '
+            'with one name per line.'
+        )
     return [n.strip() for n in Path(names).read_text(encoding='utf-8').splitlines() if n.strip()]
 
 # %% ../../nbs/data/02_sources.ipynb #85808e4d
-TEMPLATES = ('a photo of a {}.',) # Used where no templates are given
+TEMPLATES = ('a photo of a {}.',)  # Used where no templates are given
+
 
 def fill(
-    templates, # Strings with `{}`, or functions from a name to a caption, as in open_clip
-    name:str, # A class name
-)->list: # Captions
+    templates,  # Strings with `{}`, or functions from a name to a caption, as in open_clip
+    name: str,  # A class name
+) -> list:  # Captions
     "The captions of a class"
-    if isinstance(templates, str): templates = [templates]
+    if isinstance(templates, str):
+        templates = [templates]
     bad = [t for t in templates if not callable(t) and '{}' not in t]
     if bad or not templates:
-        raise TinyclipError(f"Templates need a place for the class name, like 'a photo of a {{}}.'; got {bad[0] if bad else templates!r}.")
+        raise TinyclipError(
+            f"Templates need a place for the class name, like 'a photo of a {{}}.'; got "
+            f"{bad[0] if bad else templates!r}."
+        )
     return [t(name) if callable(t) else t.replace('{}', name) for t in templates]
 
 # %% ../../nbs/data/02_sources.ipynb #d343f307
-def _remote(url): return str(url).startswith('pipe:') or '://' in str(url) # opened by a library, not by us
+def _remote(url):
+    return str(url).startswith('pipe:') or '://' in str(url)  # opened by a library, not by us
+
 
 def expand(
-    pattern:str, # One path, URL, glob or brace pattern
-)->list: # Of existing files, or of URLs
+    pattern: str,  # One path, URL, glob or brace pattern
+) -> list:  # Of existing files, or of URLs
     "The shards that a pattern names; a name that matches nothing is refused"
-    try: urls = expand_urls(str(pattern))
+    try:
+        urls = expand_urls(str(pattern))
     except Exception as e:
-        raise TinyclipError(f'The shard pattern {str(pattern)!r} cannot be expanded ({e}). '
-            'Write train-{0000..0011}.tar or train-*.tar.') from None
-    found = [u for url in urls for u in ([url] if _remote(url) else sorted(glob.glob(url)) or [url])]
+        raise TinyclipError(
+            f'The shard pattern {str(pattern)!r} cannot be expanded ({e}). '
+            'Write train-{0000..0011}.tar or train-*.tar.'
+        ) from None
+    found = [
+        u for url in urls for u in ([url] if _remote(url) else sorted(glob.glob(url)) or [url])
+    ]
     missing = [u for u in found if not _remote(u) and not Path(u).is_file()]
-    if not missing: return found
+    if not missing:
+        return found
     beside = sorted(p.name for p in Path(missing[0]).parent.glob('*.tar*'))
-    listed = ', '.join(beside[:6]) + (', ...' if len(beside)>6 else '')
+    listed = ', '.join(beside[:6]) + (', ...' if len(beside) > 6 else '')
     there = f'the shards beside it: {listed}' if beside else 'there are no shards in that folder'
-    what = 'matches no file' if len(missing)==len(found) else f'names {len(missing)} missing files, the first is {Path(missing[0]).name}'
+    what = (
+        'matches no file'
+        if len(missing) == len(found)
+        else f'names {len(missing)} missing files, the first is {Path(missing[0]).name}'
+    )
     raise TinyclipError(f'The shard pattern {str(pattern)!r} {what}; {there}.')
 
 # %% ../../nbs/data/02_sources.ipynb #ae138160
-class _Damaged(tarfile.ReadError): pass
+class _Damaged(tarfile.ReadError):
+    pass
 
-class _Strict(tarfile.TarInfo): # only the end mark is an end
+
+class _Strict(tarfile.TarInfo):  # only the end mark is an end
     @classmethod
     def frombuf(cls, buf, *a):
-        try: return super().frombuf(buf, *a)
-        except tarfile.EOFHeaderError: raise
+        try:
+            return super().frombuf(buf, *a)
+        except tarfile.EOFHeaderError:
+            raise
         except tarfile.HeaderError as e:
-            if len(buf)==tarfile.BLOCKSIZE: raise _Damaged(f'no header: {e}') from None
+            if len(buf) == tarfile.BLOCKSIZE:
+                raise _Damaged(f'no header: {e}') from None
             raise tarfile.ReadError('the end mark is missing') from None
 
-def _files(url, trouble): # yields (name, bytes); what ends it too early is put into `trouble`
+
+def _files(url, trouble):  # yields (name, bytes); what ends it too early is put into `trouble`
     try:
         with tarfile.open(fileobj=gopen(str(url)), mode='r|*', tarinfo=_Strict) as tar:
             for m in tar:
-                if m.isreg() and not re.match(r'__[^/]*__($|/)', m.name): yield m.name, tar.extractfile(m).read()
-                tar.members = [] # or they would pile up
-            while tar.fileobj.comptype=='tar' and (rest := tar.fileobj.read(2**16)):
-                if rest.strip(b'\0'): raise _Damaged('more behind the end mark')
-    except Exception as e: trouble.append(e) # of the tar, the compression, the file system, the network
+                if m.isreg() and not re.match(r'__[^/]*__($|/)', m.name):
+                    yield m.name, tar.extractfile(m).read()
+                tar.members = []  # or they would pile up
+            while tar.fileobj.comptype == 'tar' and (rest := tar.fileobj.read(2**16)):
+                if rest.strip(b'\0'):
+                    raise _Damaged('more behind the end mark')
+    except Exception as e:
+        trouble.append(e)  # of the tar, the compression, the file system, the network
 
-def _trouble(e, n, name): # as a Skip, after n samples
-    kind = 'damaged shard' if n and isinstance(e, _Damaged) else 'truncated shard' if n or 'unexpected end' in str(e) else 'unreadable shard'
+
+def _trouble(e, n, name):  # as a Skip, after n samples
+    kind = (
+        'damaged shard'
+        if n and isinstance(e, _Damaged)
+        else 'truncated shard'
+        if n or 'unexpected end' in str(e)
+        else 'unreadable shard'
+    )
     return Skip(kind, '', name, f'after {n} samples: {e}'[:160])
 
 # %% ../../nbs/data/02_sources.ipynb #b0b6fc52
 def read_shard(
-    url:str, # A file or anything else webdataset opens
-): # Yields dicts of bytes by extension with `__key__`, and Skips for what is wrong with the shard
+    url: str,  # A file or anything else webdataset opens
+):  # Yields dicts of bytes by extension with `__key__`, and Skips for what is wrong with the shard
     "The raw samples of a shard"
-    trouble,n,name,sample = [],0,Path(url).name,{}
-    for file,data in _files(url, trouble):
-        key,ext = base_plus_ext(file)
-        if key is None: continue
-        if key!=sample.get('__key__'):
-            if sample: n += 1; yield sample
+    trouble = []
+    n = 0
+    name = Path(url).name
+    sample = {}
+    for file, data in _files(url, trouble):
+        key, ext = base_plus_ext(file)
+        if key is None:
+            continue
+        if key != sample.get('__key__'):
+            if sample:
+                n += 1
+                yield sample
             sample = dict(__key__=key)
-        if ext.lower() in sample: yield Skip('doubled name', key, name, file); continue
+        if ext.lower() in sample:
+            yield Skip('doubled name', key, name, file)
+            continue
         sample[ext.lower()] = data
-    if sample: n += 1; yield sample
-    if not n and (not trouble or 'end mark' in str(trouble[0])): yield Skip('empty shard', '', name)
-    elif trouble: yield _trouble(trouble[0], n, name)
+    if sample:
+        n += 1
+        yield sample
+    if not n and (not trouble or 'end mark' in str(trouble[0])):
+        yield Skip('empty shard', '', name)
+    elif trouble:
+        yield _trouble(trouble[0], n, name)
 
 # %% ../../nbs/data/02_sources.ipynb #4238bc29
 def captions_in(
-    fields:dict, # Bytes by extension
-    key:str|None=None, # The json key; None: `txt`, else json with `caption` or `captions`
-)->list: # Without blank ones; maybe empty
+    fields: dict,  # Bytes by extension
+    key: str | None = None,  # The json key; None: `txt`, else json with `caption` or `captions`
+) -> list:  # Without blank ones; maybe empty
     "The captions written beside an image. ValueError where they cannot be read"
-    if key is None and 'txt' in fields: found = fields['txt'].decode()
+    if key is None and 'txt' in fields:
+        found = fields['txt'].decode()
     elif 'json' in fields:
         record = json.loads(fields['json'])
-        if not isinstance(record, dict): raise ValueError(f'json holds a {type(record).__name__}, not an object')
+        if not isinstance(record, dict):
+            raise ValueError(f'json holds a {type(record).__name__}, not an object')
         found = record.get(key) if key else record.get('caption', record.get('captions'))
-    else: found = None
+    else:
+        found = None
     found = [found] if isinstance(found, str) else found if isinstance(found, list) else []
     return [c.strip() for c in found if isinstance(c, str) and c.strip()]
 
 # %% ../../nbs/data/02_sources.ipynb #c600e3cc
 IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'bmp', 'gif', 'tif', 'tiff')
 
+
 def as_sample(
-    fields:dict, # Bytes by extension, with `__key__`
-    where:str, # The shard's name
-    key:str|None=None, # The json key of the caption, see `captions_in`
-    classnames=None, # What `cls` counts
-    templates=TEMPLATES, # For captions from class names
-): # A `Sample` or a `Skip`
+    fields: dict,  # Bytes by extension, with `__key__`
+    where: str,  # The shard's name
+    key: str | None = None,  # The json key of the caption, see `captions_in`
+    classnames=None,  # What `cls` counts
+    templates=TEMPLATES,  # For captions from class names
+):  # A `Sample` or a `Skip`
     "Make sense of what a shard holds under one name"
-    skip = lambda kind, detail='': Skip(kind, fields['__key__'], where, detail)
+
+    def skip(kind, detail=''):
+        return Skip(kind, fields['__key__'], where, detail)
+
     image = next((fields[e] for e in IMAGES if e in fields), None)
-    held = ', '.join(k for k in fields if k[0]!='_')
-    if image is None: return skip('no image', f'holds {held}')
-    try: captions = captions_in(fields, key)
-    except (ValueError, RecursionError) as e: return skip('unreadable caption', str(e)[:100])
-    try: label = int(fields['cls']) if 'cls' in fields else None
-    except ValueError: return skip('unreadable label', repr(fields['cls'][:20]))
+    held = ', '.join(k for k in fields if k[0] != '_')
+    if image is None:
+        return skip('no image', f'holds {held}')
+    try:
+        captions = captions_in(fields, key)
+    except (ValueError, RecursionError) as e:
+        return skip('unreadable caption', str(e)[:100])
+    try:
+        label = int(fields['cls']) if 'cls' in fields else None
+    except ValueError:
+        return skip('unreadable label', repr(fields['cls'][:20]))
     if label is not None and classnames and not 0 <= label < len(classnames):
         return skip('label outside the class names', f'{label}; there are {len(classnames)} names')
     if not captions and label is not None:
-        if not classnames: return skip('label without class names', f'label {label}')
+        if not classnames:
+            return skip('label without class names', f'label {label}')
         captions = fill(templates, classnames[label])
-    if captions: return Sample(fields['__key__'], where, image, captions, label)
-    try: return skip('no caption', f'json with the keys {", ".join(json.loads(fields["json"]).keys())}'[:100])
-    except Exception: return skip('no caption', f'holds {held}') # no json, or none that anybody asked for
+    if captions:
+        return Sample(fields['__key__'], where, image, captions, label)
+    try:
+        return skip(
+            'no caption', f'json with the keys {", ".join(json.loads(fields["json"]).keys())}'[:100]
+        )
+    except Exception:
+        return skip('no caption', f'holds {held}')  # no json, or none that anybody asked for
 
 # %% ../../nbs/data/02_sources.ipynb #bd191eca
-LANES = 16 # at most, per process
+LANES = 16  # at most, per process
 
-def _lane(samples, order, n, number): # chunks of one lane of n, shuffled within its share of the buffer
-    held = max(2, order.buffer//n)
-    if order.shuffle: samples = webdataset.shuffle(held, initial=held, rng=order.rng('lane', order.rank, number))(samples)
-    while chunk := list(islice(samples, order.size)): yield chunk
+
+def _lane(
+    samples, order, n, number
+):  # chunks of one lane of n, shuffled within its share of the buffer
+    held = max(2, order.buffer // n)
+    if order.shuffle:
+        samples = webdataset.shuffle(held, initial=held, rng=order.rng('lane', order.rank, number))(
+            samples
+        )
+    while chunk := list(islice(samples, order.size)):
+        yield chunk
 
 # %% ../../nbs/data/02_sources.ipynb #d13a613c
 class Shards(Source):
     "Webdataset shards with `txt`, `json` or `cls` beside each image"
-    def __init__(self,
-        urls, # Paths, globs, brace patterns or URLs: one, or a list
-        caption_column=None, # The json key of the caption; None: `txt`, else `caption` or `captions`
-        classnames=None, # For `cls`: a list or a file; None: `classnames.txt` beside the shards, where it exists
-        templates=TEMPLATES, # For captions from class names
+
+    def __init__(
+        self,
+        urls,  # Paths, globs, brace patterns or URLs: one, or a list
+        # The json key of the caption; None: `txt`, else `caption` or `captions`
+        caption_column=None,
+        # For `cls`: a list or a file; None: `classnames.txt` beside the shards, where it exists
+        classnames=None,
+        templates=TEMPLATES,  # For captions from class names
     ):
-        self.urls = [u for pattern in ([urls] if isinstance(urls, (str, Path)) else urls) for u in expand(pattern)]
-        beside = Path(self.urls[0]).parent/'classnames.txt'
-        if classnames is None and not _remote(self.urls[0]) and beside.is_file(): classnames = beside
-        self.caption_column,self.classnames,self.templates = caption_column,read_classnames(classnames),templates
-        if self.classnames: fill(templates, '') # refuses bad templates now, not in the middle of a run
+        self.urls = [
+            u
+            for pattern in ([urls] if isinstance(urls, (str, Path)) else urls)
+            for u in expand(pattern)
+        ]
+        beside = Path(self.urls[0]).parent / 'classnames.txt'
+        if classnames is None and not _remote(self.urls[0]) and beside.is_file():
+            classnames = beside
+        self.caption_column = caption_column
+        self.classnames = read_classnames(classnames)
+        self.templates = templates
+        if self.classnames:
+            fill(templates, '')  # refuses bad templates now, not in the middle of a run
 
     def samples(self, urls):
         for url in urls:
             for raw in read_shard(url):
-                yield raw if isinstance(raw, Skip) else as_sample(raw, Path(url).name, self.caption_column, self.classnames, self.templates)
+                yield (
+                    raw
+                    if isinstance(raw, Skip)
+                    else as_sample(
+                        raw, Path(url).name, self.caption_column, self.classnames, self.templates
+                    )
+                )
 
     def chunks(self, order, worker=0, workers=1):
         urls = list(self.urls)
-        if order.shuffle: order.rng('shards').shuffle(urls)
-        urls = urls[order.rank::order.world]
+        if order.shuffle:
+            order.rng('shards').shuffle(urls)
+        urls = urls[order.rank :: order.world]
         n = min(LANES, len(urls))
         lanes = [_lane(self.samples(urls[l::n]), order, n, l) for l in range(worker, n, workers)]
-        for turn in zip_longest(*lanes, fillvalue=[]): yield from turn
+        for turn in zip_longest(*lanes, fillvalue=[]):
+            yield from turn
 
-    def usable_workers(self, workers, order): # at most one per lane
+    def usable_workers(self, workers, order):  # at most one per lane
         if len(self.urls) < order.world:
-            raise TinyclipError(f'{len(self.urls)} shards cannot be dealt to {order.world} processes. '
-                'Use at least one shard per process: write more, smaller shards.')
-        return min(workers, LANES, len(self.urls[order.rank::order.world]))
+            raise TinyclipError(
+                f'{len(self.urls)} shards cannot be dealt to {order.world} processes. '
+                'Use at least one shard per process: write more, smaller shards.'
+            )
+        return min(workers, LANES, len(self.urls[order.rank :: order.world]))
+
     def __repr__(self):
-        return f'{len(self.urls)} shards: {Path(self.urls[0]).name}' + (f' ... {Path(self.urls[-1]).name}' if self.urls[1:] else '')
+        return f'{len(self.urls)} shards: {Path(self.urls[0]).name}' + (
+            f' ... {Path(self.urls[-1]).name}' if self.urls[1:] else ''
+        )
 
 # %% ../../nbs/data/02_sources.ipynb #3b93932c
-COLUMNS = dict( # tried in this order when none is named
-    image_column=('image', 'filepath', 'file_path', 'path', 'file', 'filename', 'file_name', 'image_path', 'image_file', 'image_name'),
-    caption_column=('caption', 'captions', 'text', 'title', 'sentence', 'comment'))
+COLUMNS = dict(  # tried in this order when none is named
+    image_column=(
+        'image',
+        'filepath',
+        'file_path',
+        'path',
+        'file',
+        'filename',
+        'file_name',
+        'image_path',
+        'image_file',
+        'image_name',
+    ),
+    caption_column=('caption', 'captions', 'text', 'title', 'sentence', 'comment'),
+)
+
 
 def pick_column(
-    columns:list, # Those there are
-    option:str, # `'image_column'` or `'caption_column'`
-    chosen:str|None, # What the user said
-    table:str, # Its name
-)->str: # The column
+    columns: list,  # Those there are
+    option: str,  # `'image_column'` or `'caption_column'`
+    chosen: str | None,  # What the user said
+    table: str,  # Its name
+) -> str:  # The column
     "The named column, or the first with a usual name"
-    lower = {c.strip().lower():c for c in reversed(columns) if c}
-    found = (chosen if chosen in columns else None) if chosen else next((lower[n] for n in COLUMNS[option] if n in lower), None)
-    if found is not None: return found
+    lower = {c.strip().lower(): c for c in reversed(columns) if c}
+    found = (
+        (chosen if chosen in columns else None)
+        if chosen
+        else next((lower[n] for n in COLUMNS[option] if n in lower), None)
+    )
+    if found is not None:
+        return found
     what = f'column {chosen!r}' if chosen else f'column that looks like the {option.split("_")[0]}'
-    raise TinyclipError(f'{table!r} has no {what}. Its columns: {columns}. Choose one with {option}=.')
+    raise TinyclipError(
+        f'{table!r} has no {what}. Its columns: {columns}. Choose one with {option}=.'
+    )
 
 # %% ../../nbs/data/02_sources.ipynb #9acbc6b6
 def read_table(
-    path, # CSV, TSV, or separated by semicolons
-)->tuple: # (list of columns, list of dicts)
+    path,  # CSV, TSV, or separated by semicolons
+) -> tuple:  # (list of columns, list of dicts)
     "All rows of a table, as text; the separator is the commonest one of the first line"
     path = Path(path)
-    if not path.is_file(): raise TinyclipError(f'There is no table {str(path)!r}. Check the path.')
+    if not path.is_file():
+        raise TinyclipError(f'There is no table {str(path)!r}. Check the path.')
     try:
         with open(path, encoding='utf-8-sig', newline='') as f:
             first = f.readline()
             f.seek(0)
             rows = csv.DictReader(f, delimiter=max(',\t;', key=first.count))
             return list(rows.fieldnames or []), list(rows)
-    except UnicodeDecodeError: raise TinyclipError(f'{path.name!r} is not UTF-8 text. Save it as UTF-8.') from None
+    except UnicodeDecodeError:
+        raise TinyclipError(f'{path.name!r} is not UTF-8 text. Save it as UTF-8.') from None
     except csv.Error as e:
-        raise TinyclipError(f'{path.name!r} is not a readable table ({e}). Write it with a CSV library.') from None
+        raise TinyclipError(
+            f'{path.name!r} is not a readable table ({e}). Write it with a CSV library.'
+        ) from None
 
 # %% ../../nbs/data/02_sources.ipynb #807c26c1
 class Csv(Listing):
     "A table of image paths (relative to the table) and captions"
-    def __init__(self,
-        path, # CSV or TSV with a first line of column names
-        image_column=None, # Where the paths are; None: the first with a usual name
-        caption_column=None, # Where the captions are; None: the first with a usual name
+
+    def __init__(
+        self,
+        path,  # CSV or TSV with a first line of column names
+        image_column=None,  # Where the paths are; None: the first with a usual name
+        caption_column=None,  # Where the captions are; None: the first with a usual name
     ):
         self.path = Path(path)
-        columns,rows = read_table(path)
+        columns, rows = read_table(path)
         image = pick_column(columns, 'image_column', image_column, self.path.name)
         caption = pick_column(columns, 'caption_column', caption_column, self.path.name)
-        said = {} # image path -> captions
-        for row in rows: said.setdefault((row[image] or '').strip(), []).append((row[caption] or '').strip())
-        self.samples = [(p, [c for c in cs if c]) for p,cs in said.items()]
-        if not rows: raise TinyclipError(f'{self.path.name!r} has column names but no rows.')
-    def __len__(self): return len(self.samples)
-    def read(self, indices): return [self.one(*self.samples[i]) for i in indices]
+        said = {}  # image path -> captions
+        for row in rows:
+            said.setdefault((row[image] or '').strip(), []).append((row[caption] or '').strip())
+        self.samples = [(p, [c for c in cs if c]) for p, cs in said.items()]
+        if not rows:
+            raise TinyclipError(f'{self.path.name!r} has column names but no rows.')
+
+    def __len__(self):
+        return len(self.samples)
+
+    def read(self, indices):
+        return [self.one(*self.samples[i]) for i in indices]
+
     def one(self, name, captions):
-        file = self.path.parent/name
-        if not name or not file.is_file(): return Skip('missing image', name, self.path.name)
-        return Sample(name, self.path.name, file, captions) if captions else Skip('no caption', name, self.path.name)
-    def __repr__(self): return f'{len(self)} images in {self.path.name}'
+        file = self.path.parent / name
+        if not name or not file.is_file():
+            return Skip('missing image', name, self.path.name)
+        return (
+            Sample(name, self.path.name, file, captions)
+            if captions
+            else Skip('no caption', name, self.path.name)
+        )
+
+    def __repr__(self):
+        return f'{len(self)} images in {self.path.name}'
 
 # %% ../../nbs/data/02_sources.ipynb #9f8347f3
 class Folders(Listing):
     "Images in one folder per class"
-    def __init__(self,
-        root, # The folder that holds the class folders
-        classnames=None, # Better names, in alphabetical order of the folders: a list or a file
-        templates=TEMPLATES, # For captions from class names
+
+    def __init__(
+        self,
+        root,  # The folder that holds the class folders
+        classnames=None,  # Better names, in alphabetical order of the folders: a list or a file
+        templates=TEMPLATES,  # For captions from class names
     ):
-        self.root,self.templates = Path(root),templates
-        folders = sorted(p for p in self.root.iterdir() if p.is_dir() and p.name[0]!='.')
+        self.root = Path(root)
+        self.templates = templates
+        folders = sorted(p for p in self.root.iterdir() if p.is_dir() and p.name[0] != '.')
         self.classnames = read_classnames(classnames) or [p.name.replace('_', ' ') for p in folders]
-        if len(self.classnames)!=len(folders):
-            raise TinyclipError(f'{len(self.classnames)} class names for {len(folders)} class folders in {self.root.name!r}. '
-                'Give one per folder, in alphabetical order.')
+        if len(self.classnames) != len(folders):
+            raise TinyclipError(
+                f'{len(self.classnames)} class names for {len(folders)} class folders in '
+                f'{self.root.name!r}. '
+                'Give one per folder, in alphabetical order.'
+            )
         found = [sorted(f for f in p.iterdir() if f.suffix[1:].lower() in IMAGES) for p in folders]
-        self.files = [(f, label) for label,fs in enumerate(found) for f in fs]
-        self.notes = [Skip('class folder without images', p.name, self.root.name) for p,fs in zip(folders, found) if not fs]
+        self.files = [(f, label) for label, fs in enumerate(found) for f in fs]
+        self.notes = [
+            Skip('class folder without images', p.name, self.root.name)
+            for p, fs in zip(folders, found)
+            if not fs
+        ]
         if not self.files:
-            raise TinyclipError(f'No folder directly in {self.root.name!r} holds images ({", ".join(p.name for p in folders[:6])}). '
-                'Name the folder that holds the class folders.')
+            raise TinyclipError(
+                f'No folder directly in {self.root.name!r} holds images '
+                f'({", ".join(p.name for p in folders[:6])}). '
+                'Name the folder that holds the class folders.'
+            )
         fill(templates, '')
-    def __len__(self): return len(self.files)
-    def read(self, indices): return [self.one(*self.files[i]) for i in indices]
+
+    def __len__(self):
+        return len(self.files)
+
+    def read(self, indices):
+        return [self.one(*self.files[i]) for i in indices]
+
     def one(self, file, label):
-        return Sample(file.relative_to(self.root).as_posix(), self.root.name, file, fill(self.templates, self.classnames[label]), label)
-    def __repr__(self): return f'{len(self)} images of {len(self.classnames)} classes in {self.root.name}'
+        return Sample(
+            file.relative_to(self.root).as_posix(),
+            self.root.name,
+            file,
+            fill(self.templates, self.classnames[label]),
+            label,
+        )
+
+    def __repr__(self):
+        return f'{len(self)} images of {len(self.classnames)} classes in {self.root.name}'
 
 # %% ../../nbs/data/02_sources.ipynb #16c9c97c
 class Drawn(Listing):
     "Pairs made on the spot by an object with `batch(indices)`"
-    def __init__(self,
-        maker, # A `Shapes`, or anything with `__len__` and `batch(indices) -> (images, captions, labels)`
+
+    def __init__(
+        self,
+        # A `Shapes`, or anything with `__len__` and `batch(indices) -> (images, captions, labels)`
+        maker,
     ):
-        self.maker,self.name = maker,type(maker).__name__.lower()
-        self.classnames = shape_names if isinstance(maker, Shapes) else getattr(maker, 'classnames', None)
-    def __len__(self): return len(self.maker)
-    def at(self, mine, epoch): return self.maker.epoch(epoch)[mine].tolist() if hasattr(self.maker, 'epoch') else mine
+        self.maker = maker
+        self.name = type(maker).__name__.lower()
+        self.classnames = (
+            shape_names if isinstance(maker, Shapes) else getattr(maker, 'classnames', None)
+        )
+
+    def __len__(self):
+        return len(self.maker)
+
+    def at(self, mine, epoch):
+        return self.maker.epoch(epoch)[mine].tolist() if hasattr(self.maker, 'epoch') else mine
+
     def read(self, indices):
-        images,captions,labels = self.maker.batch(indices)
+        images, captions, labels = self.maker.batch(indices)
         said = [[c] if isinstance(c, str) else list(c) for c in captions]
-        return [Sample(str(i), self.name, im, c, int(l)) for i,im,c,l in zip(indices, images, said, labels)]
-    def __repr__(self): return f'{len(self)} pairs an epoch, drawn by {self.maker!r}'
+        return [
+            Sample(str(i), self.name, im, c, int(l))
+            for i, im, c, l in zip(indices, images, said, labels)
+        ]
+
+    def __repr__(self):
+        return f'{len(self)} pairs an epoch, drawn by {self.maker!r}'
 
 # %% ../../nbs/data/02_sources.ipynb #dc032d9e
-def _recognise(source): # -> the class that reads it
-    if hasattr(source, 'batch') and hasattr(source, '__len__'): return Drawn
-    if isinstance(source, (list, tuple)) and source and all(isinstance(s, (str, Path)) for s in source): return Shards
+def _recognise(source):  # -> the class that reads it
+    if hasattr(source, 'batch') and hasattr(source, '__len__'):
+        return Drawn
+    if (
+        isinstance(source, (list, tuple))
+        and source
+        and all(isinstance(s, (str, Path)) for s in source)
+    ):
+        return Shards
     if not isinstance(source, (str, Path)):
-        raise TinyclipError(f'{type(source).__name__} {str(source)[:60]!r} is no source of image-text pairs. {POSSIBLE}')
-    text,path = str(source),Path(source)
-    if text=='shapes': return Drawn
-    if path.suffix.lower() in ('.csv', '.tsv') and not _remote(text): return Csv
+        raise TinyclipError(
+            f'{type(source).__name__} {str(source)[:60]!r} is no source of image-text pairs. '
+            f'{POSSIBLE}'
+        )
+    text, path = str(source), Path(source)
+    if text == 'shapes':
+        return Drawn
+    if path.suffix.lower() in ('.csv', '.tsv') and not _remote(text):
+        return Csv
     if path.is_dir():
         if list(path.glob('*.tar')):
-            raise TinyclipError(f"{text!r} is a folder of shards. Say which: {path/'*.tar'}, or {path/'train-*.tar'}.")
-        if any(p.is_dir() for p in path.iterdir()): return Folders
-    elif _remote(text) or re.search(r'\.(tar|tgz)(\.\w+)?$', text): return Shards
+            raise TinyclipError(
+                f"{text!r} is a folder of shards. Say which: {path / '*.tar'}, or "
+                f"{path / 'train-*.tar'}."
+            )
+        if any(p.is_dir() for p in path.iterdir()):
+            return Folders
+    elif _remote(text) or re.search(r'\.(tar|tgz)(\.\w+)?$', text):
+        return Shards
     absent = '' if path.exists() or set('*?{') & set(text) else ' (and no such file)'
     raise TinyclipError(f'{text!r} is no source of image-text pairs{absent}. {POSSIBLE}')
 
 # %% ../../nbs/data/02_sources.ipynb #84744b69
-POSSIBLE = ("Possible: 'shapes' or a Shapes object; webdataset shards ('train-{0000..0011}.tar', 'train-*.tar', a list of these, a URL or "
-    "'pipe:...'); a table ('pairs.csv', 'pairs.tsv'); a folder of class folders.")
+POSSIBLE = (
+    "Possible: 'shapes' or a Shapes object; webdataset shards ('train-{0000..0011}.tar', "
+    "'train-*.tar', a list of these, a URL or "
+    "'pipe:...'); a table ('pairs.csv', 'pairs.tsv'); a folder of class folders."
+)
+
 
 def as_source(
-    source, # What the user calls their data; see `POSSIBLE`
-    **options, # `classnames`, `templates`, `image_column`, `caption_column`; None means not given
-)->Source: # The same for every kind
+    source,  # What the user calls their data; see `POSSIBLE`
+    **options,  # `classnames`, `templates`, `image_column`, `caption_column`; None means not given
+) -> Source:  # The same for every kind
     "Recognise what kind of data this is"
-    if isinstance(source, Source): return source
+    if isinstance(source, Source):
+        return source
     make = _recognise(source)
-    given = {k:v for k,v in options.items() if v is not None}
-    known = make.__init__.__code__.co_varnames[2:make.__init__.__code__.co_argcount]
+    given = {k: v for k, v in options.items() if v is not None}
+    known = make.__init__.__code__.co_varnames[2 : make.__init__.__code__.co_argcount]
     for k in given.keys() - set(known):
         what = f'it takes {", ".join(known)}' if known else 'it takes no options'
         raise TinyclipError(f'{k}= means nothing for {source!r}; {what}.')
-    return make(Shapes() if isinstance(source, str) and source=='shapes' else source, **given)
+    return make(Shapes() if isinstance(source, str) and source == 'shapes' else source, **given)

@@ -7,8 +7,10 @@ __all__ = ['GEOMETRY', 'ENDS', 'transforms', 'own_rng', 'try_out', 'tokenise', '
            'drawn_caption', 'with_caption', 'with_captions', 'with_label', 'cook']
 
 # %% ../../nbs/data/04_transforms.ipynb #09c9fa0f
-import contextlib, random
+import contextlib
+import random
 from typing import NamedTuple
+
 import numpy as np
 import open_clip
 import torch
@@ -16,15 +18,17 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch.utils.data import default_collate
 from torchvision.transforms import Compose
+
 from ..core import TinyclipError
 from .jpeg import opener
 from .sources import Skip, decode, stable_hash
 
 # %% ../../nbs/data/04_transforms.ipynb #34d0016b
 def transforms(
-    model, # An open_clip model
-)->tuple: # (train, val): functions from a PIL image to a float tensor (3,h,w)
-    "The image transforms a model wants: with a random crop for training, without chance for evaluation"
+    model,  # An open_clip model
+) -> tuple:  # (train, val): functions from a PIL image to a float tensor (3,h,w)
+    """The image transforms a model wants: with a random crop for training, without chance for
+    evaluation"""
     cfg = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
     return image_transform_v2(cfg, is_train=True), image_transform_v2(cfg, is_train=False)
 
@@ -33,133 +37,209 @@ def transforms(
 def own_rng():
     "Whatever is drawn inside leaves Python's, NumPy's and torch's (CPU) generators as they were"
     kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try: yield
-    finally: random.setstate(kept[0]); np.random.set_state(kept[1]); torch.set_rng_state(kept[2])
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        torch.set_rng_state(kept[2])
+
 
 @contextlib.contextmanager
-def _one_thread(): # one picture is too small a piece of work for several: they wait for each other, on a busy machine most of the time
+# one picture is too small a piece of work for several: they wait for each other, on a busy machine
+# most of the time
+def _one_thread():
     kept = torch.get_num_threads()
     torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(kept)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(kept)
 
-def _reseed(n): random.seed(n); np.random.seed(n % 2**32); torch.default_generator.manual_seed(n)
+
+def _reseed(n):
+    random.seed(n)
+    np.random.seed(n % 2**32)
+    torch.default_generator.manual_seed(n)
 
 # %% ../../nbs/data/04_transforms.ipynb #400a5313
 def try_out(
-    preprocess, # PIL image -> float tensor (3,h,w)
-    tokenizer=None, # List of n strings -> int64 tensor (n, context)
+    preprocess,  # PIL image -> float tensor (3,h,w)
+    tokenizer=None,  # List of n strings -> int64 tensor (n, context)
 ):
     "Refuse transforms and tokenizers that cannot make batches"
     remedy = 'Take one from tinyclip.data.transforms(model).'
     if not callable(preprocess):
-        raise TinyclipError(f'preprocess must be a function on PIL images, not a {type(preprocess).__name__}. {remedy}')
+        raise TinyclipError(
+            'preprocess must be a function on PIL images, not a '
+            f'{type(preprocess).__name__}. {remedy}'
+        )
     try:
-        with own_rng(): a,b = (preprocess(Image.new('RGB', size)) for size in ((64,48), (48,64)))
-        right = a.shape==b.shape and a.ndim==3 and a.shape[0]==3 and a.is_floating_point()
+        with own_rng():
+            a, b = (preprocess(Image.new('RGB', size)) for size in ((64, 48), (48, 64)))
+        right = a.shape == b.shape and a.ndim == 3 and a.shape[0] == 3 and a.is_floating_point()
         what = f'images of shape {tuple(a.shape)} and {tuple(b.shape)}, {a.dtype}'
-    except Exception as e: right,what = False,f'{type(e).__name__}: {e}'
+    except Exception as e:
+        right, what = False, f'{type(e).__name__}: {e}'
     if not right:
-        raise TinyclipError(f'preprocess must turn every PIL image into a float tensor of one shape (3,h,w); it made {what}. {remedy}')
-    if tokenizer is None: return
-    try: tokens = tokenizer(['a', 'two words'])
-    except Exception as e: tokens = f'{type(e).__name__}: {e}'
-    if getattr(tokens, 'ndim', 0)!=2 or len(tokens)!=2:
+        raise TinyclipError(
+            'preprocess must turn every PIL image into a float tensor of one shape (3,h,w); '
+            f'it made {what}. {remedy}'
+        )
+    if tokenizer is None:
+        return
+    try:
+        tokens = tokenizer(['a', 'two words'])
+    except Exception as e:
+        tokens = f'{type(e).__name__}: {e}'
+    if getattr(tokens, 'ndim', 0) != 2 or len(tokens) != 2:
         what = tokens if isinstance(tokens, str) else f'a {type(tokens).__name__}'
-        raise TinyclipError(f'The tokenizer must turn n strings into a tensor (n, context); it made {what}. '
-            'Take one from open_clip.get_tokenizer.')
+        raise TinyclipError(
+            f'The tokenizer must turn n strings into a tensor (n, context); it made {what}. '
+            'Take one from open_clip.get_tokenizer.'
+        )
 
 # %% ../../nbs/data/04_transforms.ipynb #c7a60f06
 def tokenise(
-    tokenizer, # An open_clip tokenizer
-    captions:list, # n strings
-)->tuple: # (int64 (n, context), how many of them were cut)
+    tokenizer,  # An open_clip tokenizer
+    captions: list,  # n strings
+) -> tuple:  # (int64 (n, context), how many of them were cut)
     "Tokens, and the number of captions longer than the context"
     tokens = tokenizer(captions)
-    context,pad = tokens.shape[1],tokenizer([''])[0].mode().values # an empty caption is mostly padding
-    full = (tokens!=pad).all(1).nonzero().flatten().tolist()
-    if not full: return tokens, 0
-    longer = tokenizer([captions[i] for i in full], context_length=context+1)
-    return tokens, int((longer!=pad).all(1).sum())
+    # an empty caption is mostly padding
+    context = tokens.shape[1]
+    pad = tokenizer([''])[0].mode().values
+    full = (tokens != pad).all(1).nonzero().flatten().tolist()
+    if not full:
+        return tokens, 0
+    longer = tokenizer([captions[i] for i in full], context_length=context + 1)
+    return tokens, int((longer != pad).all(1).sum())
 
 # %% ../../nbs/data/04_transforms.ipynb #4414e971
-GEOMETRY = {'RandomResizedCrop', 'Resize', 'CenterCrop', 'ResizeKeepRatio', 'CenterCropOrPad'} # picture in, picture out
-ENDS = ['MaybeConvertMode', 'MaybeToTensor', 'Normalize'] # of a transform that can be parted
+GEOMETRY = {
+    'RandomResizedCrop',
+    'Resize',
+    'CenterCrop',
+    'ResizeKeepRatio',
+    'CenterCropOrPad',
+}  # picture in, picture out
+ENDS = ['MaybeConvertMode', 'MaybeToTensor', 'Normalize']  # of a transform that can be parted
+
 
 class Finish(NamedTuple):
     "The last steps of a transform, for many pictures"
-    mean:tuple # One per colour
-    std:tuple
+
+    mean: tuple  # One per colour
+    std: tuple
+
     def __call__(self, pictures):
-        mean,std = (torch.tensor(v).view(3, 1, 1) for v in self)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in self)
         done = torch.empty(pictures.shape)
-        for a,b in zip(pictures, done): b.copy_(a).div_(255).sub_(mean).div_(std) # one at a time: it stays in the processor's cache
+        for a, b in zip(pictures, done):
+            b.copy_(a).div_(255).sub_(mean).div_(
+                std
+            )  # one at a time: it stays in the processor's cache
         return done
 
-def _to_bytes(image): return torch.from_numpy(np.array(image if image.mode=='RGB' else image.convert('RGB'))).permute(2, 0, 1).contiguous()
+
+def _to_bytes(image):
+    return (
+        torch.from_numpy(np.array(image if image.mode == 'RGB' else image.convert('RGB')))
+        .permute(2, 0, 1)
+        .contiguous()
+    )
+
 
 def as_bytes(
-    preprocess, # PIL image -> float tensor (3,h,w)
-)->tuple: # (PIL image -> uint8 tensor, a `Finish`), or (preprocess, None) where it ends otherwise
+    preprocess,  # PIL image -> float tensor (3,h,w)
+) -> (
+    tuple
+):  # (PIL image -> uint8 tensor, a `Finish`), or (preprocess, None) where it ends otherwise
     "Part a transform where its pictures are smallest"
     steps = preprocess.transforms if type(preprocess) is Compose else []
     names = [type(s).__name__ for s in steps]
-    if names[-3:]!=ENDS or not set(names[:-3]) <= GEOMETRY or steps[-3].mode!='RGB': return preprocess, None
+    if names[-3:] != ENDS or not set(names[:-3]) <= GEOMETRY or steps[-3].mode != 'RGB':
+        return preprocess, None
     return Compose([*steps[:-3], _to_bytes]), Finish(tuple(steps[-1].mean), tuple(steps[-1].std))
 
 # %% ../../nbs/data/04_transforms.ipynb #6dd6cfe3
 class Chunk(NamedTuple):
     "What a worker hands over"
-    fields:tuple # Tensors with one row per sample (texts may have several), images first; empty when nothing was usable
-    skips:list # `Skip`s
-    captions:int = 0 # Captions tokenised
-    cut:int = 0 # of these, longer than the context
-    worker:int = 0 # Who made it
-    finish:Finish|None = None # What is left to do to the images
-    def ready(self): # the fields as a model wants them
-        if self.finish is None or not self.fields: return self.fields
-        with _one_thread(): return self.finish(self.fields[0]), *self.fields[1:]
+
+    # Tensors with one row per sample (texts may have several), images first; empty when nothing was
+    # usable
+    fields: tuple
+    skips: list  # `Skip`s
+    captions: int = 0  # Captions tokenised
+    cut: int = 0  # of these, longer than the context
+    worker: int = 0  # Who made it
+    finish: Finish | None = None  # What is left to do to the images
+
+    def ready(self):  # the fields as a model wants them
+        if self.finish is None or not self.fields:
+            return self.fields
+        with _one_thread():
+            return self.finish(self.fields[0]), *self.fields[1:]
 
 # %% ../../nbs/data/04_transforms.ipynb #936eada0
 def pictures(
-    entries:list, # `Sample`s and `Skip`s
-    order, # An `Order`: its seed and epoch steer the random transforms
-    preprocess, # Function on PIL images
-    labels:bool=False, # Is a sample of use only with a label?
-    reduced:bool=False, # Decode large JPEGs no larger than `preprocess` needs them?
-)->tuple: # (usable samples, what `preprocess` made of each, Skips)
+    entries: list,  # `Sample`s and `Skip`s
+    order,  # An `Order`: its seed and epoch steer the random transforms
+    preprocess,  # Function on PIL images
+    labels: bool = False,  # Is a sample of use only with a label?
+    reduced: bool = False,  # Decode large JPEGs no larger than `preprocess` needs them?
+) -> tuple:  # (usable samples, what `preprocess` made of each, Skips)
     "Decode and transform what can be decoded"
-    good,images,skips = [],[],[]
+    good, images, skips = [], [], []
     opened = opener(preprocess) if reduced else lambda image: (decode(image), preprocess)
     with own_rng():
         for s in entries:
-            if isinstance(s, Skip): skips.append(s); continue
-            if labels and s.label is None: skips.append(Skip('no label', s.key, s.where)); continue
+            if isinstance(s, Skip):
+                skips.append(s)
+                continue
+            if labels and s.label is None:
+                skips.append(Skip('no label', s.key, s.where))
+                continue
             _reseed(stable_hash(order.seed, order.epoch, s.where, s.key))
-            try: image,rest = opened(s.image)
-            except Exception as e: # Pillow raises a dozen kinds
-                skips.append(Skip('broken image', s.key, s.where, f'{type(e).__name__}: {str(e).split(" <")[0]}'[:100])); continue
-            good.append(s); images.append(rest(image))
+            try:
+                image, rest = opened(s.image)
+            except Exception as e:  # Pillow raises a dozen kinds
+                skips.append(
+                    Skip(
+                        'broken image',
+                        s.key,
+                        s.where,
+                        f'{type(e).__name__}: {str(e).split(" <")[0]}'[:100],
+                    )
+                )
+                continue
+            good.append(s)
+            images.append(rest(image))
     return good, images, skips
 
 # %% ../../nbs/data/04_transforms.ipynb #89872844
 def drawn_caption(
-    sample, # With one caption or more
-    order, # An `Order`
-)->str: # One of them
+    sample,  # With one caption or more
+    order,  # An `Order`
+) -> str:  # One of them
     "The caption of this epoch"
-    return sample.captions[stable_hash(order.seed, order.epoch, 'caption', sample.where, sample.key) % len(sample.captions)]
+    return sample.captions[
+        stable_hash(order.seed, order.epoch, 'caption', sample.where, sample.key)
+        % len(sample.captions)
+    ]
 
 # %% ../../nbs/data/04_transforms.ipynb #e31c72ee
-def with_caption(samples, order, tokenizer): # -> (tensors beside the images, captions, cut ones)
+def with_caption(samples, order, tokenizer):  # -> (tensors beside the images, captions, cut ones)
     "One caption per image"
-    tokens,cut = tokenise(tokenizer, [drawn_caption(s, order) for s in samples])
+    tokens, cut = tokenise(tokenizer, [drawn_caption(s, order) for s in samples])
     return (tokens,), len(samples), cut
+
 
 def with_captions(samples, order, tokenizer):
     "All captions of all images, and how many each has"
-    tokens,cut = tokenise(tokenizer, [c for s in samples for c in s.captions])
+    tokens, cut = tokenise(tokenizer, [c for s in samples for c in s.captions])
     return (tokens, torch.tensor([len(s.captions) for s in samples])), len(tokens), cut
+
 
 def with_label(samples, order):
     "Class numbers"
@@ -167,17 +247,20 @@ def with_label(samples, order):
 
 # %% ../../nbs/data/04_transforms.ipynb #08bc0b50
 def cook(
-    entries:list, # `Sample`s and `Skip`s
-    order, # An `Order`
-    preprocess, # PIL image -> float (3,h,w)
-    beside, # `with_caption`, `with_captions` or `with_label`, with its tokenizer
-    labels:bool=False, # Is a sample of use only with a label?
-    reduced:bool=False, # Decode large JPEGs no larger than `preprocess` needs them?
-)->Chunk: # Its `ready()` is for the model
+    entries: list,  # `Sample`s and `Skip`s
+    order,  # An `Order`
+    preprocess,  # PIL image -> float (3,h,w)
+    beside,  # `with_caption`, `with_captions` or `with_label`, with its tokenizer
+    labels: bool = False,  # Is a sample of use only with a label?
+    reduced: bool = False,  # Decode large JPEGs no larger than `preprocess` needs them?
+) -> Chunk:  # Its `ready()` is for the model
     "A chunk of samples as tensors"
     with _one_thread():
-        first,finish = as_bytes(preprocess)
-        good,images,skips = pictures(entries, order, first, labels, reduced)
-        if not good: return Chunk((), skips)
-        fields,captions,cut = beside(good, order)
-        return Chunk((default_collate(images), *fields), skips, captions, cut, finish=finish) # stacked where the main process can see it
+        first, finish = as_bytes(preprocess)
+        good, images, skips = pictures(entries, order, first, labels, reduced)
+        if not good:
+            return Chunk((), skips)
+        fields, captions, cut = beside(good, order)
+        return Chunk(
+            (default_collate(images), *fields), skips, captions, cut, finish=finish
+        )  # stacked where the main process can see it

@@ -8,99 +8,165 @@ __all__ = ['Answers', 'answers', 'divergence', 'overlap', 'agreement']
 # %% ../../nbs/evaluate/05_agreement.ipynb #cde71c16
 import math
 from typing import NamedTuple
+
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
+
 from ..core import TinyclipError, autocast, evaluating
+from .redundancy import similarity
 from .zeroshot import class_embeddings, finite, rank_of
 from ..losses.mimicking import affinity, soft_cross_entropy
-from .redundancy import similarity
 
 # %% ../../nbs/evaluate/05_agreement.ipynb #3e9110e9
 class Answers(NamedTuple):
     "What a model makes of a data set, on the CPU"
-    image:Tensor # `(n, d)` unit rows
-    text:Tensor # `(m, d)` unit rows: one per class, or one per caption
-    own:Tensor # `(n,)` the class of each image, or `(m,)` the image of each caption
-    kind:str # `'classes'` or `'pairs'`
-    scale:float # The model's own inverse temperature
-    def __repr__(self): return f'{len(self.image)} images, {len(self.text)} {"classes" if self.kind=="classes" else "captions"}, width {self.image.shape[1]}, scale {self.scale:.3g}'
+
+    image: Tensor  # `(n, d)` unit rows
+    text: Tensor  # `(m, d)` unit rows: one per class, or one per caption
+    own: Tensor  # `(n,)` the class of each image, or `(m,)` the image of each caption
+    kind: str  # `'classes'` or `'pairs'`
+    scale: float  # The model's own inverse temperature
+
+    def __repr__(self):
+        return (
+            f'{len(self.image)} images, {len(self.text)} '
+            f'{"classes" if self.kind == "classes" else "captions"}, width '
+            f'{self.image.shape[1]}, scale {self.scale:.3g}'
+        )
 
 # %% ../../nbs/evaluate/05_agreement.ipynb #dd6ac1bc
 def _fits(model, batch):
     "Refuse a batch of another kind, or one that was prepared for another model"
-    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3): raise TinyclipError('A batch is (image, label) or (image, text tokens, image_of_text), as tinyclip.data.labelled and captioned yield them.')
-    size,context = getattr(getattr(model, 'visual', None), 'image_size', None), getattr(model, 'context_length', None)
-    for what,have,want in (('images', tuple(batch[0].shape[-2:]), (size, size) if isinstance(size, int) else size and tuple(size)),
-                           ('texts', batch[1].shape[1] if len(batch)==3 else context, context)):
-        if want and have!=want: raise TinyclipError(f'The {what} are {have} and this model takes {want}: take the answers of each model with its own transform and tokenizer, and compare those.')
+    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+        raise TinyclipError(
+            'A batch is (image, label) or (image, text tokens, image_of_text), as '
+            'tinyclip.data.labelled and captioned yield them.'
+        )
+    size = getattr(getattr(model, 'visual', None), 'image_size', None)
+    context = getattr(model, 'context_length', None)
+    for what, have, want in (
+        (
+            'images',
+            tuple(batch[0].shape[-2:]),
+            (size, size) if isinstance(size, int) else size and tuple(size),
+        ),
+        ('texts', batch[1].shape[1] if len(batch) == 3 else context, context),
+    ):
+        if want and have != want:
+            raise TinyclipError(
+                f'The {what} are {have} and this model takes {want}: take the answers of '
+                'each model with its own transform and tokenizer, and compare those.'
+            )
+
 
 def answers(
-    model:nn.Module, # A CLIP
-    batches, # Of `data.labelled`: (image, label); or of `data.captioned`: (image, text tokens, image_of_text)
-    tokenizer=None, # Its tokenizer; needed for labelled images
-    classnames=None, # Of labelled images; None for `batches.classnames`
-    templates='simple', # As in `evaluate.prompts`
-    precision:str='fp32', # As in `core.autocast`
-)->Answers:
+    model: nn.Module,  # A CLIP
+    # Of `data.labelled`: (image, label); or of `data.captioned`: (image, text tokens,
+    # image_of_text)
+    batches,
+    tokenizer=None,  # Its tokenizer; needed for labelled images
+    classnames=None,  # Of labelled images; None for `batches.classnames`
+    templates='simple',  # As in `evaluate.prompts`
+    precision: str = 'fp32',  # As in `core.autocast`
+) -> Answers:
     "The features of a data set, to be compared with those of another model"
-    device,image,text,own,pairs = next(model.parameters()).device, [], [], [], None
+    device = next(model.parameters()).device
+    image = []
+    text = []
+    own = []
+    pairs = None
     for batch in batches:
         _fits(model, batch)
-        x,*rest = batch
-        pairs = len(rest)==2
+        x, *rest = batch
+        pairs = len(rest) == 2
         with evaluating(model), autocast(device, precision):
             image.append(finite(model.encode_image(x.to(device), normalize=True).float()).cpu())
-            if pairs: text.append(finite(model.encode_text(rest[0].to(device), normalize=True).float()).cpu())
+            if pairs:
+                text.append(
+                    finite(model.encode_text(rest[0].to(device), normalize=True).float()).cpu()
+                )
         own.append(torch.as_tensor(rest[-1]).cpu())
-    if not image: raise TinyclipError('There are no images to compare on.')
+    if not image:
+        raise TinyclipError('There are no images to compare on.')
     own = torch.cat(own)
     if not pairs:
         names = classnames if classnames is not None else getattr(batches, 'classnames', None)
-        if names is None or tokenizer is None: raise TinyclipError('Answers about labelled images need class names and a tokenizer: give classnames= and tokenizer=.')
+        if names is None or tokenizer is None:
+            raise TinyclipError(
+                'Answers about labelled images need class names and a tokenizer: give '
+                'classnames= and tokenizer=.'
+            )
         text = [class_embeddings(model, tokenizer, names, templates).cpu()]
-    text,images = torch.cat(text), sum(map(len, image))
-    if len(own)!=(len(text) if pairs else images) or not 0<=int(own.min())<=int(own.max())<(images if pairs else len(text)):
-        raise TinyclipError(f'The numbers that come with the data do not belong to them: {len(own)} for {images} images and {len(text)} {"captions" if pairs else "class names"}, from {int(own.min())} to {int(own.max())}.')
+    text, images = torch.cat(text), sum(map(len, image))
+    if len(own) != (len(text) if pairs else images) or not 0 <= int(own.min()) <= int(own.max()) < (
+        images if pairs else len(text)
+    ):
+        raise TinyclipError(
+            f'The numbers that come with the data do not belong to them: {len(own)} for '
+            f'{images} images and {len(text)} {"captions" if pairs else "class names"}, from '
+            f'{int(own.min())} to {int(own.max())}.'
+        )
     scale = getattr(model, 'logit_scale', None)
-    return Answers(torch.cat(image), text, own, 'pairs' if pairs else 'classes', math.nan if scale is None else scale.exp().item())
+    return Answers(
+        torch.cat(image),
+        text,
+        own,
+        'pairs' if pairs else 'classes',
+        math.nan if scale is None else scale.exp().item(),
+    )
 
 # %% ../../nbs/evaluate/05_agreement.ipynb #3acb0890
 def divergence(
-    s_from:Tensor, # Student's unit rows `(n, d)`
-    s_to:Tensor, # Student's unit rows `(m, d)`
-    t_from:Tensor, # Teacher's unit rows `(n, e)`
-    t_to:Tensor, # Teacher's unit rows `(m, e)`
-    student_scale:float=50., # Inverse temperature of the student
-    teacher_scale:float=50., # Inverse temperature of the teacher
-    rows:int=1024, # Rows compared at a time: memory is `rows * m`
-)->float: # Nats, at least 0
-    "Mean KL divergence of the student's affinity from the teacher's: the cross-entropy of the loss, less what no student can avoid"
-    total = 0.
+    s_from: Tensor,  # Student's unit rows `(n, d)`
+    s_to: Tensor,  # Student's unit rows `(m, d)`
+    t_from: Tensor,  # Teacher's unit rows `(n, e)`
+    t_to: Tensor,  # Teacher's unit rows `(m, e)`
+    student_scale: float = 50.0,  # Inverse temperature of the student
+    teacher_scale: float = 50.0,  # Inverse temperature of the teacher
+    rows: int = 1024,  # Rows compared at a time: memory is `rows * m`
+) -> float:  # Nats, at least 0
+    """Mean KL divergence of the student's affinity from the teacher's: the cross-entropy of the
+    loss, less what no student can avoid"""
+    total = 0.0
     for i in range(0, len(s_from), rows):
-        s,t = affinity(s_from[i:i+rows], s_to, student_scale), affinity(t_from[i:i+rows], t_to, teacher_scale)
-        total += len(s)*(soft_cross_entropy(s, t) - soft_cross_entropy(t, t)).item()
-    return max(0., total/len(s_from))
+        s = affinity(s_from[i : i + rows], s_to, student_scale)
+        t = affinity(t_from[i : i + rows], t_to, teacher_scale)
+        total += len(s) * (soft_cross_entropy(s, t) - soft_cross_entropy(t, t)).item()
+    return max(0.0, total / len(s_from))
 
 # %% ../../nbs/evaluate/05_agreement.ipynb #15ce577d
 def overlap(
-    s_from:Tensor, # Student's unit rows `(n, d)`
-    s_to:Tensor, # Student's unit rows `(m, d)`
-    t_from:Tensor, # Teacher's unit rows `(n, e)`
-    t_to:Tensor, # Teacher's unit rows `(m, e)`
-    k:int=10, # Look at the first k of the ranking
-    rows:int=1024, # As in `divergence`
-)->float: # In 0..1; k/m where the rankings have nothing to do with each other
+    s_from: Tensor,  # Student's unit rows `(n, d)`
+    s_to: Tensor,  # Student's unit rows `(m, d)`
+    t_from: Tensor,  # Teacher's unit rows `(n, e)`
+    t_to: Tensor,  # Teacher's unit rows `(m, e)`
+    k: int = 10,  # Look at the first k of the ranking
+    rows: int = 1024,  # As in `divergence`
+) -> float:  # In 0..1; k/m where the rankings have nothing to do with each other
     "The mean share of the teacher's first k that are among the student's first k"
-    if not 0<k<=len(s_to): raise TinyclipError(f'The first {k} of {len(s_to)} cannot be compared; give a k between 1 and {len(s_to)}.')
-    first = lambda x,y,i: torch.zeros(len(x[i:i+rows]), len(y), dtype=torch.bool).scatter_(1, (x[i:i+rows] @ y.T).topk(k).indices, True)
-    return sum((first(s_from, s_to, i) & first(t_from, t_to, i)).sum().item() for i in range(0, len(s_from), rows))/(k*len(s_from))
+    if not 0 < k <= len(s_to):
+        raise TinyclipError(
+            f'The first {k} of {len(s_to)} cannot be compared; give a k between 1 and {len(s_to)}.'
+        )
+
+    def first(x, y, i):
+        return torch.zeros(len(x[i : i + rows]), len(y), dtype=torch.bool).scatter_(
+            1, (x[i : i + rows] @ y.T).topk(k).indices, True
+        )
+
+    return sum(
+        (first(s_from, s_to, i) & first(t_from, t_to, i)).sum().item()
+        for i in range(0, len(s_from), rows)
+    ) / (k * len(s_from))
 
 # %% ../../nbs/evaluate/05_agreement.ipynb #cbe7fd50
-def _cka(a, b): # None where one model makes the same of everything
-    if any(not (x - x.mean(0)).norm() > 1e-5*x.norm() for x in (a, b)): return None
-    return similarity([a, b])[0,1].item()
+def _cka(a, b):  # None where one model makes the same of everything
+    if any(not (x - x.mean(0)).norm() > 1e-5 * x.norm() for x in (a, b)):
+        return None
+    return similarity([a, b])[0, 1].item()
 
-def _share(mask, among=None): # None where there is nothing to share
+
+def _share(mask, among=None):  # None where there is nothing to share
     mask = mask if among is None else mask[among]
     return mask.double().mean().item() if len(mask) else None
 
@@ -108,39 +174,87 @@ def _share(mask, among=None): # None where there is nothing to share
 def _on_classes(s, t, scales, k):
     kl = divergence(s.image, s.text, t.image, t.text, *scales)
     picks = [(a.image @ a.text.T).argmax(1) for a in (s, t)]
-    right = [rank_of(a.image @ a.text.T, a.own)<1 for a in (s, t)]
-    same = picks[0]==picks[1]
-    return dict(agree=_share(same), agree_right=_share(same, right[1]), agree_wrong=_share(same, ~right[1]), student_top1=_share(right[0]), teacher_top1=_share(right[1]),
-                kl=kl, cka=_cka(s.image, t.image), n=len(s.image), classes=len(s.text))
+    right = [rank_of(a.image @ a.text.T, a.own) < 1 for a in (s, t)]
+    same = picks[0] == picks[1]
+    return dict(
+        agree=_share(same),
+        agree_right=_share(same, right[1]),
+        agree_wrong=_share(same, ~right[1]),
+        student_top1=_share(right[0]),
+        teacher_top1=_share(right[1]),
+        kl=kl,
+        cka=_cka(s.image, t.image),
+        n=len(s.image),
+        classes=len(s.text),
+    )
+
 
 def _on_pairs(s, t, scales, k):
     out = {}
-    for way,(a,b) in dict(i2t=('image', 'text'), t2i=('text', 'image')).items():
+    for way, (a, b) in dict(i2t=('image', 'text'), t2i=('text', 'image')).items():
         sides = [getattr(m, side) for m in (s, t) for side in (a, b)]
-        out |= {f'{way}_kl':divergence(*sides, *scales), f'{way}_agree':overlap(*sides, 1), f'{way}_top{k}':overlap(*sides, k)}
-    return out | dict(cka_image=_cka(s.image, t.image), cka_text=_cka(s.text, t.text), images=len(s.image), texts=len(s.text))
+        out |= {
+            f'{way}_kl': divergence(*sides, *scales),
+            f'{way}_agree': overlap(*sides, 1),
+            f'{way}_top{k}': overlap(*sides, k),
+        }
+    return out | dict(
+        cka_image=_cka(s.image, t.image),
+        cka_text=_cka(s.text, t.text),
+        images=len(s.image),
+        texts=len(s.text),
+    )
 
 # %% ../../nbs/evaluate/05_agreement.ipynb #9991cac2
 def agreement(
-    student, # A CLIP, or its `answers`
-    teacher, # A CLIP, or its `answers`; they may differ in width
-    batches=None, # As in `answers`, gone through once per model; not needed for answers
-    tokenizer=None, # As in `answers`, for both models
-    classnames=None, # As in `answers`
-    templates='simple', # As in `answers`
-    scale:float|str=50., # Inverse temperature of both, 50 as in training; `'own'`: each with its own logit scale
-    k:int=10, # On pairs, how much of a ranking to compare
-    precision:str='fp32', # As in `core.autocast`
-)->dict: # On labelled images `agree`, `agree_right`, `agree_wrong`, `student_top1`, `teacher_top1`, `kl`, `cka`; on pairs `kl`, `agree`, `top10` both ways and `cka` of both towers. None: undefined there
+    student,  # A CLIP, or its `answers`
+    teacher,  # A CLIP, or its `answers`; they may differ in width
+    batches=None,  # As in `answers`, gone through once per model; not needed for answers
+    tokenizer=None,  # As in `answers`, for both models
+    classnames=None,  # As in `answers`
+    templates='simple',  # As in `answers`
+    scale: float
+    # Inverse temperature of both, 50 as in training; `'own'`: each with its own logit scale
+    | str = 50.0,
+    k: int = 10,  # On pairs, how much of a ranking to compare
+    precision: str = 'fp32',  # As in `core.autocast`
+) -> dict:  # On labelled images `agree`, `agree_right`, `agree_wrong`, `student_top1`, `teacher_top1`, `kl`, `cka`; on pairs `kl`, `agree`, `top10` both ways and `cka` of both towers. None: undefined there
     "How alike student and teacher answer"
-    if scale!='own' and (isinstance(scale, (str, bool)) or not 0<scale<math.inf): raise TinyclipError(f"scale={scale!r}: give a positive number (one over the temperature), or 'own' for each model's logit scale.")
-    if k<1: raise TinyclipError(f'k={k}: give a positive number.')
+    if scale != 'own' and (isinstance(scale, (str, bool)) or not 0 < scale < math.inf):
+        raise TinyclipError(
+            f"scale={scale!r}: give a positive number (one over the temperature), or 'own' "
+            "for each model's logit scale."
+        )
+    if k < 1:
+        raise TinyclipError(f'k={k}: give a positive number.')
     asked = [m for m in (student, teacher) if not isinstance(m, Answers)]
-    if asked and batches is None: raise TinyclipError('Models need data to answer: give batches=.')
-    if len(asked)==2 and iter(batches) is batches: raise TinyclipError('These batches can be gone through only once, and two models look at them; give a list, or what labelled or captioned return.')
-    s,t = (m if isinstance(m, Answers) else answers(m, batches, tokenizer, classnames, templates, precision) for m in (student, teacher))
-    if s.kind!=t.kind or s.own.shape!=t.own.shape or not torch.equal(s.own, t.own) or len(s.image)!=len(t.image) or len(s.text)!=len(t.text):
-        raise TinyclipError(f'Student and teacher were asked about different data ({s!r}; {t!r}); ask both about the same, in the same order.')
-    scales = [m.scale if scale=='own' else scale for m in (s, t)]
-    if any(math.isnan(v) for v in scales): raise TinyclipError("A model without a logit scale cannot be asked at its 'own'; give a number.")
-    return (_on_pairs if s.kind=='pairs' else _on_classes)(s, t, scales, k)
+    if asked and batches is None:
+        raise TinyclipError('Models need data to answer: give batches=.')
+    if len(asked) == 2 and iter(batches) is batches:
+        raise TinyclipError(
+            'These batches can be gone through only once, and two models look at them; give '
+            'a list, or what labelled or captioned return.'
+        )
+    s, t = (
+        m
+        if isinstance(m, Answers)
+        else answers(m, batches, tokenizer, classnames, templates, precision)
+        for m in (student, teacher)
+    )
+    if (
+        s.kind != t.kind
+        or s.own.shape != t.own.shape
+        or not torch.equal(s.own, t.own)
+        or len(s.image) != len(t.image)
+        or len(s.text) != len(t.text)
+    ):
+        raise TinyclipError(
+            f'Student and teacher were asked about different data ({s!r}; {t!r}); ask both '
+            'about the same, in the same order.'
+        )
+    scales = [m.scale if scale == 'own' else scale for m in (s, t)]
+    if any(math.isnan(v) for v in scales):
+        raise TinyclipError(
+            "A model without a logit scale cannot be asked at its 'own'; give a number."
+        )
+    return (_on_pairs if s.kind == 'pairs' else _on_classes)(s, t, scales, k)

@@ -7,207 +7,622 @@ __all__ = ['TASKS', 'OPTIONS', 'builder', 'benchmark_names', 'task_of', 'templat
            'their_metrics', 'benchmark']
 
 # %% ../../nbs/evaluate/07_benchmarks.ipynb #69f5052a
-import contextlib, importlib, inspect, io, re, sys, warnings
+import contextlib
+import importlib
+import inspect
+import io
+import re
+import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
+
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+
 from ..core import TinyclipError, evaluating, unknown
-from .zeroshot import prompts, retrieval, zero_shot
 from .probe import linear_probe
 from .standard_sets import watched
+from .zeroshot import prompts, retrieval, zero_shot
 
 # %% ../../nbs/evaluate/07_benchmarks.ipynb #140b4ff1
-def builder(): # The module `clip_benchmark.datasets.builder`
+def builder():  # The module `clip_benchmark.datasets.builder`
     "The part of CLIP_benchmark that opens data sets; imported when first needed"
-    try: from clip_benchmark.datasets import builder
-    except ImportError as e: raise TinyclipError(f"The data sets of CLIP_benchmark need the package {e.name or e}, which is not installed; pip install 'tinyclip[eval]' brings it.") from None
+    try:
+        from clip_benchmark.datasets import builder
+    except ImportError as e:
+        raise TinyclipError(
+            f"The data sets of CLIP_benchmark need the package {e.name or e}, which is not "
+            "installed; pip install 'tinyclip[eval]' brings it."
+        ) from None
     return builder
 
-def benchmark_names()->list: # Without those that begin with `wds/`, `vtab/` and `tfds/`
+
+def benchmark_names() -> list:  # Without those that begin with `wds/`, `vtab/` and `tfds/`
     "The data sets that the installed CLIP_benchmark knows by name"
     b = builder()
     named = re.findall(r'dataset_name ?== ?[\'"]([\w-]+)[\'"]', inspect.getsource(b.build_dataset))
-    return sorted(n for n in set(named) if n!='dummy')
+    return sorted(n for n in set(named) if n != 'dummy')
 
 # %% ../../nbs/evaluate/07_benchmarks.ipynb #bdbdb60b
-TASKS = {'zero-shot':'zeroshot_classification', 'retrieval':'zeroshot_retrieval', 'linear-probe':'linear_probe'} # ours -> theirs
-OPTIONS = 'language', 'annotation_file', 'custom_classname_file', 'custom_template_file', 'wds_cache_dir'
+TASKS = {
+    'zero-shot': 'zeroshot_classification',
+    'retrieval': 'zeroshot_retrieval',
+    'linear-probe': 'linear_probe',
+}  # ours -> theirs
+OPTIONS = (
+    'language',
+    'annotation_file',
+    'custom_classname_file',
+    'custom_template_file',
+    'wds_cache_dir',
+)
+
 
 def task_of(
-    name:str, # A data set
-    root:str, # Where it lies
-    task:str='auto', # `'auto'`, `'zero-shot'`, `'retrieval'` or `'linear-probe'`
-)->str: # One of `TASKS`
+    name: str,  # A data set
+    root: str,  # Where it lies
+    task: str = 'auto',  # `'auto'`, `'zero-shot'`, `'retrieval'` or `'linear-probe'`
+) -> str:  # One of `TASKS`
     "What a data set is for"
-    if task!='auto':
-        if task not in TASKS: raise unknown('task', task, ['auto', *TASKS])
+    if task != 'auto':
+        if task not in TASKS:
+            raise unknown('task', task, ['auto', *TASKS])
         return task
-    kind = Path(root)/'dataset_type.txt'
-    if name.startswith('wds/') and kind.is_file(): return 'retrieval' if kind.read_text().strip().lower()=='retrieval' else 'zero-shot'
+    kind = Path(root) / 'dataset_type.txt'
+    if name.startswith('wds/') and kind.is_file():
+        return 'retrieval' if kind.read_text().strip().lower() == 'retrieval' else 'zero-shot'
     theirs = builder().get_dataset_default_task(name.removeprefix('wds/'))
-    found = next((t for t,v in TASKS.items() if v==theirs), None)
-    if found is None: raise TinyclipError(f"{name!r} is a set for {theirs.replace('_', ' ')}, which this page does not do; it does {', '.join(TASKS)}.")
+    found = next((t for t, v in TASKS.items() if v == theirs), None)
+    if found is None:
+        raise TinyclipError(
+            f"{name!r} is a set for {theirs.replace('_', ' ')}, which this page does not do; "
+            f"it does {', '.join(TASKS)}."
+        )
     return found
 
 # %% ../../nbs/evaluate/07_benchmarks.ipynb #973dfa3f
 def templates_of(
-    said, # A list of strings with `{c}`, or a dict: class name -> its prompts
-): # As `evaluate.zero_shot` takes them
+    said,  # A list of strings with `{c}`, or a dict: class name -> its prompts
+):  # As `evaluate.zero_shot` takes them
     "CLIP_benchmark's prompts, in our terms"
-    if isinstance(said, dict) or said is None: return said
+    if isinstance(said, dict) or said is None:
+        return said
     odd = next((t for t in said if '{c}' not in t), None)
-    if odd is not None: raise TinyclipError(f"CLIP_benchmark's prompts have {{c}} where the class name goes; {odd!r} has none.")
-    return [lambda name,t=t: t.format(c=name) for t in said]
+    if odd is not None:
+        raise TinyclipError(
+            f"CLIP_benchmark's prompts have {{c}} where the class name goes; {odd!r} has none."
+        )
+    return [lambda name, t=t: t.format(c=name) for t in said]
 
 # %% ../../nbs/evaluate/07_benchmarks.ipynb #599a0e1f
-def _together(batch): # a list of (image, label or captions) -> (images, list)
-    images,said = zip(*batch)
+def _together(batch):  # a list of (image, label or captions) -> (images, list)
+    images, said = zip(*batch)
     return torch.stack(images), list(said)
+
 
 class Batches:
     "Batches of everything in a benchmark set, once per loop"
+
     def __init__(self, bench, tokenizer=None, batch_size=128, workers=0):
-        self.bench,self.tokenizer,self.batch_size,self.workers,self.classnames = bench,tokenizer,batch_size,workers,bench.classnames
-    def loader(self): # torch's, over CLIP_benchmark's data set
-        return DataLoader(self.bench.dataset, batch_size=self.batch_size, num_workers=min(self.workers, self.bench.shards or self.workers), collate_fn=_together)
+        self.bench = bench
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.workers = workers
+        self.classnames = bench.classnames
+
+    def loader(self):  # torch's, over CLIP_benchmark's data set
+        return DataLoader(
+            self.bench.dataset,
+            batch_size=self.batch_size,
+            num_workers=min(self.workers, self.bench.shards or self.workers),
+            collate_fn=_together,
+        )
+
     def _read(self):
-        try: yield from self.loader()
-        except Exception as e: # whatever the data set, Pillow or a loader process raises
-            raise TinyclipError(f"CLIP_benchmark's data set {self.bench.name!r} cannot be read ({type(e).__name__}: {str(e).strip().splitlines()[-1][:120] if str(e).strip() else 'no message'}); check the files.") from None
+        try:
+            yield from self.loader()
+        except Exception as e:  # whatever the data set, Pillow or a loader process raises
+            raise TinyclipError(
+                f"CLIP_benchmark's data set {self.bench.name!r} cannot be read "
+                f"({type(e).__name__}: "
+                f"{str(e).strip().splitlines()[-1][:120] if str(e).strip() else 'no message'}); "
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                "check the files."
+            ) from None
+
     def __iter__(self):
         seen = 0
-        for image,said in self._read():
-            captions = not isinstance(said[0], str) and np.ndim(said[0])!=0 and all(isinstance(c, str) for s in said for c in s)
-            if self.bench.task!='retrieval':
-                if captions or np.ndim(said[0]): raise TinyclipError(f"{self.bench.name!r} has {'captions' if captions else 'several labels for one image'}, not one label per image" + ("; use task='retrieval'." if captions else '; this page does not do multi-label sets.'))
+        for image, said in self._read():
+            captions = (
+                not isinstance(said[0], str)
+                and np.ndim(said[0]) != 0
+                and all(isinstance(c, str) for s in said for c in s)
+            )
+            if self.bench.task != 'retrieval':
+                if captions or np.ndim(said[0]):
+                    raise TinyclipError(
+                        (
+                            f"{self.bench.name!r} has "
+                            f"{'captions' if captions else 'several labels for one image'}, not "
+                            "one label per image"
+                        )
+                        + (
+                            "; use task='retrieval'."
+                            if captions
+                            else '; this page does not do multi-label sets.'
+                        )
+                    )
                 yield image, torch.tensor([int(l) for l in said])
             else:
-                if not captions: raise TinyclipError(f"{self.bench.name!r} has no captions; use task='zero-shot'.")
-                own = torch.arange(len(image)).repeat_interleave(torch.tensor([len(s) for s in said])) + seen
+                if not captions:
+                    raise TinyclipError(
+                        f"{self.bench.name!r} has no captions; use task='zero-shot'."
+                    )
+                own = (
+                    torch.arange(len(image)).repeat_interleave(torch.tensor([len(s) for s in said]))
+                    + seen
+                )
                 yield image, self.tokenizer([c for s in said for c in s]), own
             seen += len(image)
 
 # %% ../../nbs/evaluate/07_benchmarks.ipynb #bfbefa3d
-_FETCHERS = 'builder imagenetv2 crossmodal3600 flickr30k_200 multilingual_mscoco xtd10 xtd200'.split() # its modules that run wget, gdown or kaggle, or ask the web
+_FETCHERS = [
+    'builder',
+    'imagenetv2',
+    'crossmodal3600',
+    'flickr30k_200',
+    'multilingual_mscoco',
+    'xtd10',
+    'xtd200',
+]  # its modules that run wget, gdown or kaggle, or ask the web
+
 
 @contextlib.contextmanager
 def _no_fetching(name):
-    def refuse(what, *_, **__): raise TinyclipError(f'{name!r} is not complete: CLIP_benchmark would now fetch it ({str(what)[:90]}). Pass download=True to let it, or complete the folder yourself.')
+    def refuse(what, *_, **__):
+        raise TinyclipError(
+            f'{name!r} is not complete: CLIP_benchmark would now fetch it '
+            f'({str(what)[:90]}). Pass download=True to let it, or complete the folder '
+            'yourself.'
+        )
+
     with contextlib.ExitStack() as undo:
         for m in _FETCHERS:
-            try: module = importlib.import_module(f'clip_benchmark.datasets.{m}')
-            except ImportError: continue # not in this version
-            for attr,instead in (('call', refuse), ('requests', SimpleNamespace(get=refuse))):
-                if not hasattr(module, attr): continue
+            try:
+                module = importlib.import_module(f'clip_benchmark.datasets.{m}')
+            except ImportError:
+                continue  # not in this version
+            for attr, instead in (('call', refuse), ('requests', SimpleNamespace(get=refuse))):
+                if not hasattr(module, attr):
+                    continue
                 undo.callback(setattr, module, attr, getattr(module, attr))
                 setattr(module, attr, instead)
         yield
 
-def _refusal(e, name, root, split): # an exception of CLIP_benchmark, as a sentence
-    if isinstance(e, ImportError): return TinyclipError(f'{name!r} needs the package {e.name or e}, which CLIP_benchmark does not bring; install it.')
+
+def _refusal(e, name, root, split):  # an exception of CLIP_benchmark, as a sentence
+    if isinstance(e, ImportError):
+        return TinyclipError(
+            f'{name!r} needs the package {e.name or e}, which CLIP_benchmark does not bring; '
+            'install it.'
+        )
     said = (str(e).strip().splitlines() or ['no message'])[0][:160]
-    if 'nshards.txt' in said: return TinyclipError(f"{root!r} has no {split}/nshards.txt; CLIP_benchmark's shards lie in ROOT/{split}/0.tar, 1.tar, ... with their number in nshards.txt.")
-    if 'not specified' in said and name.startswith('wds/'): said += ' (they stand in classnames.txt and zeroshot_classification_templates.txt beside the shards)'
-    return TinyclipError(f'CLIP_benchmark cannot open {name!r} with split {split!r} in {root!r} ({type(e).__name__}: {said}). Check the folder and the split, or pass download=True.')
+    if 'nshards.txt' in said:
+        return TinyclipError(
+            f"{root!r} has no {split}/nshards.txt; CLIP_benchmark's shards lie in "
+            f"ROOT/{split}/0.tar, 1.tar, ... with their number in nshards.txt."
+        )
+    if 'not specified' in said and name.startswith('wds/'):
+        said += (
+            ' (they stand in classnames.txt and zeroshot_classification_templates.txt beside the '
+            'shards)'
+        )
+    return TinyclipError(
+        f'CLIP_benchmark cannot open {name!r} with split {split!r} in {root!r} '
+        f'({type(e).__name__}: {said}). Check the folder and the split, or pass '
+        'download=True.'
+    )
+
 
 class Benchmark:
     "A data set of CLIP_benchmark, opened"
+
     def __init__(self, name, split, task, dataset, shards=None):
-        self.name,self.split,self.task,self.dataset,self.shards = name,split,task,dataset,shards
-        self.classnames,self.templates = (None, None) if task=='retrieval' else (list(dataset.classes), templates_of(dataset.templates))
-    def __len__(self): return len(self.dataset) # TypeError where nobody knows
-    def batches(self, tokenizer=None, batch_size=128, workers=0): return Batches(self, tokenizer, batch_size, workers)
-    def __repr__(self): return f'{self.name}, split {self.split!r} ({self.task}' + (f', {len(self.classnames)} classes)' if self.classnames else ')')
+        self.name = name
+        self.split = split
+        self.task = task
+        self.dataset = dataset
+        self.shards = shards
+        self.classnames, self.templates = (
+            (None, None)
+            if task == 'retrieval'
+            else (list(dataset.classes), templates_of(dataset.templates))
+        )
+
+    def __len__(self):
+        return len(self.dataset)  # TypeError where nobody knows
+
+    def batches(self, tokenizer=None, batch_size=128, workers=0):
+        return Batches(self, tokenizer, batch_size, workers)
+
+    def __repr__(self):
+        return f'{self.name}, split {self.split!r} ({self.task}' + (
+            f', {len(self.classnames)} classes)' if self.classnames else ')'
+        )
 
 # %% ../../nbs/evaluate/07_benchmarks.ipynb #c426475d
 def open_benchmark(
-    name:str, # As CLIP_benchmark calls it: `'cifar10'`, `'vtab/pets'`, `'wds/my-shards'`
-    root, # Its folder (or, for `wds/`, a URL)
-    preprocess, # PIL image -> tensor `(3,h,w)`
-    split:str='test', # As CLIP_benchmark calls it
-    task:str='auto', # Or one of `TASKS`
-    download:bool=False, # May it fetch what is missing?
-    **options, # `OPTIONS`: passed on
-)->Benchmark: # With `.batches(tokenizer)`, `.classnames`, `.templates`, `.task`
+    name: str,  # As CLIP_benchmark calls it: `'cifar10'`, `'vtab/pets'`, `'wds/my-shards'`
+    root,  # Its folder (or, for `wds/`, a URL)
+    preprocess,  # PIL image -> tensor `(3,h,w)`
+    split: str = 'test',  # As CLIP_benchmark calls it
+    task: str = 'auto',  # Or one of `TASKS`
+    download: bool = False,  # May it fetch what is missing?
+    **options,  # `OPTIONS`: passed on
+) -> Benchmark:  # With `.batches(tokenizer)`, `.classnames`, `.templates`, `.task`
     "Open a data set of CLIP_benchmark"
-    b,known,root = builder(),benchmark_names(),str(root)
+    b, known, root = builder(), benchmark_names(), str(root)
     prefix = name.partition('/')[0] if '/' in name else ''
-    if prefix not in ('wds', 'vtab', 'tfds', 'sugar_crepe') and name not in known: raise unknown('data set in CLIP_benchmark', name, [*known, 'wds/NAME', 'vtab/NAME', 'tfds/NAME'], show=0)
+    if prefix not in ('wds', 'vtab', 'tfds', 'sugar_crepe') and name not in known:
+        raise unknown(
+            'data set in CLIP_benchmark',
+            name,
+            [*known, 'wds/NAME', 'vtab/NAME', 'tfds/NAME'],
+            show=0,
+        )
     odd = next((o for o in options if o not in OPTIONS), None)
-    if odd: raise unknown('option of CLIP_benchmark', odd, OPTIONS)
+    if odd:
+        raise unknown('option of CLIP_benchmark', odd, OPTIONS)
     if '://' not in root:
         root = str(Path(root).expanduser())
-        if not Path(root).is_dir() and not download: raise TinyclipError(f'There is no folder {root!r}. Name the folder of {name!r}, or pass download=True to let CLIP_benchmark fill it.')
-    task,guard = task_of(name, root, task), contextlib.nullcontext() if download else _no_fetching(name)
+        if not Path(root).is_dir() and not download:
+            raise TinyclipError(
+                f'There is no folder {root!r}. Name the folder of {name!r}, or pass '
+                'download=True to let CLIP_benchmark fill it.'
+            )
+    task = task_of(name, root, task)
+    guard = contextlib.nullcontext() if download else _no_fetching(name)
     try:
         with guard, contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.filterwarnings('ignore', message=r'WebDataset\(shardshuffle')
-            dataset = b.build_dataset(name, root=root, transform=preprocess, split=split, download=download, task=TASKS[task], **options)
-    except TinyclipError: raise
-    except (Exception, SystemExit) as e: raise _refusal(e, name, root, split) from e # it exits where kaggle or gdown is missing
-    count = Path(root)/split/'nshards.txt'
-    shards = (int(count.read_text()) if count.is_file() else 1) if prefix=='wds' else None
+            dataset = b.build_dataset(
+                name,
+                root=root,
+                transform=preprocess,
+                split=split,
+                download=download,
+                task=TASKS[task],
+                **options,
+            )
+    except TinyclipError:
+        raise
+    except (Exception, SystemExit) as e:
+        raise _refusal(e, name, root, split) from e  # it exits where kaggle or gdown is missing
+    count = Path(root) / split / 'nshards.txt'
+    shards = (int(count.read_text()) if count.is_file() else 1) if prefix == 'wds' else None
     return Benchmark(name, split, task, dataset, shards)
 
 # %% ../../nbs/evaluate/07_benchmarks.ipynb #0fb2caf8
 def their_metrics(
-    model:nn.Module, # A CLIP
-    tokenizer, # Its tokenizer
-    bench:Benchmark, # From `open_benchmark`; zero-shot or retrieval
-    templates=None, # As in `evaluate.prompts`; None: those of the set
-    batch_size:int=128, # Images per batch
-    workers:int=0, # Loader processes
-    ks=(1,5,10), # Ranks for retrieval; no more than there are images
-    progress:bool=False, # Their bars on stderr
-)->dict: # As CLIP_benchmark calls them
+    model: nn.Module,  # A CLIP
+    tokenizer,  # Its tokenizer
+    bench: Benchmark,  # From `open_benchmark`; zero-shot or retrieval
+    templates=None,  # As in `evaluate.prompts`; None: those of the set
+    batch_size: int = 128,  # Images per batch
+    workers: int = 0,  # Loader processes
+    ks=(1, 5, 10),  # Ranks for retrieval; no more than there are images
+    progress: bool = False,  # Their bars on stderr
+) -> dict:  # As CLIP_benchmark calls them
     "What CLIP_benchmark's own code says, in float32: its class features and logits, or its recall"
-    if bench.task=='linear-probe': raise TinyclipError("CLIP_benchmark's linear probe needs a GPU and keeps files; compare zero-shot or retrieval.")
+    if bench.task == 'linear-probe':
+        raise TinyclipError(
+            "CLIP_benchmark's linear probe needs a GPU and keeps files; compare zero-shot or "
+            "retrieval."
+        )
     try:
-        from clip_benchmark.metrics import zeroshot_classification as zc, zeroshot_retrieval
+        from clip_benchmark.metrics import zeroshot_classification as zc
+        from clip_benchmark.metrics import zeroshot_retrieval
         from sklearn.metrics import balanced_accuracy_score
-    except ImportError as e: raise TinyclipError(f"The metrics of CLIP_benchmark need the package {e.name or e}, which is not installed; pip install 'tinyclip[eval]' brings it.") from None
-    loader,device = bench.batches(tokenizer, batch_size, workers).loader(), next(model.parameters()).device.type
-    with evaluating(model), contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO()):
-        if bench.task=='retrieval': return zeroshot_retrieval.evaluate(model, loader, tokenizer, device, amp=False, recall_k_list=list(ks))
-        said = bench.dataset.templates if templates is None else {c:prompts(c, templates) for c in bench.classnames}
-        classifier = zc.zero_shot_classifier(model, tokenizer, bench.classnames, said, device, amp=False)
-        logits,target = zc.run_classification(model, classifier, ((image, torch.tensor([int(l) for l in said])) for image,said in loader), device, amp=False)
-    hit = logits.topk(min(5, logits.shape[1]))[1]==target[:,None] # as their `accuracy`, which new versions of NumPy stop
-    return dict(acc1=hit[:,0].double().mean().item(), acc5=hit.any(1).double().mean().item(), mean_per_class_recall=float(balanced_accuracy_score(target, logits.argmax(1))))
+    except ImportError as e:
+        raise TinyclipError(
+            f"The metrics of CLIP_benchmark need the package {e.name or e}, which is not "
+            "installed; pip install 'tinyclip[eval]' brings it."
+        ) from None
+    loader = bench.batches(tokenizer, batch_size, workers).loader()
+    device = next(model.parameters()).device.type
+    with (
+        evaluating(model),
+        contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO()),
+    ):
+        if bench.task == 'retrieval':
+            return zeroshot_retrieval.evaluate(
+                model, loader, tokenizer, device, amp=False, recall_k_list=list(ks)
+            )
+        said = (
+            bench.dataset.templates
+            if templates is None
+            else {c: prompts(c, templates) for c in bench.classnames}
+        )
+        classifier = zc.zero_shot_classifier(
+            model, tokenizer, bench.classnames, said, device, amp=False
+        )
+        logits, target = zc.run_classification(
+            model,
+            classifier,
+            ((image, torch.tensor([int(l) for l in said])) for image, said in loader),
+            device,
+            amp=False,
+        )
+    hit = (
+        logits.topk(min(5, logits.shape[1]))[1] == target[:, None]
+    )  # as their `accuracy`, which new versions of NumPy stop
+    return dict(
+        acc1=hit[:, 0].double().mean().item(),
+        acc5=hit.any(1).double().mean().item(),
+        mean_per_class_recall=float(balanced_accuracy_score(target, logits.argmax(1))),
+    )
 
 # %% ../../nbs/evaluate/07_benchmarks.ipynb #d71e43c2
 def benchmark(
-    model:nn.Module, # A CLIP
-    preprocess, # PIL image -> tensor `(3,h,w)`, as at evaluation
-    tokenizer, # Its tokenizer
-    name:str, # As in `open_benchmark`
-    root, # Its folder
-    split:str='test', # What to evaluate on
-    task:str='auto', # Or one of `TASKS`
+    model: nn.Module,  # A CLIP
+    preprocess,  # PIL image -> tensor `(3,h,w)`, as at evaluation
+    tokenizer,  # Its tokenizer
+    name: str,  # As in `open_benchmark`
+    root,  # Its folder
+    split: str = 'test',  # What to evaluate on
+    task: str = 'auto',  # Or one of `TASKS`
     *,
-    templates=None, # As in `evaluate.prompts`; None: those of the set
-    train_split:str='train', # Linear probe: what to learn from
-    protocol:str='logistic', # Linear probe: as in `probe.linear_probe`
-    batch_size:int=128, # Images per batch
-    workers:int=0, # Loader processes
-    precision:str='fp32', # As in `core.autocast`
-    progress:bool=True, # Bars on stderr
-    theirs:bool=False, # Also ask CLIP_benchmark's own metrics (in float32)
-    download:bool=False, # May it fetch what is missing?
-    **options, # `OPTIONS`
-)->dict: # `set`, `split`, `task`, the numbers of `zero_shot`, `retrieval` or `linear_probe`, and maybe `theirs`
+    templates=None,  # As in `evaluate.prompts`; None: those of the set
+    train_split: str = 'train',  # Linear probe: what to learn from
+    protocol: str = 'logistic',  # Linear probe: as in `probe.linear_probe`
+    batch_size: int = 128,  # Images per batch
+    workers: int = 0,  # Loader processes
+    precision: str = 'fp32',  # As in `core.autocast`
+    progress: bool = True,  # Bars on stderr
+    theirs: bool = False,  # Also ask CLIP_benchmark's own metrics (in float32)
+    download: bool = False,  # May it fetch what is missing?
+    **options,  # `OPTIONS`
+) -> dict:  # `set`, `split`, `task`, the numbers of `zero_shot`, `retrieval` or `linear_probe`, and maybe `theirs`
     "Evaluate a model on a data set of CLIP_benchmark"
     bench = open_benchmark(name, root, preprocess, split, task, download, **options)
     batches = bench.batches(tokenizer, batch_size, workers)
-    try: total = len(bench)
-    except TypeError: total = None
-    if bench.task=='linear-probe':
-        train = open_benchmark(name, root, preprocess, train_split, task, download, **options).batches(tokenizer, batch_size, workers)
-        found = linear_probe(model, train, batches, protocol=protocol, precision=precision, progress=progress)
-    elif bench.task=='retrieval': found = retrieval(model, watched(batches, total, name, progress), precision)
-    else: found = zero_shot(model, tokenizer, watched(batches, total, name, progress), bench.classnames, bench.templates if templates is None else templates, precision)
-    said = dict(theirs=their_metrics(model, tokenizer, bench, templates, batch_size, workers, [k for k in (1,5,10) if k<=found.get('images', 10)], progress)) if theirs else {}
+    try:
+        total = len(bench)
+    except TypeError:
+        total = None
+    if bench.task == 'linear-probe':
+        train = open_benchmark(
+            name, root, preprocess, train_split, task, download, **options
+        ).batches(tokenizer, batch_size, workers)
+        found = linear_probe(
+            model, train, batches, protocol=protocol, precision=precision, progress=progress
+        )
+    elif bench.task == 'retrieval':
+        found = retrieval(model, watched(batches, total, name, progress), precision)
+    else:
+        found = zero_shot(
+            model,
+            tokenizer,
+            watched(batches, total, name, progress),
+            bench.classnames,
+            bench.templates if templates is None else templates,
+            precision,
+        )
+    said = (
+        dict(
+            theirs=their_metrics(
+                model,
+                tokenizer,
+                bench,
+                templates,
+                batch_size,
+                workers,
+                [k for k in (1, 5, 10) if k <= found.get('images', 10)],
+                progress,
+            )
+        )
+        if theirs
+        else {}
+    )
     return dict(set=name, split=split, task=bench.task) | found | said

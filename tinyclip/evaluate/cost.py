@@ -8,201 +8,316 @@ __all__ = ['parameters', 'weight_bytes', 'image_size', 'inputs', 'macs', 'flops'
            'compare']
 
 # %% ../../nbs/evaluate/01_cost.ipynb #1c0d6600
-import contextlib, copy, ctypes, os, statistics, sys, time
+import contextlib
+import copy
+import ctypes
+import os
+import statistics
+import sys
+import time
 from pathlib import Path
+
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from ..towers.architecture import config, create
+
 from ..core import Table, TinyclipError, autocast, evaluating, human
+from ..towers.architecture import config, create
 from ..towers.layout import parts
 
 # %% ../../nbs/evaluate/01_cost.ipynb #adfc0d56
 def parameters(
-    model:nn.Module, # A CLIP
-)->dict: # `image`, `text` (without the table), `token_table`, `towers` (image + text), `total`
+    model: nn.Module,  # A CLIP
+) -> dict:  # `image`, `text` (without the table), `token_table`, `towers` (image + text), `total`
     "Numbers of parameters"
-    which,count = parts(model), dict(image=0, text=0, token_table=0, head=0)
-    for n,p in model.named_parameters(): count[which[n]] += p.numel()
-    return dict(image=count['image'], text=count['text'], token_table=count['token_table'], towers=count['image']+count['text'], total=sum(count.values()))
+    which = parts(model)
+    count = dict(image=0, text=0, token_table=0, head=0)
+    for n, p in model.named_parameters():
+        count[which[n]] += p.numel()
+    return dict(
+        image=count['image'],
+        text=count['text'],
+        token_table=count['token_table'],
+        towers=count['image'] + count['text'],
+        total=sum(count.values()),
+    )
 
 # %% ../../nbs/evaluate/01_cost.ipynb #0c468c48
 def weight_bytes(
-    model:nn.Module, # Any module
-)->dict: # `fp32` and `fp16`: bytes with every floating-point weight stored so (bfloat16 takes as much as fp16)
+    model: nn.Module,  # Any module
+) -> dict:  # `fp32` and `fp16`: bytes with every floating-point weight stored so (bfloat16 takes as much as fp16)
     "What the weights take on disk or in memory, buffers included"
-    there = {id(t):t for t in model.state_dict(keep_vars=True).values()}.values() # a shared weight is stored once
-    floats,rest = sum(t.numel() for t in there if t.is_floating_point()), sum(t.nbytes for t in there if not t.is_floating_point())
-    return dict(fp32=4*floats+rest, fp16=2*floats+rest)
+    there = {
+        id(t): t for t in model.state_dict(keep_vars=True).values()
+    }.values()  # a shared weight is stored once
+    floats = sum(t.numel() for t in there if t.is_floating_point())
+    rest = sum(t.nbytes for t in there if not t.is_floating_point())
+    return dict(fp32=4 * floats + rest, fp16=2 * floats + rest)
 
 # %% ../../nbs/evaluate/01_cost.ipynb #b4f954be
-def image_size(model)->tuple:
+def image_size(model) -> tuple:
     "Height and width of the images that a model takes"
     s = model.visual.image_size
     return (s, s) if isinstance(s, int) else tuple(s)
 
+
 def inputs(
-    model:nn.Module, # A CLIP
-    n:int=1, # How many of each
-)->tuple: # `(n,3,h,w)` noise and `(n,context)` tokens, on the model's device
+    model: nn.Module,  # A CLIP
+    n: int = 1,  # How many of each
+) -> tuple:  # `(n,3,h,w)` noise and `(n,context)` tokens, on the model's device
     "Images and texts of the sizes that a model takes, for measuring only"
     device = next(model.parameters()).device
-    return torch.randn(n, 3, *image_size(model), device=device), torch.ones(n, model.context_length, dtype=torch.long, device=device)
+    return torch.randn(n, 3, *image_size(model), device=device), torch.ones(
+        n, model.context_length, dtype=torch.long, device=device
+    )
 
 # %% ../../nbs/evaluate/01_cost.ipynb #902cf816
 def macs(
-    model:nn.Module, # A CLIP; it is not run, only its shapes are
-)->dict: # `image` and `text`: multiply-accumulates for one image and one text of full context; `total`
+    model: nn.Module,  # A CLIP; it is not run, only its shapes are
+) -> (
+    dict
+):  # `image` and `text`: multiply-accumulates for one image and one text of full context; `total`
     "Count the multiplications of matrix products, convolutions and attention"
-    with evaluating(model): m = copy.deepcopy(model).to('meta')
-    image,text = inputs(m)
+    with evaluating(model):
+        m = copy.deepcopy(model).to('meta')
+    image, text = inputs(m)
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.backends.mha.set_fastpath_enabled(False) # its fused kernel would hide the products of attention
-        with evaluating(m), sdpa_kernel(SDPBackend.MATH): counts = [flops(m.encode_image, image)//2, flops(m.encode_text, text)//2]
-    finally: torch.backends.mha.set_fastpath_enabled(fast)
+        torch.backends.mha.set_fastpath_enabled(
+            False
+        )  # its fused kernel would hide the products of attention
+        with evaluating(m), sdpa_kernel(SDPBackend.MATH):
+            counts = [flops(m.encode_image, image) // 2, flops(m.encode_text, text) // 2]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return dict(image=counts[0], text=counts[1], total=sum(counts))
 
-def flops(f, x)->int:
+
+def flops(f, x) -> int:
     "Floating-point operations of `f(x)`, two per multiply-accumulate"
-    with FlopCounterMode(display=False) as counter: f(x)
+    with FlopCounterMode(display=False) as counter:
+        f(x)
     return counter.get_total_flops()
 
 # %% ../../nbs/evaluate/01_cost.ipynb #c439bd2c
 def sizes(
-    models:dict, # name -> CLIP; none is run, so they may be on the meta device
-)->Table: # One row per model
-    "All that can be counted: towers, token table, total, MACs, and bytes of the weights in float32 and half precision"
-    if not models: raise TinyclipError('There are no models to count.')
-    rows = {n:(parameters(m), macs(m)['total'], weight_bytes(m)) for n,m in models.items()}
-    return Table({'model':n, 'image':human(p['image']), 'text':human(p['text']), 'token table':human(p['token_table']), 'total':human(p['total']),
-                  'MACs':human(k), 'fp32':human(b['fp32'])+'B', 'fp16':human(b['fp16'])+'B'} for n,(p,k,b) in rows.items())
+    models: dict,  # name -> CLIP; none is run, so they may be on the meta device
+) -> Table:  # One row per model
+    """All that can be counted: towers, token table, total, MACs, and bytes of the weights in
+    float32 and half precision"""
+    if not models:
+        raise TinyclipError('There are no models to count.')
+    rows = {n: (parameters(m), macs(m)['total'], weight_bytes(m)) for n, m in models.items()}
+    return Table(
+        {
+            'model': n,
+            'image': human(p['image']),
+            'text': human(p['text']),
+            'token table': human(p['token_table']),
+            'total': human(p['total']),
+            'MACs': human(k),
+            'fp32': human(b['fp32']) + 'B',
+            'fp16': human(b['fp16']) + 'B',
+        }
+        for n, (p, k, b) in rows.items()
+    )
 
 # %% ../../nbs/evaluate/01_cost.ipynb #0e75918b
 def speeds(
-    models:dict, # name -> CLIP, on the device to be measured
-    batch_size:int=32, # Images and texts per batch
-    repeats:int=5, # Timed rounds; the median counts
-    precision:str='fp32', # As in `core.autocast`
-    clock=time.perf_counter, # `time.thread_time` for one thread on a CPU that others use too: it stands still while they do
-)->dict: # name -> `images_per_s`, `texts_per_s`, `pairs_per_s` (both towers after each other)
+    models: dict,  # name -> CLIP, on the device to be measured
+    batch_size: int = 32,  # Images and texts per batch
+    repeats: int = 5,  # Timed rounds; the median counts
+    precision: str = 'fp32',  # As in `core.autocast`
+    # `time.thread_time` for one thread on a CPU that others use too: it stands still while they do
+    clock=time.perf_counter,
+) -> dict:  # name -> `images_per_s`, `texts_per_s`, `pairs_per_s` (both towers after each other)
     "Forward passes per second of several models, taking turns; without loading"
     calls = []
     with contextlib.ExitStack() as stack:
         for m in models.values():
-            image,text = inputs(m, batch_size)
-            for c in (evaluating(m), autocast(image.device, precision)): stack.enter_context(c)
+            image, text = inputs(m, batch_size)
+            for c in (evaluating(m), autocast(image.device, precision)):
+                stack.enter_context(c)
             calls += [(m.encode_image, image), (m.encode_text, text)]
-        times = [[seconds(f, x, clock) for f,x in calls] for _ in range(repeats+2)][2:]
+        times = [[seconds(f, x, clock) for f, x in calls] for _ in range(repeats + 2)][2:]
     s = [statistics.median(t) for t in zip(*times)]
-    return {n:dict(images_per_s=batch_size/i, texts_per_s=batch_size/t, pairs_per_s=batch_size/(i+t)) for n,i,t in zip(models, s[::2], s[1::2])}
+    return {
+        n: dict(
+            images_per_s=batch_size / i,
+            texts_per_s=batch_size / t,
+            pairs_per_s=batch_size / (i + t),
+        )
+        for n, i, t in zip(models, s[::2], s[1::2])
+    }
+
 
 def throughput(
-    model:nn.Module, # A CLIP, on the device to be measured
-    batch_size:int=32, # As in `speeds`
-    repeats:int=5, # As in `speeds`
-    precision:str='fp32', # As in `core.autocast`
-)->dict: # `images_per_s`, `texts_per_s`, `pairs_per_s`
+    model: nn.Module,  # A CLIP, on the device to be measured
+    batch_size: int = 32,  # As in `speeds`
+    repeats: int = 5,  # As in `speeds`
+    precision: str = 'fp32',  # As in `core.autocast`
+) -> dict:  # `images_per_s`, `texts_per_s`, `pairs_per_s`
     "`speeds` of one model"
-    return speeds({'':model}, batch_size, repeats, precision)['']
+    return speeds({'': model}, batch_size, repeats, precision)['']
 
-def seconds(f, x, clock=time.perf_counter)->float:
+
+def seconds(f, x, clock=time.perf_counter) -> float:
     "Time of `f(x)`"
-    wait = dict(cuda=torch.cuda.synchronize, mps=torch.mps.synchronize).get(x.device.type, lambda: None) # GPUs work on while Python goes ahead
-    wait(); start = clock(); f(x); wait()
-    return clock()-start
+    wait = dict(cuda=torch.cuda.synchronize, mps=torch.mps.synchronize).get(
+        x.device.type, lambda: None
+    )  # GPUs work on while Python goes ahead
+    wait()
+    start = clock()
+    f(x)
+    wait()
+    return clock() - start
 
 # %% ../../nbs/evaluate/01_cost.ipynb #5f7bec5d
 def peak_memory(
-    f, # Called once
-    device:torch.device|str='cpu', # Where it works
-)->int|None: # Bytes; None where the system does not tell
-    "How much more memory was in use at the peak of `f()` than before: torch's allocations on a GPU, resident memory of the process on Linux"
+    f,  # Called once
+    device: torch.device | str = 'cpu',  # Where it works
+) -> int | None:  # Bytes; None where the system does not tell
+    """How much more memory was in use at the peak of `f()` than before: torch's allocations on a
+    GPU, resident memory of the process on Linux"""
     device = torch.device(device)
-    if device.type=='cuda':
-        torch.cuda.synchronize(device); torch.cuda.reset_peak_memory_stats(device); before = torch.cuda.memory_allocated(device)
-        f(); torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)-before
-    if device.type!='cpu' or not sys.platform.startswith('linux') or not os.access('/proc/self/clear_refs', os.W_OK): return None
-    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None) # glibc has it, musl does not
-    if trim: trim(0)
-    Path('/proc/self/clear_refs').write_text('5') # sets the peak back to what is resident now
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        f()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if (
+        device.type != 'cpu'
+        or not sys.platform.startswith('linux')
+        or not os.access('/proc/self/clear_refs', os.W_OK)
+    ):
+        return None
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)  # glibc has it, musl does not
+    if trim:
+        trim(0)
+    Path('/proc/self/clear_refs').write_text('5')  # sets the peak back to what is resident now
     before = resident('VmRSS')
     f()
-    return max(0, resident('VmHWM')-before)
+    return max(0, resident('VmHWM') - before)
 
-def resident(key)->int:
+
+def resident(key) -> int:
     "A line of /proc/self/status, in bytes"
-    return next(int(l.split()[1])*1024 for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(key+':'))
+    return next(
+        int(l.split()[1]) * 1024
+        for l in Path('/proc/self/status').read_text().splitlines()
+        if l.startswith(key + ':')
+    )
 
 # %% ../../nbs/evaluate/01_cost.ipynb #5ce690bc
 def memory_in_use(
-    device:torch.device|str='cpu', # Where the work is done
-)->int|None: # Bytes; None where the system does not tell
+    device: torch.device | str = 'cpu',  # Where the work is done
+) -> int | None:  # Bytes; None where the system does not tell
     "On a GPU the most that torch had allocated so far, on Linux what the process holds now"
     kind = torch.device(device).type
-    if kind=='cuda': return torch.cuda.max_memory_allocated(device)
-    return resident('VmRSS') if kind=='cpu' and sys.platform.startswith('linux') else None
+    if kind == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    return resident('VmRSS') if kind == 'cpu' and sys.platform.startswith('linux') else None
 
 # %% ../../nbs/evaluate/01_cost.ipynb #efa583f4
 def file_size(
-    path, # A file or a folder
-)->int: # Bytes
+    path,  # A file or a folder
+) -> int:  # Bytes
     "Bytes on disk"
     path = Path(path)
-    if not path.exists(): raise TinyclipError(f'There is no file or folder {str(path)!r} to measure.')
-    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob('*') if p.is_file())
+    if not path.exists():
+        raise TinyclipError(f'There is no file or folder {str(path)!r} to measure.')
+    return (
+        path.stat().st_size
+        if path.is_file()
+        else sum(p.stat().st_size for p in path.rglob('*') if p.is_file())
+    )
 
 # %% ../../nbs/evaluate/01_cost.ipynb #6d8c30e6
 def profile(
-    model:nn.Module, # A CLIP
-    batch_size:int=32, # For speed and memory
-    precision:str='fp32', # As in `core.autocast`
-)->dict: # Plain numbers by name
+    model: nn.Module,  # A CLIP
+    batch_size: int = 32,  # For speed and memory
+    precision: str = 'fp32',  # As in `core.autocast`
+) -> dict:  # Plain numbers by name
     "Everything that a model costs"
     return costs(model, batch_size, precision) | throughput(model, batch_size, precision=precision)
 
-def costs(model, batch_size, precision)->dict:
+
+def costs(model, batch_size, precision) -> dict:
     "All of `profile` but the speed"
-    image,text = inputs(model, batch_size)
+    image, text = inputs(model, batch_size)
+
     def forward():
-        with evaluating(model), autocast(image.device, precision): model.encode_image(image); model.encode_text(text)
-    forward() # whatever is set up once is not counted
-    return {f'{k}_parameters':v for k,v in parameters(model).items()} | {f'{k}_macs':v for k,v in macs(model).items()} | {
-        f'{k}_bytes':v for k,v in weight_bytes(model).items()} | dict(peak_memory=peak_memory(forward, image.device), batch_size=batch_size)
+        with evaluating(model), autocast(image.device, precision):
+            model.encode_image(image)
+            model.encode_text(text)
+
+    forward()  # whatever is set up once is not counted
+    return (
+        {f'{k}_parameters': v for k, v in parameters(model).items()}
+        | {f'{k}_macs': v for k, v in macs(model).items()}
+        | {f'{k}_bytes': v for k, v in weight_bytes(model).items()}
+        | dict(peak_memory=peak_memory(forward, image.device), batch_size=batch_size)
+    )
 
 # %% ../../nbs/evaluate/01_cost.ipynb #9cf0302f
 def baseline(
-    name:str='ViT-B-32', # A configuration that open_clip knows
-    device:torch.device|str='cpu', # Where it shall be measured
-)->nn.Module: # A CLIP with random weights
+    name: str = 'ViT-B-32',  # A configuration that open_clip knows
+    device: torch.device | str = 'cpu',  # Where it shall be measured
+) -> nn.Module:  # A CLIP with random weights
     "A model to compare speeds with"
-    with torch.random.fork_rng(): return create(config(name)).to(device)
+    with torch.random.fork_rng():
+        return create(config(name)).to(device)
 
 # %% ../../nbs/evaluate/01_cost.ipynb #d7e07083
 def profiles(
-    models:dict, # name -> CLIP
-    batch_size:int=32, # For speed and memory
-    precision:str='fp32', # As in `core.autocast`
-    reference:str|None=None, # A name among `models`, or of a configuration for `baseline`, which is then measured too and stands first; None for the first model
-    repeats:int=5, # As in `speeds`
-    clock=time.perf_counter, # As in `speeds`
-)->dict: # name -> what `profile` says, and `speed`: pairs/s as a ratio to the reference
+    models: dict,  # name -> CLIP
+    batch_size: int = 32,  # For speed and memory
+    precision: str = 'fp32',  # As in `core.autocast`
+    reference: str
+    # A name among `models`, or of a configuration for `baseline`, which is then measured too and
+    # stands first; None for the first model
+    | None = None,
+    repeats: int = 5,  # As in `speeds`
+    clock=time.perf_counter,  # As in `speeds`
+) -> dict:  # name -> what `profile` says, and `speed`: pairs/s as a ratio to the reference
     "Profile several models in one run"
-    if not models: raise TinyclipError('There are no models to compare.')
+    if not models:
+        raise TinyclipError('There are no models to compare.')
     reference = next(iter(models)) if reference is None else reference
-    if reference not in models: models = {reference:baseline(reference, next(next(iter(models.values())).parameters()).device)} | models
+    if reference not in models:
+        models = {
+            reference: baseline(reference, next(next(iter(models.values())).parameters()).device)
+        } | models
     timed = speeds(models, batch_size, repeats, precision, clock)
-    return {n:costs(m, batch_size, precision) | timed[n] | dict(speed=timed[n]['pairs_per_s']/timed[reference]['pairs_per_s']) for n,m in models.items()}
+    return {
+        n: costs(m, batch_size, precision)
+        | timed[n]
+        | dict(speed=timed[n]['pairs_per_s'] / timed[reference]['pairs_per_s'])
+        for n, m in models.items()
+    }
+
 
 def compare(
-    models:dict, # name -> CLIP; the first is the reference for the ratio of speeds, if no other is named
-    batch_size:int=32, # For speed and memory
-    precision:str='fp32', # As in `core.autocast`
-    reference:str|None=None, # As in `profiles`, e.g. `'ViT-B-32'`
-)->Table: # One row per model; `speed` is the ratio of pairs/s to the reference, in this run
+    # name -> CLIP; the first is the reference for the ratio of speeds, if no other is named
+    models: dict,
+    batch_size: int = 32,  # For speed and memory
+    precision: str = 'fp32',  # As in `core.autocast`
+    reference: str | None = None,  # As in `profiles`, e.g. `'ViT-B-32'`
+) -> Table:  # One row per model; `speed` is the ratio of pairs/s to the reference, in this run
     "`profiles` as a person reads them"
-    return Table({'model':n, 'towers':human(r['towers_parameters']), 'token table':human(r['token_table_parameters']), 'total':human(r['total_parameters']),
-                  'MACs':human(r['total_macs']), 'pairs/s':human(round(r['pairs_per_s'])), 'speed':f"{r['speed']:.2f}x",
-                  'peak memory':human(r['peak_memory'])+('B' if r['peak_memory'] is not None else '')} for n,r in profiles(models, batch_size, precision, reference).items())
+    return Table(
+        {
+            'model': n,
+            'towers': human(r['towers_parameters']),
+            'token table': human(r['token_table_parameters']),
+            'total': human(r['total_parameters']),
+            'MACs': human(r['total_macs']),
+            'pairs/s': human(round(r['pairs_per_s'])),
+            'speed': f"{r['speed']:.2f}x",
+            'peak memory': human(r['peak_memory']) + ('B' if r['peak_memory'] is not None else ''),
+        }
+        for n, r in profiles(models, batch_size, precision, reference).items()
+    )

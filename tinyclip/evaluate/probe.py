@@ -7,249 +7,430 @@ __all__ = ['KEPT', 'PROTOCOLS', 'image_features', 'Probe', 'checked', 'accuracy'
            'held_out', 'sweep', 'linear_head', 'linear_probe']
 
 # %% ../../nbs/evaluate/03_probe.ipynb #b1a6486c
-import math, warnings
+import math
+import warnings
 from typing import NamedTuple
+
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+
 from ..core import Table, TinyclipError, autocast, evaluating, unknown
 from .zeroshot import finite, rank_of
 
 # %% ../../nbs/evaluate/03_probe.ipynb #b28186d5
 def image_features(
-    model:nn.Module, # A CLIP
-    batches, # Yields (image `(n,3,h,w)`, label `(n,)`), e.g. `data.labelled(...)`
-    precision:str='fp32', # As in `core.autocast`
-    progress:bool=False, # Show a bar
-)->tuple: # `(n, d)` float32 features and `(n,)` labels, both on the CPU
+    model: nn.Module,  # A CLIP
+    batches,  # Yields (image `(n,3,h,w)`, label `(n,)`), e.g. `data.labelled(...)`
+    precision: str = 'fp32',  # As in `core.autocast`
+    progress: bool = False,  # Show a bar
+) -> tuple:  # `(n, d)` float32 features and `(n,)` labels, both on the CPU
     "What the image tower makes of labelled images, as `encode_image` returns it"
-    device,parts = next(model.parameters()).device, []
-    for image,label in tqdm(batches, 'features', leave=False) if progress else batches:
-        with evaluating(model), autocast(device, precision): f = model.encode_image(image.to(device)).float()
+    device, parts = next(model.parameters()).device, []
+    for image, label in tqdm(batches, 'features', leave=False) if progress else batches:
+        with evaluating(model), autocast(device, precision):
+            f = model.encode_image(image.to(device)).float()
         parts.append((finite(f).cpu(), torch.as_tensor(label).cpu()))
-    if not parts: raise TinyclipError('There are no images to take features of.')
+    if not parts:
+        raise TinyclipError('There are no images to take features of.')
     return tuple(torch.cat(p) for p in zip(*parts))
 
 # %% ../../nbs/evaluate/03_probe.ipynb #56381a42
 class Probe(NamedTuple):
     "A linear classifier"
-    weight:Tensor # `(k, d)`
-    bias:Tensor # `(k,)`
-    classes:Tensor # `(k,)` the label that each row stands for
-    facts:dict # How it was found
-    def scores(self, features): # `(n, d)` -> `(n, k)` logits, a column per class
-        if features.ndim!=2 or features.shape[1]!=self.weight.shape[1]:
-            raise TinyclipError(f'The probe was fitted on features of width {self.weight.shape[1]} and is asked about {tuple(features.shape)}; take the features of the same model.')
+
+    weight: Tensor  # `(k, d)`
+    bias: Tensor  # `(k,)`
+    classes: Tensor  # `(k,)` the label that each row stands for
+    facts: dict  # How it was found
+
+    def scores(self, features):  # `(n, d)` -> `(n, k)` logits, a column per class
+        if features.ndim != 2 or features.shape[1] != self.weight.shape[1]:
+            raise TinyclipError(
+                f'The probe was fitted on features of width {self.weight.shape[1]} and is '
+                f'asked about {tuple(features.shape)}; take the features of the same model.'
+            )
         return features.to(self.weight) @ self.weight.T + self.bias
-    def probabilities(self, features): return self.scores(features).softmax(1)
-    def predict(self, features): return self.classes[self.scores(features).argmax(1)]
+
+    def probabilities(self, features):
+        return self.scores(features).softmax(1)
+
+    def predict(self, features):
+        return self.classes[self.scores(features).argmax(1)]
 
 # %% ../../nbs/evaluate/03_probe.ipynb #1f077ed2
 def checked(
-    features:Tensor, # `(n, d)`
-    labels:Tensor, # `(n,)` whole numbers
-    classes:int|None=None, # How many classes there are; None: those among the labels
-)->tuple: # As given, as tensors
+    features: Tensor,  # `(n, d)`
+    labels: Tensor,  # `(n,)` whole numbers
+    classes: int | None = None,  # How many classes there are; None: those among the labels
+) -> tuple:  # As given, as tensors
     "Refuse what no classifier can learn from"
-    features,labels = torch.as_tensor(features), torch.as_tensor(labels)
-    if features.ndim!=2 or not features.numel(): raise TinyclipError(f'There is nothing to learn from features of shape {tuple(features.shape)}; give (n, d), a row per image.')
-    if labels.shape!=features.shape[:1]: raise TinyclipError(f'Labels of shape {tuple(labels.shape)} do not belong to {len(features)} images; give one label per image.')
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype==torch.bool: raise TinyclipError(f'Labels are whole numbers, and these are {labels.dtype}.')
-    if not features.isfinite().all(): raise TinyclipError(f'{int((~features.isfinite()).any(1).sum())} of the {len(features)} images have features that are not finite; the model that made them is damaged, or they overflowed in half precision.')
-    odd = labels[(labels<0)|(labels>=(math.inf if classes is None else classes))]
-    if len(odd): raise TinyclipError(f'Label {int(odd[0])} is outside the ' + ('classes, which are counted from 0.' if classes is None else f'{classes} classes; check that they belong to these data.'))
-    if classes is not None and len(labels)<classes: raise TinyclipError(f'{len(labels)} images are too few to learn {classes} classes from; give some of every class.')
-    if len(labels.unique())<2: raise TinyclipError(f'All {len(labels)} images have the label {int(labels[0])}; a classifier needs at least two classes.')
+    features = torch.as_tensor(features)
+    labels = torch.as_tensor(labels)
+    if features.ndim != 2 or not features.numel():
+        raise TinyclipError(
+            f'There is nothing to learn from features of shape {tuple(features.shape)}; give '
+            '(n, d), a row per image.'
+        )
+    if labels.shape != features.shape[:1]:
+        raise TinyclipError(
+            f'Labels of shape {tuple(labels.shape)} do not belong to {len(features)} images; '
+            'give one label per image.'
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TinyclipError(f'Labels are whole numbers, and these are {labels.dtype}.')
+    if not features.isfinite().all():
+        raise TinyclipError(
+            f'{int((~features.isfinite()).any(1).sum())} of the {len(features)} images have '
+            'features that are not finite; the model that made them is damaged, or they '
+            'overflowed in half precision.'
+        )
+    odd = labels[(labels < 0) | (labels >= (math.inf if classes is None else classes))]
+    if len(odd):
+        raise TinyclipError(
+            f'Label {int(odd[0])} is outside the '
+            + (
+                'classes, which are counted from 0.'
+                if classes is None
+                else f'{classes} classes; check that they belong to these data.'
+            )
+        )
+    if classes is not None and len(labels) < classes:
+        raise TinyclipError(
+            f'{len(labels)} images are too few to learn {classes} classes from; give some of '
+            'every class.'
+        )
+    if len(labels.unique()) < 2:
+        raise TinyclipError(
+            f'All {len(labels)} images have the label {int(labels[0])}; a classifier needs '
+            'at least two classes.'
+        )
     return features, labels
 
 # %% ../../nbs/evaluate/03_probe.ipynb #4285774e
 def accuracy(
-    probe:Probe, # A fitted classifier
-    features:Tensor, # `(n, d)`
-    labels:Tensor, # `(n,)`, all of them among the classes of the probe
-)->dict: # `top1` and `top5` in 0..1
+    probe: Probe,  # A fitted classifier
+    features: Tensor,  # `(n, d)`
+    labels: Tensor,  # `(n,)`, all of them among the classes of the probe
+) -> dict:  # `top1` and `top5` in 0..1
     "How often the right class is the first, or among the first five; ties count against it"
-    if not len(labels) or len(labels)!=len(features): raise TinyclipError(f'There are {len(features)} images and {len(labels)} labels to test with; give one label per image, and at least one.')
-    scores,labels = finite(probe.scores(features)), labels.to(probe.classes.device)
+    if not len(labels) or len(labels) != len(features):
+        raise TinyclipError(
+            f'There are {len(features)} images and {len(labels)} labels to test with; give '
+            'one label per image, and at least one.'
+        )
+    scores = finite(probe.scores(features))
+    labels = labels.to(probe.classes.device)
     recognisable(labels, probe.classes)
     ranks = rank_of(scores, torch.searchsorted(probe.classes, labels).to(scores.device))
-    return {f'top{k}':(ranks<k).double().mean().item() for k in (1,5)}
+    return {f'top{k}': (ranks < k).double().mean().item() for k in (1, 5)}
+
 
 def recognisable(labels, classes):
     "Refuse to test for what cannot have been learned"
     odd = labels[~torch.isin(labels, classes)]
-    if len(odd): raise TinyclipError(f'Label {int(odd[0])} is to be recognised, but no image to learn from has it; add some, or leave its images out.')
+    if len(odd):
+        raise TinyclipError(
+            f'Label {int(odd[0])} is to be recognised, but no image to learn from has it; '
+            'add some, or leave its images out.'
+        )
 
 # %% ../../nbs/evaluate/03_probe.ipynb #095e8f64
 def _coordinates(x, k, penalty):
-    "Where the features are centred, their principal directions, and the scale of each that makes the objective about equally curved"
+    """Where the features are centred, their principal directions, and the scale of each that
+    makes the objective about equally curved"""
     mean = x.mean(0)
-    v,u = torch.linalg.eigh(((x-mean).T @ (x-mean)/len(x)).cpu().double())
-    floor = v.max().clamp_min(0)*torch.finfo(x.dtype).eps
-    return mean, u.to(x), (torch.maximum(v, floor)/k + penalty).rsqrt().to(x)
+    v, u = torch.linalg.eigh(((x - mean).T @ (x - mean) / len(x)).cpu().double())
+    floor = v.max().clamp_min(0) * torch.finfo(x.dtype).eps
+    return mean, u.to(x), (torch.maximum(v, floor) / k + penalty).rsqrt().to(x)
+
 
 def _minimise(features, labels, C, start=None, max_iter=1000, tol=None, rows=8192):
-    classes,y = labels.to(features.device).unique(return_inverse=True)
-    x = features.to(torch.float64 if features.device.type=='cpu' else torch.float32)
-    n,k,free = len(x), len(classes), len(classes)**.5
-    penalty = (2 if k==2 else 1)/(C*n)
-    mean,turn,scale = _coordinates(x, k, penalty)
-    x = torch.cat([(x-mean) @ turn * scale, x.new_full((n,1), free)], 1)
-    theta = x.new_zeros(k, x.shape[1]) if start is None else torch.cat([start.weight.to(x) @ turn / scale, (start.bias.to(x) + start.weight.to(x) @ mean)[:,None]/free], 1)
-    pull = penalty*scale**2
+    classes, y = labels.to(features.device).unique(return_inverse=True)
+    x = features.to(torch.float64 if features.device.type == 'cpu' else torch.float32)
+    n, k, free = len(x), len(classes), len(classes) ** 0.5
+    penalty = (2 if k == 2 else 1) / (C * n)
+    mean, turn, scale = _coordinates(x, k, penalty)
+    x = torch.cat([(x - mean) @ turn * scale, x.new_full((n, 1), free)], 1)
+    theta = (
+        x.new_zeros(k, x.shape[1])
+        if start is None
+        else torch.cat(
+            [
+                start.weight.to(x) @ turn / scale,
+                (start.bias.to(x) + start.weight.to(x) @ mean)[:, None] / free,
+            ],
+            1,
+        )
+    )
+    pull = penalty * scale**2
+
     def objective():
-        loss,grad = 0., torch.zeros_like(theta)
-        for xs,ys in zip(x.split(rows), y.split(rows)):
+        loss, grad = 0.0, torch.zeros_like(theta)
+        for xs, ys in zip(x.split(rows), y.split(rows)):
             logp = (xs @ theta.T).log_softmax(1)
-            loss = loss - logp.gather(1, ys[:,None]).sum()
+            loss = loss - logp.gather(1, ys[:, None]).sum()
             p = logp.exp_()
             p[torch.arange(len(ys), device=p.device), ys] -= 1
             grad += p.T @ xs
-        theta.grad = grad/n
-        theta.grad[:,:-1] += pull*theta[:,:-1]
-        return loss/n + (pull*theta[:,:-1].square()).sum()/2
-    tol = tol or (1e-6 if x.dtype==torch.float64 else 1e-5)
-    search = torch.optim.LBFGS([theta], max_iter=max_iter, max_eval=20*max_iter, tolerance_grad=tol, tolerance_change=0, history_size=20, line_search_fn='strong_wolfe')
+        theta.grad = grad / n
+        theta.grad[:, :-1] += pull * theta[:, :-1]
+        return loss / n + (pull * theta[:, :-1].square()).sum() / 2
+
+    tol = tol or (1e-6 if x.dtype == torch.float64 else 1e-5)
+    search = torch.optim.LBFGS(
+        [theta],
+        max_iter=max_iter,
+        max_eval=20 * max_iter,
+        tolerance_grad=tol,
+        tolerance_change=0,
+        history_size=20,
+        line_search_fn='strong_wolfe',
+    )
     search.step(objective)
-    loss,gradient,weight = objective().item(), theta.grad.abs().max().item(), theta[:,:-1]*scale @ turn.T
-    facts = dict(C=C, loss=loss, gradient=gradient, iterations=search.state[theta]['n_iter'], converged=gradient<=tol)
-    return Probe(weight, theta[:,-1]*free - weight @ mean, classes, facts)
+    loss = objective().item()
+    gradient = theta.grad.abs().max().item()
+    weight = theta[:, :-1] * scale @ turn.T
+    facts = dict(
+        C=C,
+        loss=loss,
+        gradient=gradient,
+        iterations=search.state[theta]['n_iter'],
+        converged=gradient <= tol,
+    )
+    return Probe(weight, theta[:, -1] * free - weight @ mean, classes, facts)
+
 
 def _positive(C):
-    if isinstance(C, (str, bool)) or not (0<C<math.inf): raise TinyclipError(f'C={C!r}: give a positive number; smaller means a stronger penalty.')
+    if isinstance(C, (str, bool)) or not (0 < C < math.inf):
+        raise TinyclipError(f'C={C!r}: give a positive number; smaller means a stronger penalty.')
     return float(C)
 
 # %% ../../nbs/evaluate/03_probe.ipynb #15f7c866
 def logistic(
-    features:Tensor, # `(n, d)`; on a GPU the search runs there, in float32, else in float64
-    labels:Tensor, # `(n,)`
-    C:float=1., # Inverse strength of the penalty
-    classes:int|None=None, # How many there are, to check labels against; only those with images are learned
-    start:Probe|None=None, # Begin with this one, e.g. of a smaller `C`: fewer steps to the same goal
-    max_iter:int=1000, # Steps at most
-    tol:float|None=None, # Converged when no slope of the mean objective is larger; None: 1e-6, or 1e-5 in float32
-)->Probe: # `facts` say `C`, `loss`, `gradient`, `iterations`, `converged`
+    features: Tensor,  # `(n, d)`; on a GPU the search runs there, in float32, else in float64
+    labels: Tensor,  # `(n,)`
+    C: float = 1.0,  # Inverse strength of the penalty
+    classes: int
+    # How many there are, to check labels against; only those with images are learned
+    | None = None,
+    start: Probe
+    | None = None,  # Begin with this one, e.g. of a smaller `C`: fewer steps to the same goal
+    max_iter: int = 1000,  # Steps at most
+    tol: float
+    # Converged when no slope of the mean objective is larger; None: 1e-6, or 1e-5 in float32
+    | None = None,
+) -> Probe:  # `facts` say `C`, `loss`, `gradient`, `iterations`, `converged`
     "Logistic regression with an L2 penalty; warns where it has not converged"
-    features,labels = checked(features, labels, classes)
-    if start is not None and (start.weight.shape[1]!=features.shape[1] or start.classes.tolist()!=labels.unique().tolist()):
-        raise TinyclipError('The probe to start from has other classes or another width than these data; leave start out.')
+    features, labels = checked(features, labels, classes)
+    if start is not None and (
+        start.weight.shape[1] != features.shape[1]
+        or start.classes.tolist() != labels.unique().tolist()
+    ):
+        raise TinyclipError(
+            'The probe to start from has other classes or another width than these data; '
+            'leave start out.'
+        )
     probe = _minimise(features, labels, _positive(C), start, max_iter, tol)
-    if not probe.facts['converged']: warnings.warn(unfinished(probe.facts), stacklevel=2)
+    if not probe.facts['converged']:
+        warnings.warn(unfinished(probe.facts), stacklevel=2)
     return probe
 
-def unfinished(facts)->str:
+
+def unfinished(facts) -> str:
     "What to say of a search that stopped early"
-    return (f"Logistic regression with C={facts['C']:.3g} stopped after {facts['iterations']} steps with a slope of {facts['gradient']:.1e} left, so it is not at the optimum; "
-            'raise max_iter, or take a smaller C.')
+    return (
+        f"Logistic regression with C={facts['C']:.3g} stopped after {facts['iterations']} "
+        f"steps with a slope of {facts['gradient']:.1e} left, so it is not at the optimum; "
+        'raise max_iter, or take a smaller C.'
+    )
 
 # %% ../../nbs/evaluate/03_probe.ipynb #5d91b9a1
 def held_out(
-    labels:Tensor, # `(n,)`
-    share:float=.2, # Of each class
-    seed:int=0, # Another seed, another draw
-)->tuple: # Two index tensors: to learn from, and to choose by
+    labels: Tensor,  # `(n,)`
+    share: float = 0.2,  # Of each class
+    seed: int = 0,  # Another seed, another draw
+) -> tuple:  # Two index tensors: to learn from, and to choose by
     "Hold out a share of every class; at least one image of each stays"
-    if not 0<share<1: raise TinyclipError(f'share={share}: give a number between 0 and 1.')
-    g,labels,learn,choose = torch.Generator().manual_seed(seed), torch.as_tensor(labels).cpu(), [], []
+    if not 0 < share < 1:
+        raise TinyclipError(f'share={share}: give a number between 0 and 1.')
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.as_tensor(labels).cpu()
+    learn = []
+    choose = []
     for c in labels.unique():
-        own = (labels==c).nonzero()[:,0]
-        own,k = own[torch.randperm(len(own), generator=g)], min(len(own)-1, max(1, round(share*len(own))))
-        choose.append(own[:k]); learn.append(own[k:])
-    if not sum(map(len, choose)): raise TinyclipError('No class has two images, so none can be held out to choose C by; give C=, or images for it: val=.')
+        own = (labels == c).nonzero()[:, 0]
+        own, k = (
+            own[torch.randperm(len(own), generator=g)],
+            min(len(own) - 1, max(1, round(share * len(own)))),
+        )
+        choose.append(own[:k])
+        learn.append(own[k:])
+    if not sum(map(len, choose)):
+        raise TinyclipError(
+            'No class has two images, so none can be held out to choose C by; give C=, or '
+            'images for it: val=.'
+        )
     return tuple(torch.cat(o).sort().values for o in (learn, choose))
 
 # %% ../../nbs/evaluate/03_probe.ipynb #19e2ddea
 def sweep(
-    features:Tensor, # `(n, d)` to learn from
-    labels:Tensor, # `(n,)`
-    val_features:Tensor, # `(m, d)` to choose by
-    val_labels:Tensor, # `(m,)`
-    classes:int|None=None, # As in `logistic`
-    progress:bool=False, # Show a bar
-)->tuple: # The best `Probe`, and a `Table` with a row for every `C` tried, in order
-    "Search for `C` between 1e-6 and 1e6, to an eighth of a decade (Radford et al. 2021, appendix A.3)"
-    features,labels = checked(features, labels, classes)
-    fits,top1,step,todo = {}, {}, 2., [-6,-4,-2,0,2,4,6]
+    features: Tensor,  # `(n, d)` to learn from
+    labels: Tensor,  # `(n,)`
+    val_features: Tensor,  # `(m, d)` to choose by
+    val_labels: Tensor,  # `(m,)`
+    classes: int | None = None,  # As in `logistic`
+    progress: bool = False,  # Show a bar
+) -> tuple:  # The best `Probe`, and a `Table` with a row for every `C` tried, in order
+    """Search for `C` between 1e-6 and 1e6, to an eighth of a decade (Radford et al. 2021,
+    appendix A.3)"""
+    features, labels = checked(features, labels, classes)
+    fits = {}
+    top1 = {}
+    step = 2.0
+    todo = [-6, -4, -2, 0, 2, 4, 6]
     with tqdm(total=15, desc='C', leave=False, disable=not progress) as bar:
-        while step>=1/8:
-            for e in (e for e in todo if -6<=e<=6):
-                fits[e] = _minimise(features, labels, 10.**e, fits.get(max((f for f in fits if f<e), default=None)))
+        while step >= 1 / 8:
+            for e in (e for e in todo if -6 <= e <= 6):
+                fits[e] = _minimise(
+                    features,
+                    labels,
+                    10.0**e,
+                    fits.get(max((f for f in fits if f < e), default=None)),
+                )
                 top1[e] = accuracy(fits[e], val_features, val_labels)['top1']
                 bar.update()
-            best,step = max(sorted(fits), key=top1.get), step/2
-            todo = [best-step, best+step]
-    return fits[best], Table(dict(C=f'{10**e:.2g}', top1=top1[e], **{k:fits[e].facts[k] for k in ('iterations', 'converged')}) for e in sorted(fits))
+            best, step = max(sorted(fits), key=top1.get), step / 2
+            todo = [best - step, best + step]
+    return fits[best], Table(
+        dict(
+            C=f'{10**e:.2g}',
+            top1=top1[e],
+            **{k: fits[e].facts[k] for k in ('iterations', 'converged')},
+        )
+        for e in sorted(fits)
+    )
 
 # %% ../../nbs/evaluate/03_probe.ipynb #bf1df4cf
 def linear_head(
-    features:Tensor, # `(n, d)`, best of unit length; on a GPU the head learns there
-    labels:Tensor, # `(n,)`
-    epochs:int=50, # Times through all images
-    lr:float=.1, # Learning rate at the start
-    batch_size:int=256, # Images per step
-    seed:int=0, # Of the order of images
-    classes:int|None=None, # As in `logistic`
-)->Probe: # `facts` say `epochs`, `lr`, `batch_size`, `seed`, `loss`
+    features: Tensor,  # `(n, d)`, best of unit length; on a GPU the head learns there
+    labels: Tensor,  # `(n,)`
+    epochs: int = 50,  # Times through all images
+    lr: float = 0.1,  # Learning rate at the start
+    batch_size: int = 256,  # Images per step
+    seed: int = 0,  # Of the order of images
+    classes: int | None = None,  # As in `logistic`
+) -> Probe:  # `facts` say `epochs`, `lr`, `batch_size`, `seed`, `loss`
     "A linear classifier by AdamW and a cosine schedule; the same seed gives the same one"
-    features,labels = checked(features, labels, classes)
-    for name,v in (('epochs', epochs), ('batch_size', batch_size), ('lr', lr)):
-        if not 0<v<math.inf: raise TinyclipError(f'{name}={v}: give a positive number.')
-    x,(kinds,y),g = features.float(), labels.to(features.device).unique(return_inverse=True), torch.Generator().manual_seed(seed)
-    weight,bias = (x.new_zeros(s, requires_grad=True) for s in ((len(kinds), x.shape[1]), (len(kinds),)))
+    features, labels = checked(features, labels, classes)
+    for name, v in (('epochs', epochs), ('batch_size', batch_size), ('lr', lr)):
+        if not 0 < v < math.inf:
+            raise TinyclipError(f'{name}={v}: give a positive number.')
+    x = features.float()
+    (kinds, y) = labels.to(features.device).unique(return_inverse=True)
+    g = torch.Generator().manual_seed(seed)
+    weight, bias = (
+        x.new_zeros(s, requires_grad=True) for s in ((len(kinds), x.shape[1]), (len(kinds),))
+    )
     opt = torch.optim.AdamW([weight, bias], lr=lr, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, epochs*math.ceil(len(x)/batch_size))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        opt, epochs * math.ceil(len(x) / batch_size)
+    )
     with torch.enable_grad():
         for _ in range(epochs):
             for i in torch.randperm(len(x), generator=g).to(x.device).split(batch_size):
                 loss = F.cross_entropy(F.linear(x[i], weight, bias), y[i])
-                opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
-    weight,bias = weight.detach(), bias.detach()
-    facts = dict(epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, loss=F.cross_entropy(F.linear(x, weight, bias), y).item())
-    if not math.isfinite(facts['loss']): raise TinyclipError(f'The head diverged at a learning rate of {lr}; lower lr.')
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
+                schedule.step()
+    weight, bias = weight.detach(), bias.detach()
+    facts = dict(
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        seed=seed,
+        loss=F.cross_entropy(F.linear(x, weight, bias), y).item(),
+    )
+    if not math.isfinite(facts['loss']):
+        raise TinyclipError(f'The head diverged at a learning rate of {lr}; lower lr.')
     return Probe(weight, bias, kinds, facts)
 
 # %% ../../nbs/evaluate/03_probe.ipynb #90c9c606
-KEPT = dict(logistic=('C', 'iterations', 'gradient', 'converged'), head=('epochs', 'lr', 'batch_size', 'seed'))
+KEPT = dict(
+    logistic=('C', 'iterations', 'gradient', 'converged'),
+    head=('epochs', 'lr', 'batch_size', 'seed'),
+)
 PROTOCOLS = tuple(KEPT)
+
 
 def _classes(*sets):
     "How many classes the data name; None where they name none"
     named = [list(s.classnames) for s in sets if getattr(s, 'classnames', None)]
-    if any(n!=named[0] for n in named): raise TinyclipError(f'The data to learn from and to test with name different classes ({len(named[0])} and {len(next(n for n in named if n!=named[0]))}); give both the same class names in the same order.')
+    if any(n != named[0] for n in named):
+        raise TinyclipError(
+            'The data to learn from and to test with name different classes '
+            f'({len(named[0])} and {len(next(n for n in named if n != named[0]))}); give '
+            'both the same class names in the same order.'
+        )
     return len(named[0]) if named else None
 
+
 def _encoded(model, batches, protocol, precision, progress):
-    f,labels = image_features(model, batches, precision, progress)
+    f, labels = image_features(model, batches, precision, progress)
     f = f.to(next(model.parameters()).device)
-    return (F.normalize(f, dim=-1) if protocol=='head' else f), labels
+    return (F.normalize(f, dim=-1) if protocol == 'head' else f), labels
+
 
 def _penalty_found(x, y, val, seed, progress):
     "`C` by a sweep, chosen on `val` or else on a fifth of the images"
-    learn,choose = (None, None) if val else held_out(y, seed=seed)
-    best,_ = sweep(x, y, *val, progress=progress) if val else sweep(x[learn], y[learn], x[choose], y[choose], progress=progress)
+    learn, choose = (None, None) if val else held_out(y, seed=seed)
+    best, _ = (
+        sweep(x, y, *val, progress=progress)
+        if val
+        else sweep(x[learn], y[learn], x[choose], y[choose], progress=progress)
+    )
     return best.facts['C']
 
+
 def linear_probe(
-    model:nn.Module, # A CLIP
-    train, # Yields (image, label), e.g. `data.labelled(...)`: to learn from
-    test, # The same, other images: to test with
-    val=None, # The same: to choose `C` by; None: a fifth of `train`. In the end these images are learned from, too
-    protocol:str='logistic', # Or `'head'`, on features of unit length
-    C:float|None=None, # For `'logistic'`: take this one, and search for none
-    epochs:int=50, # For `'head'`
-    seed:int=0, # Which images are held out, or the order in which a head sees them
-    precision:str='fp32', # Of the features, as in `core.autocast`
-    progress:bool=False, # Show bars
-)->dict: # `top1` and `top5` in 0..1; `chance`, and `majority`: top-1 of always naming the commonest class; the numbers of images; how the probe was found
+    model: nn.Module,  # A CLIP
+    train,  # Yields (image, label), e.g. `data.labelled(...)`: to learn from
+    test,  # The same, other images: to test with
+    # The same: to choose `C` by; None: a fifth of `train`. In the end these images are learned
+    # from, too
+    val=None,
+    protocol: str = 'logistic',  # Or `'head'`, on features of unit length
+    C: float | None = None,  # For `'logistic'`: take this one, and search for none
+    epochs: int = 50,  # For `'head'`
+    seed: int = 0,  # Which images are held out, or the order in which a head sees them
+    precision: str = 'fp32',  # Of the features, as in `core.autocast`
+    progress: bool = False,  # Show bars
+) -> dict:  # `top1` and `top5` in 0..1; `chance`, and `majority`: top-1 of always naming the commonest class; the numbers of images; how the probe was found
     "Accuracy of a linear classifier on the image features of a model"
-    if protocol not in PROTOCOLS: raise unknown('protocol', protocol, PROTOCOLS)
-    if C is not None: C = _positive(C)
+    if protocol not in PROTOCOLS:
+        raise unknown('protocol', protocol, PROTOCOLS)
+    if C is not None:
+        C = _positive(C)
     classes = _classes(train, test, val)
-    (x,y),val,(x_test,y_test) = (None if s is None else _encoded(model, s, protocol, precision, progress) for s in (train, val, test))
+    (x, y), val, (x_test, y_test) = (
+        None if s is None else _encoded(model, s, protocol, precision, progress)
+        for s in (train, val, test)
+    )
     both = (x, y) if val is None else (torch.cat([x, val[0]]), torch.cat([y, val[1]]))
-    checked(*both, classes); recognisable(y_test, both[1])
-    if protocol=='head': probe = linear_head(*both, epochs=epochs, seed=seed)
-    else: probe = logistic(*both, C or _penalty_found(x, y, val, seed, progress))
-    return dict(accuracy(probe, x_test, y_test), n_train=len(both[1]), n_test=len(y_test), chance=1/len(probe.classes),
-                majority=(y_test==both[1].mode().values).double().mean().item(), protocol=protocol, **{k:probe.facts[k] for k in KEPT[protocol]})
+    checked(*both, classes)
+    recognisable(y_test, both[1])
+    if protocol == 'head':
+        probe = linear_head(*both, epochs=epochs, seed=seed)
+    else:
+        probe = logistic(*both, C or _penalty_found(x, y, val, seed, progress))
+    return dict(
+        accuracy(probe, x_test, y_test),
+        n_train=len(both[1]),
+        n_test=len(y_test),
+        chance=1 / len(probe.classes),
+        majority=(y_test == both[1].mode().values).double().mean().item(),
+        protocol=protocol,
+        **{k: probe.facts[k] for k in KEPT[protocol]},
+    )

@@ -10,193 +10,309 @@ __all__ = ['SCALE', 'COLOURS', 'blocks_of', 'counted_tokens', 'token_mean', 'lis
 # %% ../../nbs/evaluate/04_redundancy.ipynb #6a6cc2cc
 import contextlib
 from collections.abc import Iterable
+
 import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
-from torch import nn, Tensor
-from ..towers.architecture import text_cfg
+from torch import Tensor, nn
+
 from ..core import Table, TinyclipError, autocast, evaluating, unknown
 from .zeroshot import finite
 from ..inheritance import inherit
 from ..keep import choose
 from ..masks import TOWERS
+from ..towers.architecture import text_cfg
 from ..towers.layout import layout
 
 # %% ../../nbs/evaluate/04_redundancy.ipynb #6e98b3b9
 def blocks_of(
-    model:nn.Module, # A CLIP or a student
-    tower:str, # `'image'` or `'text'`
-)->tuple: # (its residual blocks, whether they take `(n, length, width)` and not `(length, n, width)`)
+    model: nn.Module,  # A CLIP or a student
+    tower: str,  # `'image'` or `'text'`
+) -> (
+    tuple
+):  # (its residual blocks, whether they take `(n, length, width)` and not `(length, n, width)`)
     "The layers of a tower, and how they lay out a batch"
-    if tower not in TOWERS: raise unknown('tower', tower, TOWERS)
+    if tower not in TOWERS:
+        raise unknown('tower', tower, TOWERS)
     path = layout(model).depth.get(f'{tower}.layers')
-    if path is None: raise TinyclipError(f"The {tower} tower is no transformer: its layers differ in width and resolution and cannot be compared here. Look at the {TOWERS[tower=='image']} tower alone.")
-    return model.get_submodule(path), getattr(model.get_submodule(path.rpartition('.')[0]), 'batch_first', True)
+    if path is None:
+        raise TinyclipError(
+            f"The {tower} tower is no transformer: its layers differ in width and resolution "
+            f"and cannot be compared here. Look at the {TOWERS[tower == 'image']} tower alone."
+        )
+    return model.get_submodule(path), getattr(
+        model.get_submodule(path.rpartition('.')[0]), 'batch_first', True
+    )
 
 # %% ../../nbs/evaluate/04_redundancy.ipynb #4854e744
 def counted_tokens(
-    model:nn.Module, # A CLIP
-    tokens:Tensor, # `(n, length)` token ids
-)->Tensor: # `(n, length)`, True where a token counts
+    model: nn.Module,  # A CLIP
+    tokens: Tensor,  # `(n, length)` token ids
+) -> Tensor:  # `(n, length)`, True where a token counts
     "The tokens of texts up to and including the end-of-text token, found as the tower finds it"
     cfg = text_cfg(model.text if hasattr(model, 'text') else model)
     pool = cfg.get('pool_type', 'argmax')
-    if pool not in ('argmax', 'eos'): return torch.ones_like(tokens, dtype=torch.bool)
-    end = tokens.argmax(1) if pool=='argmax' else (tokens==cfg['eos_id']).int().argmax(1)
-    return torch.arange(tokens.shape[1], device=tokens.device) <= end[:,None]
+    if pool not in ('argmax', 'eos'):
+        return torch.ones_like(tokens, dtype=torch.bool)
+    end = tokens.argmax(1) if pool == 'argmax' else (tokens == cfg['eos_id']).int().argmax(1)
+    return torch.arange(tokens.shape[1], device=tokens.device) <= end[:, None]
 
 # %% ../../nbs/evaluate/04_redundancy.ipynb #54f7e221
 def token_mean(
-    x:Tensor, # `(n, length, width)`
-    counts:Tensor|None=None, # `(n, length)`, True where a token counts; None: all do
-)->Tensor: # `(n, width)` float32
+    x: Tensor,  # `(n, length, width)`
+    counts: Tensor | None = None,  # `(n, length)`, True where a token counts; None: all do
+) -> Tensor:  # `(n, width)` float32
     "Mean over tokens"
     x = x.float()
-    return x.mean(1) if counts is None else x.masked_fill(~counts[...,None], 0).sum(1)/counts.sum(1, keepdim=True)
+    return (
+        x.mean(1)
+        if counts is None
+        else x.masked_fill(~counts[..., None], 0).sum(1) / counts.sum(1, keepdim=True)
+    )
+
 
 @contextlib.contextmanager
 def listening(
-    blocks, # Residual blocks, in the order in which they run
-    hear, # Called with what goes into the first block, then with what comes out of each
-): # A context manager; every hook is gone afterwards, also after an error
+    blocks,  # Residual blocks, in the order in which they run
+    hear,  # Called with what goes into the first block, then with what comes out of each
+):  # A context manager; every hook is gone afterwards, also after an error
     "Overhear the residual stream"
     with contextlib.ExitStack() as hooks:
-        hooks.callback(blocks[0].register_forward_pre_hook(lambda block,args: hear(args[0])).remove)
-        for b in blocks: hooks.callback(b.register_forward_hook(lambda block,args,out: hear(out)).remove)
+        hooks.callback(
+            blocks[0].register_forward_pre_hook(lambda block, args: hear(args[0])).remove
+        )
+        for b in blocks:
+            hooks.callback(b.register_forward_hook(lambda block, args, out: hear(out)).remove)
         yield
 
 # %% ../../nbs/evaluate/04_redundancy.ipynb #62bf694d
 def tower_input(
-    batch, # A tensor, or a tuple (image, text, ...) of tensors
-    tower:str, # `'image'` or `'text'`
-)->Tensor: # Images `(n,3,h,w)` or token ids `(n, length)`
+    batch,  # A tensor, or a tuple (image, text, ...) of tensors
+    tower: str,  # `'image'` or `'text'`
+) -> Tensor:  # Images `(n,3,h,w)` or token ids `(n, length)`
     "What a tower takes of a batch"
     x = batch if isinstance(batch, Tensor) else (*batch, None, None)[TOWERS.index(tower)]
-    dims,real,what = (4, True, 'images (n,3,h,w)') if tower=='image' else (2, False, 'token ids (n, length)')
-    if not isinstance(x, Tensor) or x.ndim!=dims or x.is_floating_point()!=real:
+    dims, real, what = (
+        (4, True, 'images (n,3,h,w)') if tower == 'image' else (2, False, 'token ids (n, length)')
+    )
+    if not isinstance(x, Tensor) or x.ndim != dims or x.is_floating_point() != real:
         had = f'{tuple(x.shape)}, {x.dtype}' if isinstance(x, Tensor) else type(x).__name__
-        raise TinyclipError(f'The {tower} tower takes {what}, but a batch has {had} for it. Give a list of such tensors, or batches of images and texts like those of tinyclip.data.captioned.')
+        raise TinyclipError(
+            f'The {tower} tower takes {what}, but a batch has {had} for it. Give a list of '
+            'such tensors, or batches of images and texts like those of '
+            'tinyclip.data.captioned.'
+        )
     return x
 
 # %% ../../nbs/evaluate/04_redundancy.ipynb #b656dc50
 def layer_features(
-    model:nn.Module, # A CLIP or a student
-    batches:Iterable, # As in `tower_input`, e.g. `data.captioned(...)`
-    tower:str, # `'image'` or `'text'`
-    precision:str='fp32', # As in `core.autocast`
-)->list: # `(n, width)` float32 on the CPU: what the first layer gets, then what each layer puts out
+    model: nn.Module,  # A CLIP or a student
+    batches: Iterable,  # As in `tower_input`, e.g. `data.captioned(...)`
+    tower: str,  # `'image'` or `'text'`
+    precision: str = 'fp32',  # As in `core.autocast`
+) -> (
+    list
+):  # `(n, width)` float32 on the CPU: what the first layer gets, then what each layer puts out
     "The mean token at every depth of a tower"
-    blocks,batch_first = blocks_of(model, tower)
-    if not isinstance(batches, Iterable): raise TinyclipError(f'batches is a {type(batches).__name__}, which yields none by itself; of open_pairs take some: itertools.islice(pairs.epoch(0), 16).')
-    device,parts = next(model.parameters()).device, []
+    blocks, batch_first = blocks_of(model, tower)
+    if not isinstance(batches, Iterable):
+        raise TinyclipError(
+            f'batches is a {type(batches).__name__}, which yields none by itself; of '
+            'open_pairs take some: itertools.islice(pairs.epoch(0), 16).'
+        )
+    device, parts = next(model.parameters()).device, []
     for batch in batches:
-        x,found = tower_input(batch, tower).to(device), []
-        counts = counted_tokens(model, x) if tower=='text' else None
-        hear = lambda h: found.append(token_mean(h if batch_first else h.transpose(0, 1), counts).cpu())
+        x, found = tower_input(batch, tower).to(device), []
+        counts = counted_tokens(model, x) if tower == 'text' else None
+
+        def hear(h):
+            return found.append(token_mean(h if batch_first else h.transpose(0, 1), counts).cpu())
+
         with evaluating(model), listening(blocks, hear), autocast(device, precision):
-            model.encode_image(x.to(blocks[0].get_weight_dtype())) if tower=='image' else model.encode_text(x)
+            model.encode_image(
+                x.to(blocks[0].get_weight_dtype())
+            ) if tower == 'image' else model.encode_text(x)
         parts.append(found)
-    if not parts: raise TinyclipError('There are no batches to take features of.')
+    if not parts:
+        raise TinyclipError('There are no batches to take features of.')
     return [torch.cat(p) for p in zip(*parts)]
 
 # %% ../../nbs/evaluate/04_redundancy.ipynb #210c3a5d
 def centred(
-    x:Tensor, # `(n, width)`
-)->Tensor: # `(n, width)` float32, means zero, scaled so that the norm of `x.T @ x` is one
+    x: Tensor,  # `(n, width)`
+) -> Tensor:  # `(n, width)` float32, means zero, scaled so that the norm of `x.T @ x` is one
     "Features as CKA compares them"
-    if x.ndim!=2: raise TinyclipError(f'Features have the shape (n, width), not {tuple(x.shape)}.')
+    if x.ndim != 2:
+        raise TinyclipError(f'Features have the shape (n, width), not {tuple(x.shape)}.')
     x = finite(x).double()
     c = x - x.mean(0)
-    if not c.norm() > 1e-6*x.norm(): raise TinyclipError(f'All {len(x)} samples have the same features, so there is nothing to compare; give more samples, and different ones.')
-    c = (c/c.norm()).float()
-    return c/(c.T @ c).norm().sqrt()
+    if not c.norm() > 1e-6 * x.norm():
+        raise TinyclipError(
+            f'All {len(x)} samples have the same features, so there is nothing to compare; '
+            'give more samples, and different ones.'
+        )
+    c = (c / c.norm()).float()
+    return c / (c.T @ c).norm().sqrt()
+
 
 def similarity(
-    features:list, # `(n, width)` tensors, rows belonging to the same samples; widths may differ
-)->Tensor: # `(k, k)` in 0..1, on the CPU
+    features: list,  # `(n, width)` tensors, rows belonging to the same samples; widths may differ
+) -> Tensor:  # `(k, k)` in 0..1, on the CPU
     "Linear CKA of everything with everything, e.g. of the layers of a tower"
-    if len({len(f) for f in features})!=1: raise TinyclipError(f'Similarity needs the same samples at every depth; there are {[len(f) for f in features]}.')
-    xs,out = [centred(f) for f in features], torch.zeros(len(features), len(features))
-    for i,a in enumerate(xs):
-        for j in range(i+1): out[i,j] = out[j,i] = (a.T @ xs[j]).square().sum()
+    if len({len(f) for f in features}) != 1:
+        raise TinyclipError(
+            'Similarity needs the same samples at every depth; there are '
+            f'{[len(f) for f in features]}.'
+        )
+    xs = [centred(f) for f in features]
+    out = torch.zeros(len(features), len(features))
+    for i, a in enumerate(xs):
+        for j in range(i + 1):
+            out[i, j] = out[j, i] = (a.T @ xs[j]).square().sum()
     return out
 
 # %% ../../nbs/evaluate/04_redundancy.ipynb #7b8a07be
 SCALE = [[0, '#f1f3f6'], [1, '#1f4e9e']]
 
+
 def similarity_map(
-    matrices:dict, # tower -> `(layers+1, layers+1)` from `similarity`
-    title:str='', # Above it
-)->go.Figure:
-    "Similarity of the layers of each tower, side by side; the first row and column are what goes in"
-    if not matrices: raise TinyclipError("There is nothing to draw; give a dict like {'image':similarity(...)}.")
-    fig = make_subplots(1, len(matrices), horizontal_spacing=.1, subplot_titles=list(matrices))
-    for c,m in enumerate(matrices.values(), 1):
-        names = ['input', *map(str, range(len(m)-1))]
-        fig.add_heatmap(row=1, col=c, x=names, y=names, z=torch.as_tensor(m).double().numpy().round(3).tolist(), coloraxis='coloraxis', xgap=1, ygap=1, texttemplate='%{z:.2f}' if len(m)<=9 else None,
-                        textfont_size=10, hovertemplate='after %{y} and after %{x}: %{z:.3f}<extra></extra>')
-        fig.update_xaxes(row=1, col=c, type='category', title_text='after layer', constrain='domain')
-        fig.update_yaxes(row=1, col=c, type='category', title_text='after layer' if c==1 else None, autorange='reversed', scaleanchor=f"x{c if c>1 else ''}", constrain='domain')
-    return fig.update_annotations(font_size=13).update_layout(height=400, margin=dict(l=60,r=10,t=80 if title else 45,b=50), title=title or None, plot_bgcolor='white',
-                                                              coloraxis=dict(colorscale=SCALE, cmin=0, cmax=1, colorbar=dict(title='CKA', thickness=12)))
+    matrices: dict,  # tower -> `(layers+1, layers+1)` from `similarity`
+    title: str = '',  # Above it
+) -> go.Figure:
+    """Similarity of the layers of each tower, side by side; the first row and column are what
+    goes in"""
+    if not matrices:
+        raise TinyclipError("There is nothing to draw; give a dict like {'image':similarity(...)}.")
+    fig = make_subplots(1, len(matrices), horizontal_spacing=0.1, subplot_titles=list(matrices))
+    for c, m in enumerate(matrices.values(), 1):
+        names = ['input', *map(str, range(len(m) - 1))]
+        fig.add_heatmap(
+            row=1,
+            col=c,
+            x=names,
+            y=names,
+            z=torch.as_tensor(m).double().numpy().round(3).tolist(),
+            coloraxis='coloraxis',
+            xgap=1,
+            ygap=1,
+            texttemplate='%{z:.2f}' if len(m) <= 9 else None,
+            textfont_size=10,
+            hovertemplate='after %{y} and after %{x}: %{z:.3f}<extra></extra>',
+        )
+        fig.update_xaxes(
+            row=1, col=c, type='category', title_text='after layer', constrain='domain'
+        )
+        fig.update_yaxes(
+            row=1,
+            col=c,
+            type='category',
+            title_text='after layer' if c == 1 else None,
+            autorange='reversed',
+            scaleanchor=f"x{c if c > 1 else ''}",
+            constrain='domain',
+        )
+    return fig.update_annotations(font_size=13).update_layout(
+        height=400,
+        margin=dict(l=60, r=10, t=80 if title else 45, b=50),
+        title=title or None,
+        plot_bgcolor='white',
+        coloraxis=dict(colorscale=SCALE, cmin=0, cmax=1, colorbar=dict(title='CKA', thickness=12)),
+    )
 
 # %% ../../nbs/evaluate/04_redundancy.ipynb #693216d2
 def droppable(
-    model:nn.Module, # A CLIP or a student
-    tower:str, # `'image'` or `'text'`
-)->int: # How many layers it has
+    model: nn.Module,  # A CLIP or a student
+    tower: str,  # `'image'` or `'text'`
+) -> int:  # How many layers it has
     "Layers of a tower from which one can be left out"
     n = len(blocks_of(model, tower)[0])
-    if n<2: raise TinyclipError(f'The {tower} tower has one layer only, which cannot be left out; look at the other tower alone.')
+    if n < 2:
+        raise TinyclipError(
+            f'The {tower} tower has one layer only, which cannot be left out; look at the '
+            'other tower alone.'
+        )
     return n
 
+
 def without_layer(
-    model:nn.Module, # A CLIP or a student
-    tower:str, # `'image'` or `'text'`
-    i:int, # Which layer, from 0
-)->nn.Module: # A copy, in eval mode; its `keep` says what it lacks
+    model: nn.Module,  # A CLIP or a student
+    tower: str,  # `'image'` or `'text'`
+    i: int,  # Which layer, from 0
+) -> nn.Module:  # A copy, in eval mode; its `keep` says what it lacks
     "The model with one layer left out"
     n = droppable(model, tower)
-    if i not in range(n): raise TinyclipError(f'There is no layer {i} in the {tower} tower: layers run from 0 to {n-1}.')
-    return inherit(model, choose(model, {f'{tower}.layers':[j for j in range(n) if j!=i]}))
+    if i not in range(n):
+        raise TinyclipError(
+            f'There is no layer {i} in the {tower} tower: layers run from 0 to {n - 1}.'
+        )
+    return inherit(model, choose(model, {f'{tower}.layers': [j for j in range(n) if j != i]}))
 
 # %% ../../nbs/evaluate/04_redundancy.ipynb #c381445e
 def drop_one(
-    model:nn.Module, # A CLIP or a student
-    score, # Called with a model; returns one number, e.g. `lambda m: zero_shot(m, ...)['top1']`
-    towers=TOWERS, # Which towers to go through
-)->Table: # A row per layer: `score` without it, and `change` from the whole model
+    model: nn.Module,  # A CLIP or a student
+    score,  # Called with a model; returns one number, e.g. `lambda m: zero_shot(m, ...)['top1']`
+    towers=TOWERS,  # Which towers to go through
+) -> Table:  # A row per layer: `score` without it, and `change` from the whole model
     "What `score` says of the model without each of its layers, one copy at a time"
     towers = [towers] if isinstance(towers, str) else list(towers)
-    depth = {t:droppable(model, t) for t in towers} # refused before any work
-    with evaluating(model): whole = one_number(score(model))
+    depth = {t: droppable(model, t) for t in towers}  # refused before any work
+    with evaluating(model):
+        whole = one_number(score(model))
     rows = Table()
-    for t,n in depth.items():
+    for t, n in depth.items():
         for i in range(n):
             without = one_number(score(without_layer(model, t, i)))
-            rows.append(dict(tower=t, layer=i, score=without, change=without-whole))
+            rows.append(dict(tower=t, layer=i, score=without, change=without - whole))
     return rows
 
-def one_number(value)->float:
+
+def one_number(value) -> float:
     "The answer of a score"
-    try: return float(value)
-    except (TypeError, ValueError): raise TinyclipError(f"score must return one number, not a {type(value).__name__}; take one of its values, e.g. lambda m: zero_shot(m, ...)['top1'].") from None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TinyclipError(
+            f"score must return one number, not a {type(value).__name__}; take one of its "
+            "values, e.g. lambda m: zero_shot(m, ...)['top1']."
+        ) from None
 
 # %% ../../nbs/evaluate/04_redundancy.ipynb #d1ec8613
-COLOURS = {'image':'#2a6fdb', 'text':'#d9822b'}
+COLOURS = {'image': '#2a6fdb', 'text': '#d9822b'}
+
 
 def drop_bars(
-    table:Table, # From `drop_one`
-    whole:float|None=None, # The score of the whole model; None: as the table has it
-    title:str='', # Above it
-)->go.Figure:
+    table: Table,  # From `drop_one`
+    whole: float | None = None,  # The score of the whole model; None: as the table has it
+    title: str = '',  # Above it
+) -> go.Figure:
     "The score without each layer, by tower, and that of the whole model"
-    if not table: raise TinyclipError('There are no rows to draw; give the table of drop_one.')
-    whole,fig = table[0]['score']-table[0]['change'] if whole is None else whole, go.Figure()
+    if not table:
+        raise TinyclipError('There are no rows to draw; give the table of drop_one.')
+    whole = table[0]['score'] - table[0]['change'] if whole is None else whole
+    fig = go.Figure()
     for t in dict.fromkeys(r['tower'] for r in table):
-        mine = [r for r in table if r['tower']==t]
-        fig.add_bar(x=[r['layer'] for r in mine], y=[round(r['score'], 4) for r in mine], name=f'without a layer of the {t} tower', marker_color=COLOURS[t], hovertemplate='without layer %{x}: %{y}<extra></extra>')
+        mine = [r for r in table if r['tower'] == t]
+        fig.add_bar(
+            x=[r['layer'] for r in mine],
+            y=[round(r['score'], 4) for r in mine],
+            name=f'without a layer of the {t} tower',
+            marker_color=COLOURS[t],
+            hovertemplate='without layer %{x}: %{y}<extra></extra>',
+        )
     last = max(r['layer'] for r in table)
-    fig.add_scatter(x=[-.5, last+.5], y=[round(whole, 4)]*2, name='the whole model', mode='lines', line=dict(color='#555555', dash='dot', width=2))
-    return fig.update_layout(height=340, barmode='group', xaxis=dict(title='layer left out', dtick=max(1, (last+1)//12)), yaxis_title='score', title=title or None,
-                             margin=dict(l=55,r=10,t=70 if title else 40,b=45), legend=dict(orientation='h', y=-.25))
+    fig.add_scatter(
+        x=[-0.5, last + 0.5],
+        y=[round(whole, 4)] * 2,
+        name='the whole model',
+        mode='lines',
+        line=dict(color='#555555', dash='dot', width=2),
+    )
+    return fig.update_layout(
+        height=340,
+        barmode='group',
+        xaxis=dict(title='layer left out', dtick=max(1, (last + 1) // 12)),
+        yaxis_title='score',
+        title=title or None,
+        margin=dict(l=55, r=10, t=70 if title else 40, b=45),
+        legend=dict(orientation='h', y=-0.25),
+    )

@@ -7,7 +7,9 @@ __all__ = ['SETS', 'Facts', 'facts', 'wnids', 'class_names', 'folder_trouble', '
            'ObjectNet', 'Karpathy', 'StandardSet', 'standard', 'watched', 'evaluate_on']
 
 # %% ../../nbs/evaluate/06_standard_sets.ipynb #d778efb9
-import json, os, re
+import json
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,307 +17,617 @@ from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+
 import numpy as np
 import torch
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 from torch import nn
 from tqdm.auto import tqdm
+
 from ..core import TinyclipError, unknown
-from .zeroshot import prompts, retrieval, zero_shot
 from ..data.pairs import captioned, labelled
-from ..data.sources import IMAGES, TEMPLATES as ONE, Listing, Sample, Shards, Skip, Source, decode, fill
+from tinyclip.data.sources import (
+    IMAGES,
+    Listing,
+    Sample,
+    Shards,
+    Skip,
+    Source,
+    decode,
+    fill,
+)
+from tinyclip.data.sources import (
+    TEMPLATES as ONE,
+)
+from .zeroshot import prompts, retrieval, zero_shot
 
 # %% ../../nbs/evaluate/06_standard_sets.ipynb #1a6699bb
 class Facts(NamedTuple):
     "What is known of a set without opening it"
-    title:str # Its name in papers
-    task:str # `'zero-shot'` or `'retrieval'`
-    images:int # How many it has
-    classes:int|None # How many it chooses among; None for retrieval
 
-SETS = {'imagenet':Facts('ImageNet', 'zero-shot', 50_000, 1000), 'imagenet-v2':Facts('ImageNet-V2', 'zero-shot', 10_000, 1000),
-    'imagenet-r':Facts('ImageNet-R', 'zero-shot', 30_000, 200), 'imagenet-a':Facts('ImageNet-A', 'zero-shot', 7_500, 200),
-    'imagenet-sketch':Facts('ImageNet-Sketch', 'zero-shot', 50_889, 1000), 'objectnet':Facts('ObjectNet', 'zero-shot', 18_574, 113),
-    'flickr30k':Facts('Flickr30k', 'retrieval', 1_000, None), 'coco':Facts('COCO', 'retrieval', 5_000, None)}
+    title: str  # Its name in papers
+    task: str  # `'zero-shot'` or `'retrieval'`
+    images: int  # How many it has
+    classes: int | None  # How many it chooses among; None for retrieval
+
+
+SETS = {
+    'imagenet': Facts('ImageNet', 'zero-shot', 50_000, 1000),
+    'imagenet-v2': Facts('ImageNet-V2', 'zero-shot', 10_000, 1000),
+    'imagenet-r': Facts('ImageNet-R', 'zero-shot', 30_000, 200),
+    'imagenet-a': Facts('ImageNet-A', 'zero-shot', 7_500, 200),
+    'imagenet-sketch': Facts('ImageNet-Sketch', 'zero-shot', 50_889, 1000),
+    'objectnet': Facts('ObjectNet', 'zero-shot', 18_574, 113),
+    'flickr30k': Facts('Flickr30k', 'retrieval', 1_000, None),
+    'coco': Facts('COCO', 'retrieval', 5_000, None),
+}
+
 
 def facts(
-    name:str, # One of `SETS`
-)->Facts: # Title, task, images, classes
+    name: str,  # One of `SETS`
+) -> Facts:  # Title, task, images, classes
     "What is known of a set"
-    if name not in SETS: raise unknown('standard test set', name, SETS)
+    if name not in SETS:
+        raise unknown('standard test set', name, SETS)
     return SETS[name]
 
 # %% ../../nbs/evaluate/06_standard_sets.ipynb #a343c2b5
-_LISTS = {'imagenet':'imagenet_synsets.txt', 'imagenet-sketch':'imagenet_synsets.txt', 'imagenet-a':'imagenet_a_synsets.txt', 'imagenet-r':'imagenet_r_synsets.txt'}
+_LISTS = {
+    'imagenet': 'imagenet_synsets.txt',
+    'imagenet-sketch': 'imagenet_synsets.txt',
+    'imagenet-a': 'imagenet_a_synsets.txt',
+    'imagenet-r': 'imagenet_r_synsets.txt',
+}
+
 
 @lru_cache
 def _read_list(file):
-    try: return tuple((resources.files('timm')/'data'/'_info'/file).read_text().split())
-    except OSError: raise TinyclipError(f"The installed timm has no {file}; update it with pip install -U timm.") from None
+    try:
+        return tuple((resources.files('timm') / 'data' / '_info' / file).read_text().split())
+    except OSError:
+        raise TinyclipError(
+            f"The installed timm has no {file}; update it with pip install -U timm."
+        ) from None
+
 
 def wnids(
-    name:str='imagenet', # A set whose folders are named by wnid
-)->list: # In the order of the labels
+    name: str = 'imagenet',  # A set whose folders are named by wnid
+) -> list:  # In the order of the labels
     "The WordNet ids of a set's classes"
-    if name not in _LISTS: raise unknown('set with wnids', name, _LISTS)
+    if name not in _LISTS:
+        raise unknown('set with wnids', name, _LISTS)
     return list(_read_list(_LISTS[name]))
 
 # %% ../../nbs/evaluate/06_standard_sets.ipynb #0254cd55
 def class_names(
-    name:str, # `'imagenet'`, `'imagenet-v2'`, `'imagenet-r'`, `'imagenet-a'` or `'imagenet-sketch'`
-)->list: # In the order of the labels
+    # `'imagenet'`, `'imagenet-v2'`, `'imagenet-r'`, `'imagenet-a'` or `'imagenet-sketch'`
+    name: str,
+) -> list:  # In the order of the labels
     "The class names of a set, as open_clip has them"
-    if name=='imagenet-v2': return list(IMAGENET_CLASSNAMES)
+    if name == 'imagenet-v2':
+        return list(IMAGENET_CLASSNAMES)
     by_wnid = dict(zip(wnids(), IMAGENET_CLASSNAMES))
     return [by_wnid[w] for w in wnids(name)]
 
 # %% ../../nbs/evaluate/06_standard_sets.ipynb #bc6dae02
-def _dirs(folder): # its folders, hidden ones aside; none where it may not be read
-    try: return sorted((Path(e.path) for e in os.scandir(folder) if e.is_dir() and e.name[0]!='.'), key=lambda p: p.name)
-    except OSError: return []
+def _dirs(folder):  # its folders, hidden ones aside; none where it may not be read
+    try:
+        return sorted(
+            (Path(e.path) for e in os.scandir(folder) if e.is_dir() and e.name[0] != '.'),
+            key=lambda p: p.name,
+        )
+    except OSError:
+        return []
 
-def _below(root, wanted, depth=3, most=300): # the nearest folder below that holds one of the wanted folders
+
+def _below(
+    root, wanted, depth=3, most=300
+):  # the nearest folder below that holds one of the wanted folders
     level = [Path(root)]
     for _ in range(depth):
         level = list(islice((d for p in level for d in _dirs(p)), most))
         for d in level:
-            if any(c.name in wanted for c in _dirs(d)): return d
+            if any(c.name in wanted for c in _dirs(d)):
+                return d
 
-def _known_as(present): # which set has exactly these folders?
-    sets = {n:set(wnids(n)) for n in ('imagenet', 'imagenet-a', 'imagenet-r')} | {'imagenet-v2':{str(i) for i in range(1000)}}
-    same = next((n for n,w in sets.items() if w==present), None)
+
+def _known_as(present):  # which set has exactly these folders?
+    sets = {n: set(wnids(n)) for n in ('imagenet', 'imagenet-a', 'imagenet-r')} | {
+        'imagenet-v2': {str(i) for i in range(1000)}
+    }
+    same = next((n for n, w in sets.items() if w == present), None)
     return f' These are the folders of {same!r}.' if same else ''
 
-def _files(folder): # the images in a folder, by name
-    return sorted(f.name for f in os.scandir(folder) if f.is_file() and f.name.rpartition('.')[2].lower() in IMAGES)
+
+def _files(folder):  # the images in a folder, by name
+    return sorted(
+        f.name
+        for f in os.scandir(folder)
+        if f.is_file() and f.name.rpartition('.')[2].lower() in IMAGES
+    )
+
 
 def folder_trouble(
-    root:Path, # What the user named
-    wanted, # Names of class folders
-    title:str, # The set, for the message
-    others=(), # Further folders that belong there
-)->str|None: # A sentence, or None where all is well
+    root: Path,  # What the user named
+    wanted,  # Names of class folders
+    title: str,  # The set, for the message
+    others=(),  # Further folders that belong there
+) -> str | None:  # A sentence, or None where all is well
     "What is wrong with a folder that should hold these class folders, apart from missing ones"
-    wanted,example = set(wanted),next(iter(wanted))
-    if not root.is_dir(): return f"There is no folder {str(root)!r}. Name the folder that holds the class folders of {title} ({example}, ...)." if not root.exists() else f"{str(root)!r} is a file; name the folder that holds the class folders of {title}."
+    wanted, example = set(wanted), next(iter(wanted))
+    if not root.is_dir():
+        return (
+            (
+                f"There is no folder {str(root)!r}. Name the folder that holds the class folders "
+                f"of {title} ({example}, ...)."
+            )
+            if not root.exists()
+            else f"{str(root)!r} is a file; name the folder that holds the class folders of {title}."
+        )
     present = {d.name for d in _dirs(root)}
     if not present & wanted:
         below = _below(root, wanted)
-        if below: return f"{str(root)!r} does not hold the class folders of {title}, but {str(below)!r} does: name that one."
-        if root.name in wanted: return f"{str(root)!r} is itself a class folder of {title}: name the folder above it."
+        if below:
+            return (
+                f"{str(root)!r} does not hold the class folders of {title}, but {str(below)!r} "
+                "does: name that one."
+            )
+        if root.name in wanted:
+            return f"{str(root)!r} is itself a class folder of {title}: name the folder above it."
         archives = sorted(p.name for p in root.iterdir() if p.is_file() and '.tar' in p.name)
-        if archives: return f"{str(root)!r} holds archives ({archives[0]}) and no class folders of {title}: unpack them, or name shards as {str(root/'*.tar')!r}."
-        if _files(root): return f"{str(root)!r} holds images but no class folders of {title}: sort them into one folder per class ({example}, ...) first."
-        return f"{str(root)!r} holds no class folder of {title} ({example}, ...)." + (_known_as(present) or ' Check the path.')
+        if archives:
+            return (
+                f"{str(root)!r} holds archives ({archives[0]}) and no class folders of {title}: "
+                f"unpack them, or name shards as {str(root / '*.tar')!r}."
+            )
+        if _files(root):
+            return (
+                f"{str(root)!r} holds images but no class folders of {title}: sort them into one "
+                f"folder per class ({example}, ...) first."
+            )
+        return f"{str(root)!r} holds no class folder of {title} ({example}, ...)." + (
+            _known_as(present) or ' Check the path.'
+        )
     odd = sorted(present - wanted - set(others))
-    if odd: return f"{len(odd)} of the folders in {str(root)!r} are no classes of {title}; the first is {odd[0]!r}." + (_known_as(present) or ' Move them away if they do not belong there.')
+    if odd:
+        return (
+            f"{len(odd)} of the folders in {str(root)!r} are no classes of {title}; the "
+            f"first is {odd[0]!r}."
+        ) + (_known_as(present) or ' Move them away if they do not belong there.')
 
 # %% ../../nbs/evaluate/06_standard_sets.ipynb #1ecd97d8
 class ClassFolders(Listing):
     "Images in one folder per class, where a list says which folder is which class"
-    def __init__(self,
-        root, # The folder that holds the class folders
-        folders:Iterable, # Their names; the position is the label, whatever the alphabet says
-        classnames:Iterable, # A name for each
-        title:str='the set', # For messages
-        part:bool=False, # Is a part of the classes enough?
-        others=(), # Further folders that may stand there and are left out
+
+    def __init__(
+        self,
+        root,  # The folder that holds the class folders
+        folders: Iterable,  # Their names; the position is the label, whatever the alphabet says
+        classnames: Iterable,  # A name for each
+        title: str = 'the set',  # For messages
+        part: bool = False,  # Is a part of the classes enough?
+        others=(),  # Further folders that may stand there and are left out
     ):
-        self.root,folders,self.classnames,self.title = Path(root).expanduser(),[str(f) for f in folders],list(classnames),title
-        if len(folders)!=len(self.classnames): raise TinyclipError(f'{len(self.classnames)} class names for {len(folders)} class folders of {title}; give one per folder.')
+        self.root = Path(root).expanduser()
+        folders = [str(f) for f in folders]
+        self.classnames = list(classnames)
+        self.title = title
+        if len(folders) != len(self.classnames):
+            raise TinyclipError(
+                f'{len(self.classnames)} class names for {len(folders)} class folders of '
+                f'{title}; give one per folder.'
+            )
         trouble = folder_trouble(self.root, folders, title, others)
-        if trouble: raise TinyclipError(trouble)
-        found = [_files(self.root/f) if (self.root/f).is_dir() else [] for f in folders]
-        bare = [f for f,fs in zip(folders, found) if not fs]
-        if len(bare)==len(folders): raise TinyclipError(f"None of the class folders in {str(self.root)!r} holds images ({', '.join(IMAGES[:4])}, ...); unpack them.")
+        if trouble:
+            raise TinyclipError(trouble)
+        found = [_files(self.root / f) if (self.root / f).is_dir() else [] for f in folders]
+        bare = [f for f, fs in zip(folders, found) if not fs]
+        if len(bare) == len(folders):
+            raise TinyclipError(
+                f"None of the class folders in {str(self.root)!r} holds images "
+                f"({', '.join(IMAGES[:4])}, ...); unpack them."
+            )
         if bare and not part:
-            raise TinyclipError(f"{str(self.root)!r} has no images for {len(bare)} of the {len(folders)} classes of {title}; the first is {bare[0]!r} "
-                f"({self.classnames[folders.index(bare[0])]}).{_known_as({d.name for d in _dirs(self.root)}) or ' Complete it, or pass part=True to take what is there.'}")
+            raise TinyclipError(
+                f"{str(self.root)!r} has no images for {len(bare)} of the {len(folders)} "
+                f"classes of {title}; the first is {bare[0]!r} "
+                f"({self.classnames[folders.index(bare[0])]}).{_known_as({d.name for d in _dirs(self.root)}) or ' Complete it, or pass part=True to take what is there.'}"
+            )
         self.notes = [Skip('class folder without images', f, self.root.name) for f in bare]
-        self.files = [(f'{folder}/{name}', label) for label,(folder,fs) in enumerate(zip(folders, found)) for name in fs]
-    def __len__(self): return len(self.files)
-    def read(self, indices): return [self.one(*self.files[i]) for i in indices]
-    def one(self, name, label): return Sample(name, self.root.name, self.root/name, fill(ONE, self.classnames[label]), label)
-    def __repr__(self): return f'{len(self)} images of {self.title}'
+        self.files = [
+            (f'{folder}/{name}', label)
+            for label, (folder, fs) in enumerate(zip(folders, found))
+            for name in fs
+        ]
+
+    def __len__(self):
+        return len(self.files)
+
+    def read(self, indices):
+        return [self.one(*self.files[i]) for i in indices]
+
+    def one(self, name, label):
+        return Sample(
+            name, self.root.name, self.root / name, fill(ONE, self.classnames[label]), label
+        )
+
+    def __repr__(self):
+        return f'{len(self)} images of {self.title}'
 
 # %% ../../nbs/evaluate/06_standard_sets.ipynb #dba4524d
 def read_json(
-    path:Path, # A JSON file
-    what:str, # What it is, for messages
-)->dict: # Its content, which must be an object
+    path: Path,  # A JSON file
+    what: str,  # What it is, for messages
+) -> dict:  # Its content, which must be an object
     "Read an annotation file"
-    if not Path(path).is_file(): raise TinyclipError(f'There is no file {str(path)!r}; it should be {what}.')
-    try: found = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e: raise TinyclipError(f'{str(path)!r} is not valid JSON ({str(e)[:80]}); it should be {what}. Download it again.') from None
-    if not isinstance(found, dict): raise TinyclipError(f'{str(path)!r} holds a {type(found).__name__}, not an object; it should be {what}.')
+    if not Path(path).is_file():
+        raise TinyclipError(f'There is no file {str(path)!r}; it should be {what}.')
+    try:
+        found = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as e:
+        raise TinyclipError(
+            f'{str(path)!r} is not valid JSON ({str(e)[:80]}); it should be {what}. Download '
+            'it again.'
+        ) from None
+    if not isinstance(found, dict):
+        raise TinyclipError(
+            f'{str(path)!r} holds a {type(found).__name__}, not an object; it should be {what}.'
+        )
     return found
 
+
 def objectnet_classes(
-    mappings, # The folder `mappings` of the download
-)->tuple: # (the folders shared with ImageNet, sorted; a name for each; all other folders)
+    mappings,  # The folder `mappings` of the download
+) -> tuple:  # (the folders shared with ImageNet, sorted; a name for each; all other folders)
     "Which folders of ObjectNet count, and what they show"
-    read = lambda file,what: read_json(Path(mappings)/file, f"ObjectNet's list of {what}")
-    label,shared = read('folder_to_objectnet_label.json', 'folders and labels'), set(read('objectnet_to_imagenet_1k.json', 'labels shared with ImageNet'))
-    odd = next((v for v in label.values() if not isinstance(v, str)), None) or next(iter(sorted(shared - set(map(str, label.values())))), None)
-    if odd is not None or not shared: raise TinyclipError(f'The two JSON files in {str(mappings)!r} do not belong together' + (f' ({odd!r} is in only one of them)' if odd is not None else '') + '; take both from one ObjectNet download.')
-    folders = sorted(f for f,l in label.items() if l in shared)
+
+    def read(file, what):
+        return read_json(Path(mappings) / file, f"ObjectNet's list of {what}")
+
+    label = read('folder_to_objectnet_label.json', 'folders and labels')
+    shared = set(read('objectnet_to_imagenet_1k.json', 'labels shared with ImageNet'))
+    odd = next((v for v in label.values() if not isinstance(v, str)), None) or next(
+        iter(sorted(shared - set(map(str, label.values())))), None
+    )
+    if odd is not None or not shared:
+        raise TinyclipError(
+            f'The two JSON files in {str(mappings)!r} do not belong together'
+            + (f' ({odd!r} is in only one of them)' if odd is not None else '')
+            + '; take both from one ObjectNet download.'
+        )
+    folders = sorted(f for f, l in label.items() if l in shared)
     return folders, [label[f].lower() for f in folders], sorted(set(label) - set(folders))
 
 # %% ../../nbs/evaluate/06_standard_sets.ipynb #44e8e427
 class ObjectNet(ClassFolders):
     "ObjectNet's images of the classes shared with ImageNet, without their border"
-    def __init__(self,
-        root, # The unpacked download: holds `images` and `mappings`
-        part:bool=False, # Is a part of the classes enough?
-        border:int=2, # Pixels cut off at each side
+
+    def __init__(
+        self,
+        root,  # The unpacked download: holds `images` and `mappings`
+        part: bool = False,  # Is a part of the classes enough?
+        border: int = 2,  # Pixels cut off at each side
     ):
-        root,self.border = Path(root).expanduser(),border
-        if not (root/'mappings').is_dir():
-            at = next((p for p in (root.parent, *_dirs(root)) if (p/'mappings').is_dir() and (p/'images').is_dir()), None)
-            raise TinyclipError(f"{str(root)!r} holds no folder 'mappings'" + (f', but {str(at)!r} does: name that one.' if at else
-                '; name the unpacked ObjectNet download, which holds images and mappings (it also says which class is which).'))
-        folders,names,rest = objectnet_classes(root/'mappings')
-        super().__init__(root/'images', folders, names, 'ObjectNet', part, rest)
+        root = Path(root).expanduser()
+        self.border = border
+        if not (root / 'mappings').is_dir():
+            at = next(
+                (
+                    p
+                    for p in (root.parent, *_dirs(root))
+                    if (p / 'mappings').is_dir() and (p / 'images').is_dir()
+                ),
+                None,
+            )
+            raise TinyclipError(
+                f"{str(root)!r} holds no folder 'mappings'"
+                + (
+                    f', but {str(at)!r} does: name that one.'
+                    if at
+                    else (
+                        '; name the unpacked ObjectNet download, which holds images and mappings '
+                        '(it also says which class is which).'
+                    )
+                )
+            )
+        folders, names, rest = objectnet_classes(root / 'mappings')
+        super().__init__(root / 'images', folders, names, 'ObjectNet', part, rest)
+
     def one(self, name, label):
         s = super().one(name, label)
-        try: image = decode(s.image)
-        except Exception as e: return Skip('broken image', name, 'ObjectNet', f'{type(e).__name__}: {e}'.replace(str(self.root), '...')[:100]) # Pillow raises a dozen kinds
-        (w,h),b = image.size,self.border
-        if min(w, h) <= 2*b: return Skip('broken image', name, 'ObjectNet', f'{w} x {h} pixels, less than its border')
-        return s._replace(image=torch.from_numpy(np.array(image.crop((b, b, w-b, h-b)))).permute(2, 0, 1))
+        try:
+            image = decode(s.image)
+        except Exception as e:
+            return Skip(
+                'broken image',
+                name,
+                'ObjectNet',
+                f'{type(e).__name__}: {e}'.replace(str(self.root), '...')[:100],
+            )  # Pillow raises a dozen kinds
+        (w, h), b = image.size, self.border
+        if min(w, h) <= 2 * b:
+            return Skip(
+                'broken image', name, 'ObjectNet', f'{w} x {h} pixels, less than its border'
+            )
+        return s._replace(
+            image=torch.from_numpy(np.array(image.crop((b, b, w - b, h - b)))).permute(2, 0, 1)
+        )
 
 # %% ../../nbs/evaluate/06_standard_sets.ipynb #4683a66d
-def _entry(image, i, file): # (split, possible places, captions) of an entry, checked
+def _entry(image, i, file):  # (split, possible places, captions) of an entry, checked
     try:
         said = [s['raw'].strip() for s in image['sentences']]
         names = [f'{image["filepath"]}/{image["filename"]}'] if 'filepath' in image else []
         return str(image['split']), [*names, str(image['filename'])], [s for s in said if s]
-    except (KeyError, TypeError, AttributeError): raise TinyclipError(f"Entry {i} of {file!r} lacks filename, split or sentences with 'raw'; this is no file of the Karpathy splits.") from None
+    except (KeyError, TypeError, AttributeError):
+        raise TinyclipError(
+            f"Entry {i} of {file!r} lacks filename, split or sentences with 'raw'; this is "
+            "no file of the Karpathy splits."
+        ) from None
+
 
 class Karpathy(Listing):
     "Images with their captions, out of one split of a Karpathy JSON file"
-    def __init__(self,
-        annotations, # `dataset_flickr30k.json`, `dataset_coco.json` or the like
-        images_root, # Holds the images; for COCO also the folder above, which holds `val2014`
-        split:str='test', # As the file calls it: `'train'`, `'restval'`, `'val'`, `'test'`
-        captions:int|None=None, # Keep the first so many of each image; None: all
+
+    def __init__(
+        self,
+        annotations,  # `dataset_flickr30k.json`, `dataset_coco.json` or the like
+        images_root,  # Holds the images; for COCO also the folder above, which holds `val2014`
+        split: str = 'test',  # As the file calls it: `'train'`, `'restval'`, `'val'`, `'test'`
+        captions: int | None = None,  # Keep the first so many of each image; None: all
     ):
-        self.root,self.file,self.split = Path(images_root).expanduser(),Path(annotations).name,split
-        entries = read_json(Path(annotations).expanduser(), 'a JSON file of the Karpathy splits, like dataset_coco.json').get('images')
-        if not isinstance(entries, list) or not entries: raise TinyclipError(f"{str(annotations)!r} has no list 'images'; take dataset_coco.json or dataset_flickr30k.json of the Karpathy splits.")
-        entries = [_entry(e, i, self.file) for i,e in enumerate(entries)]
-        chosen = [(places,said) for s,places,said in entries if s==split]
-        if not chosen: raise unknown(f'split of {self.file}', split, {s for s,_,_ in entries})
-        if not self.root.is_dir(): raise TinyclipError(f'There is no folder {str(self.root)!r}; name the folder that holds the images of {self.file}.')
-        found = [next((p for p in places if (self.root/p).is_file()), None) for places,_ in chosen]
-        gone = [places[0] for (places,_),f in zip(chosen, found) if f is None]
-        if gone: raise TinyclipError(f"{len(gone)} of the {len(chosen)} images of split {split!r} are not in {str(self.root)!r}; the first is {gone[0]}." + self._hint(chosen))
-        short = [places[0] for places,said in chosen if len(said) < (captions or 1)]
-        if captions is not None and captions<1: raise TinyclipError(f'captions={captions}: keep at least one of each image, or None for all.')
-        if short: raise TinyclipError(f'{len(short)} images of {self.file} have fewer than {captions or 1} captions; the first is {short[0]}. Ask for fewer, or take another file.')
-        self.samples = [(f, said[:captions]) for f,(_,said) in zip(found, chosen)]
+        self.root = Path(images_root).expanduser()
+        self.file = Path(annotations).name
+        self.split = split
+        entries = read_json(
+            Path(annotations).expanduser(),
+            'a JSON file of the Karpathy splits, like dataset_coco.json',
+        ).get('images')
+        if not isinstance(entries, list) or not entries:
+            raise TinyclipError(
+                f"{str(annotations)!r} has no list 'images'; take dataset_coco.json or "
+                "dataset_flickr30k.json of the Karpathy splits."
+            )
+        entries = [_entry(e, i, self.file) for i, e in enumerate(entries)]
+        chosen = [(places, said) for s, places, said in entries if s == split]
+        if not chosen:
+            raise unknown(f'split of {self.file}', split, {s for s, _, _ in entries})
+        if not self.root.is_dir():
+            raise TinyclipError(
+                f'There is no folder {str(self.root)!r}; name the folder that holds the '
+                f'images of {self.file}.'
+            )
+        found = [
+            next((p for p in places if (self.root / p).is_file()), None) for places, _ in chosen
+        ]
+        gone = [places[0] for (places, _), f in zip(chosen, found) if f is None]
+        if gone:
+            raise TinyclipError(
+                (
+                    f"{len(gone)} of the {len(chosen)} images of split {split!r} are not in "
+                    f"{str(self.root)!r}; the first is {gone[0]}."
+                )
+                + self._hint(chosen)
+            )
+        short = [places[0] for places, said in chosen if len(said) < (captions or 1)]
+        if captions is not None and captions < 1:
+            raise TinyclipError(
+                f'captions={captions}: keep at least one of each image, or None for all.'
+            )
+        if short:
+            raise TinyclipError(
+                f'{len(short)} images of {self.file} have fewer than {captions or 1} '
+                f'captions; the first is {short[0]}. Ask for fewer, or take another file.'
+            )
+        self.samples = [(f, said[:captions]) for f, (_, said) in zip(found, chosen)]
+
     def _hint(self, chosen):
-        below = next((d for d in _dirs(self.root) if any((d/p).is_file() for p in chosen[0][0])), None)
-        return f' {str(below)!r} has it: name that one.' if below else ' Complete the images, or name their folder.'
-    def __len__(self): return len(self.samples)
-    def read(self, indices): return [Sample(f, self.file, self.root/f, said) for f,said in (self.samples[i] for i in indices)]
-    def __repr__(self): return f'{len(self)} images with {sum(len(said) for _,said in self.samples)} captions, split {self.split!r} of {self.file}'
+        below = next(
+            (d for d in _dirs(self.root) if any((d / p).is_file() for p in chosen[0][0])), None
+        )
+        return (
+            f' {str(below)!r} has it: name that one.'
+            if below
+            else ' Complete the images, or name their folder.'
+        )
+
+    def __len__(self):
+        return len(self.samples)
+
+    def read(self, indices):
+        return [
+            Sample(f, self.file, self.root / f, said)
+            for f, said in (self.samples[i] for i in indices)
+        ]
+
+    def __repr__(self):
+        return (
+            f'{len(self)} images with {sum(len(said) for _, said in self.samples)} captions, '
+            f'split {self.split!r} of {self.file}'
+        )
 
 # %% ../../nbs/evaluate/06_standard_sets.ipynb #9b144dcb
 @dataclass(frozen=True)
 class StandardSet:
     "A standard test set, opened"
-    name:str # As in `SETS`
-    source:Source # Its samples
-    task:str # `'zero-shot'` or `'retrieval'`
-    templates:object # Prompts for the class names, as in `evaluate.prompts`; None for retrieval
-    images:int|None # How many the published set has; None where the split is another
+
+    name: str  # As in `SETS`
+    source: Source  # Its samples
+    task: str  # `'zero-shot'` or `'retrieval'`
+    templates: object  # Prompts for the class names, as in `evaluate.prompts`; None for retrieval
+    images: int | None  # How many the published set has; None where the split is another
     classnames = property(lambda self: self.source.classnames)
-    def __repr__(self): return f'{SETS[self.name].title} ({self.task}): {self.source!r}'
+
+    def __repr__(self):
+        return f'{SETS[self.name].title} ({self.task}): {self.source!r}'
 
 # %% ../../nbs/evaluate/06_standard_sets.ipynb #fd232e34
-def _is_shards(root): return isinstance(root, (list, tuple)) or (not Path(root).is_dir() and bool(re.search(r'\.tar|\.tgz|://|^pipe:', str(root))))
+def _is_shards(root):
+    return isinstance(root, (list, tuple)) or (
+        not Path(root).is_dir() and bool(re.search(r'\.tar|\.tgz|://|^pipe:', str(root)))
+    )
 
-def _shards(name, root): # labels count over the set's own classes, as in CLIP_benchmark's shards
+
+def _shards(name, root):  # labels count over the set's own classes, as in CLIP_benchmark's shards
     source = Shards(root, classnames=class_names(name))
-    said = next((f for d in (Path(source.urls[0]).parent, Path(source.urls[0]).parent.parent) if (f := d/'classnames.txt').is_file()), None)
+    said = next(
+        (
+            f
+            for d in (Path(source.urls[0]).parent, Path(source.urls[0]).parent.parent)
+            if (f := d / 'classnames.txt').is_file()
+        ),
+        None,
+    )
     n = said and sum(bool(l.strip()) for l in said.read_text(encoding='utf-8').splitlines())
-    if said and n!=len(source.classnames): raise TinyclipError(f'{str(said)!r} names {n} classes, and {SETS[name].title} has {len(source.classnames)}: these are shards of another set.')
+    if said and n != len(source.classnames):
+        raise TinyclipError(
+            f'{str(said)!r} names {n} classes, and {SETS[name].title} has '
+            f'{len(source.classnames)}: these are shards of another set.'
+        )
     return source
 
-def _images_of(name, root, part, border): # the source of a classification set
-    if name=='objectnet': return ObjectNet(root, part, 2 if border is None else border)
-    if _is_shards(root): return _shards(name, root)
-    folders = range(1000) if name=='imagenet-v2' else wnids(name)
+
+def _images_of(name, root, part, border):  # the source of a classification set
+    if name == 'objectnet':
+        return ObjectNet(root, part, 2 if border is None else border)
+    if _is_shards(root):
+        return _shards(name, root)
+    folders = range(1000) if name == 'imagenet-v2' else wnids(name)
     return ClassFolders(root, folders, class_names(name), SETS[name].title, part)
 
-def _captions_of(name, root, annotations, split, captions): # the source of a retrieval set
-    places = [Path(root).expanduser()/f'dataset_{name}.json', Path(root).expanduser().parent/f'dataset_{name}.json']
+
+def _captions_of(name, root, annotations, split, captions):  # the source of a retrieval set
+    places = [
+        Path(root).expanduser() / f'dataset_{name}.json',
+        Path(root).expanduser().parent / f'dataset_{name}.json',
+    ]
     file = annotations or next((p for p in places if p.is_file()), None)
-    if file is None: raise TinyclipError(f'Where are the captions of {SETS[name].title}? Give annotations=: the file dataset_{name}.json of the Karpathy splits, or put it beside the images.')
+    if file is None:
+        raise TinyclipError(
+            f'Where are the captions of {SETS[name].title}? Give annotations=: the file '
+            f'dataset_{name}.json of the Karpathy splits, or put it beside the images.'
+        )
     return Karpathy(file, root, split, captions)
 
 # %% ../../nbs/evaluate/06_standard_sets.ipynb #17b8ecaa
 def standard(
-    name:str, # One of `SETS`
-    root, # Its folder; for the ImageNet family also shards with `cls`
+    name: str,  # One of `SETS`
+    root,  # Its folder; for the ImageNet family also shards with `cls`
     *,
-    templates=None, # Prompts for class names; None: CLIP's 80, `'openai'`
-    annotations=None, # Retrieval: the Karpathy JSON; None: `dataset_NAME.json` in `root` or above it
-    split:str|None=None, # Retrieval: the split; None: `'test'`
-    captions:int|None=None, # Retrieval: the first so many of each image; None: all
-    border:int|None=None, # ObjectNet: pixels to cut off at each side; None: 2
-    part:bool=False, # Is a part of the set enough? The choice stays among all its classes
-)->StandardSet:
+    templates=None,  # Prompts for class names; None: CLIP's 80, `'openai'`
+    # Retrieval: the Karpathy JSON; None: `dataset_NAME.json` in `root` or above it
+    annotations=None,
+    split: str | None = None,  # Retrieval: the split; None: `'test'`
+    captions: int | None = None,  # Retrieval: the first so many of each image; None: all
+    border: int | None = None,  # ObjectNet: pixels to cut off at each side; None: 2
+    part: bool = False,  # Is a part of the set enough? The choice stays among all its classes
+) -> StandardSet:
     "Open a standard test set"
     f = facts(name)
-    mine = {'zero-shot':{'templates'} | ({'border'} if name=='objectnet' else set()), 'retrieval':{'annotations', 'split', 'captions'}}[f.task]
-    given = {k for k,v in dict(templates=templates, annotations=annotations, split=split, captions=captions, border=border).items() if v is not None}
-    if given - mine: raise TinyclipError(f'{min(given-mine)}= means nothing for {f.title}; it takes {", ".join(sorted(mine))}.')
-    if border is not None and border<0: raise TinyclipError(f'border={border}: give the pixels to cut off at each side, 2 for ObjectNet as published.')
-    if templates is not None: prompts('', templates) # refuses bad ones now
-    if f.task=='retrieval':
-        source,whole = _captions_of(name, root, annotations, split or 'test', captions), f.images if split in (None, 'test') else None
+    mine = {
+        'zero-shot': {'templates'} | ({'border'} if name == 'objectnet' else set()),
+        'retrieval': {'annotations', 'split', 'captions'},
+    }[f.task]
+    given = {
+        k
+        for k, v in dict(
+            templates=templates,
+            annotations=annotations,
+            split=split,
+            captions=captions,
+            border=border,
+        ).items()
+        if v is not None
+    }
+    if given - mine:
+        raise TinyclipError(
+            f'{min(given - mine)}= means nothing for {f.title}; it takes {", ".join(sorted(mine))}.'
+        )
+    if border is not None and border < 0:
+        raise TinyclipError(
+            f'border={border}: give the pixels to cut off at each side, 2 for ObjectNet as '
+            'published.'
+        )
+    if templates is not None:
+        prompts('', templates)  # refuses bad ones now
+    if f.task == 'retrieval':
+        source = _captions_of(name, root, annotations, split or 'test', captions)
+        whole = f.images if split in (None, 'test') else None
         templates = None
-    else: source,whole,templates = _images_of(name, root, part, border), f.images, templates or 'openai'
-    if isinstance(source, Listing) and whole and len(source)!=whole and not part:
-        raise TinyclipError(f"{str(root)!r} holds {len(source)} images, and {f.title} has {whole}: it is incomplete or another split. Pass part=True to take what is there.")
+    else:
+        source = _images_of(name, root, part, border)
+        whole = f.images
+        templates = templates or 'openai'
+    if isinstance(source, Listing) and whole and len(source) != whole and not part:
+        raise TinyclipError(
+            f"{str(root)!r} holds {len(source)} images, and {f.title} has {whole}: it is "
+            "incomplete or another split. Pass part=True to take what is there."
+        )
     return StandardSet(name, source, f.task, templates, whole)
 
 # %% ../../nbs/evaluate/06_standard_sets.ipynb #e2692c23
 def watched(
-    batches, # Yields tuples that begin with the images
-    total:int|None, # Images, where known
-    title:str, # What stands before the bar
-    progress:bool=True, # False: no bar
-): # Yields the same batches
+    batches,  # Yields tuples that begin with the images
+    total: int | None,  # Images, where known
+    title: str,  # What stands before the bar
+    progress: bool = True,  # False: no bar
+):  # Yields the same batches
     "The batches, with a progress bar of images on stderr"
-    with tqdm(total=total, desc=title, unit='image', disable=not progress, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=total, desc=title, unit='image', disable=not progress, dynamic_ncols=True
+    ) as bar:
         for b in batches:
             yield b
             bar.update(len(b[0]))
 
 # %% ../../nbs/evaluate/06_standard_sets.ipynb #d1507c34
 def evaluate_on(
-    model:nn.Module, # A CLIP
-    preprocess, # PIL image -> tensor `(3,h,w)`, as at evaluation
-    tokenizer, # Its tokenizer
-    test:StandardSet, # From `standard`
-    batch_size:int=128, # Images per batch
-    workers:int|None=0, # Loader processes; None: one per core, at most 8
-    precision:str='fp32', # As in `core.autocast`
-    progress:bool=True, # Bars on stderr
-)->dict: # `set`, `task`, the numbers of `zero_shot` or `retrieval`, `of` (images the whole set has), `skipped` (kind -> how many)
+    model: nn.Module,  # A CLIP
+    preprocess,  # PIL image -> tensor `(3,h,w)`, as at evaluation
+    tokenizer,  # Its tokenizer
+    test: StandardSet,  # From `standard`
+    batch_size: int = 128,  # Images per batch
+    workers: int | None = 0,  # Loader processes; None: one per core, at most 8
+    precision: str = 'fp32',  # As in `core.autocast`
+    progress: bool = True,  # Bars on stderr
+) -> dict:  # `set`, `task`, the numbers of `zero_shot` or `retrieval`, `of` (images the whole set has), `skipped` (kind -> how many)
     "Evaluate a model on a standard set"
     total = len(test.source) if isinstance(test.source, Listing) else test.images
-    if test.task=='retrieval':
+    if test.task == 'retrieval':
         batches = captioned(test.source, preprocess, tokenizer, batch_size, workers=workers)
         found = retrieval(model, watched(batches, total, test.name, progress), precision)
     else:
-        batches,names = labelled(test.source, preprocess, batch_size, workers=workers), list(dict.fromkeys(test.classnames))
-        with tqdm(total=sum(len(prompts(n, test.templates)) for n in names), desc=f'{test.name}: prompts', unit='text', disable=not progress, dynamic_ncols=True) as bar:
-            def tokens(texts): bar.update(len(texts)); return tokenizer(texts)
-            found = zero_shot(model, tokens, watched(batches, total, test.name, progress), test.classnames, test.templates, precision)
+        batches = labelled(test.source, preprocess, batch_size, workers=workers)
+        names = list(dict.fromkeys(test.classnames))
+        with tqdm(
+            total=sum(len(prompts(n, test.templates)) for n in names),
+            desc=f'{test.name}: prompts',
+            unit='text',
+            disable=not progress,
+            dynamic_ncols=True,
+        ) as bar:
+
+            def tokens(texts):
+                bar.update(len(texts))
+                return tokenizer(texts)
+
+            found = zero_shot(
+                model,
+                tokens,
+                watched(batches, total, test.name, progress),
+                test.classnames,
+                test.templates,
+                precision,
+            )
     outside = batches.skipped['label outside the class names']
-    if outside: raise TinyclipError(f'{outside} labels of {test.source!r} are outside the {len(test.classnames)} classes of {SETS[test.name].title}: these are data of another set, or count their classes in another way.')
-    return dict(set=test.name, task=test.task) | found | dict(of=test.images, skipped=dict(batches.skipped))
+    if outside:
+        raise TinyclipError(
+            f'{outside} labels of {test.source!r} are outside the {len(test.classnames)} '
+            f'classes of {SETS[test.name].title}: these are data of another set, or count '
+            'their classes in another way.'
+        )
+    return (
+        dict(set=test.name, task=test.task)
+        | found
+        | dict(of=test.images, skipped=dict(batches.skipped))
+    )

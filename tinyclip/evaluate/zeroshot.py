@@ -9,140 +9,235 @@ __all__ = ['TEMPLATES', 'prompts', 'class_embeddings', 'rank_of', 'zero_shot', '
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #3395bc38
 import math
 from collections.abc import Iterable
+
 import torch
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
 from ..core import TinyclipError, autocast, evaluating, unknown
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #592b7512
 TEMPLATES = dict(name=['{}'], simple=['a photo of a {}.'], openai=list(OPENAI_IMAGENET_TEMPLATES))
 
+
 def prompts(
-    classname:str, # e.g. `'golden retriever'`
-    templates='simple', # A name of `TEMPLATES`, or a list of strings with `{}` or of functions; or a dict: class name -> its prompts
-)->list: # One caption per template
+    classname: str,  # e.g. `'golden retriever'`
+    # A name of `TEMPLATES`, or a list of strings with `{}` or of functions; or a dict: class name
+    # -> its prompts
+    templates='simple',
+) -> list:  # One caption per template
     "A class name in every template (prompt ensembling, Radford et al. 2021, section 3.1.4)"
     if isinstance(templates, dict):
-        if not templates.get(classname): raise TinyclipError(f'The templates have no prompts for the class {classname!r}; give at least one for each class.')
+        if not templates.get(classname):
+            raise TinyclipError(
+                f'The templates have no prompts for the class {classname!r}; give at least '
+                'one for each class.'
+            )
         return list(templates[classname])
     if isinstance(templates, str) and '{}' not in templates:
-        if templates not in TEMPLATES: raise unknown('set of templates', templates, TEMPLATES)
+        if templates not in TEMPLATES:
+            raise unknown('set of templates', templates, TEMPLATES)
         templates = TEMPLATES[templates]
     templates = [templates] if isinstance(templates, str) else list(templates)
     odd = next((t for t in templates if not callable(t) and '{}' not in t), None)
-    if not templates or odd is not None: raise TinyclipError(f'The template {odd!r} has no {{}} for the class name to go.' if templates else 'At least one template is needed.')
+    if not templates or odd is not None:
+        raise TinyclipError(
+            f'The template {odd!r} has no {{}} for the class name to go.'
+            if templates
+            else 'At least one template is needed.'
+        )
     return [t(classname) if callable(t) else t.format(classname) for t in templates]
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #af2a1219
 def class_embeddings(
-    model:nn.Module, # A CLIP
-    tokenizer, # Its tokenizer
-    classnames:Iterable, # k names
-    templates='simple', # As in `prompts`
-    batch_size:int=256, # Prompts encoded together
-)->Tensor: # `(k, d)` unit rows, on the model's device
-    "One text feature per class: the mean over its prompts, each of unit length, brought to unit length again"
-    if isinstance(classnames, str): raise TinyclipError(f'classnames={classnames!r} is one string; give a list of names.')
+    model: nn.Module,  # A CLIP
+    tokenizer,  # Its tokenizer
+    classnames: Iterable,  # k names
+    templates='simple',  # As in `prompts`
+    batch_size: int = 256,  # Prompts encoded together
+) -> Tensor:  # `(k, d)` unit rows, on the model's device
+    """One text feature per class: the mean over its prompts, each of unit length, brought to
+    unit length again"""
+    if isinstance(classnames, str):
+        raise TinyclipError(f'classnames={classnames!r} is one string; give a list of names.')
     texts = [prompts(c, templates) for c in classnames]
-    if not texts: raise TinyclipError('There are no class names to choose from.')
-    flat,device = [t for ts in texts for t in ts], next(model.parameters()).device
-    with evaluating(model): parts = [model.encode_text(tokenizer(flat[i:i+batch_size]).to(device), normalize=True).float() for i in range(0, len(flat), batch_size)]
-    return F.normalize(torch.stack([f.mean(0) for f in torch.cat(parts).split([len(ts) for ts in texts])]), dim=-1)
+    if not texts:
+        raise TinyclipError('There are no class names to choose from.')
+    flat = [t for ts in texts for t in ts]
+    device = next(model.parameters()).device
+    with evaluating(model):
+        parts = [
+            model.encode_text(
+                tokenizer(flat[i : i + batch_size]).to(device), normalize=True
+            ).float()
+            for i in range(0, len(flat), batch_size)
+        ]
+    return F.normalize(
+        torch.stack([f.mean(0) for f in torch.cat(parts).split([len(ts) for ts in texts])]), dim=-1
+    )
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #800be7cb
 def rank_of(
-    scores:Tensor, # `(n, k)`, higher is nearer
-    own:Tensor, # `(n,)` which column is right
-)->Tensor: # `(n,)` how many others are at least as near; 0 is a hit
+    scores: Tensor,  # `(n, k)`, higher is nearer
+    own: Tensor,  # `(n,)` which column is right
+) -> Tensor:  # `(n,)` how many others are at least as near; 0 is a hit
     "The rank of the right answer in every row; ties count against it"
-    return (scores >= scores.gather(1, own[:,None])).sum(1) - 1
+    return (scores >= scores.gather(1, own[:, None])).sum(1) - 1
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #640c7600
 def zero_shot(
-    model:nn.Module, # A CLIP
-    tokenizer, # Its tokenizer
-    batches, # Yields (image `(n,3,h,w)`, label `(n,)`), e.g. `data.labelled(...)`
-    classnames=None, # k names; equal ones are told apart by position. None for `batches.classnames`
-    templates='simple', # As in `prompts`
-    precision:str='fp32', # As in `core.autocast`
-)->dict: # `top1`, `top5` and `per_class` (mean over classes of their `top1`) in 0..1, `n` images, `chance`
+    model: nn.Module,  # A CLIP
+    tokenizer,  # Its tokenizer
+    batches,  # Yields (image `(n,3,h,w)`, label `(n,)`), e.g. `data.labelled(...)`
+    # k names; equal ones are told apart by position. None for `batches.classnames`
+    classnames=None,
+    templates='simple',  # As in `prompts`
+    precision: str = 'fp32',  # As in `core.autocast`
+) -> dict:  # `top1`, `top5` and `per_class` (mean over classes of their `top1`) in 0..1, `n` images, `chance`
     "Zero-shot classification accuracy (Radford et al. 2021, section 3.1)"
     names = classnames if classnames is not None else getattr(batches, 'classnames', None)
-    if names is None: raise TinyclipError('Zero-shot classification needs class names: give classnames=.')
+    if names is None:
+        raise TinyclipError('Zero-shot classification needs class names: give classnames=.')
     names = names if isinstance(names, str) else list(names)
-    z,device = class_embeddings(model, tokenizer, names if isinstance(names, str) else dict.fromkeys(names), templates), next(model.parameters()).device
-    ranks,labels = [],[]
-    for image,label in batches:
-        odd = label[(label<0)|(label>=len(names))]
-        if len(odd): raise TinyclipError(f'Label {int(odd[0])} is outside the {len(names)} class names; check that they belong to these data.')
-        with evaluating(model), autocast(device, precision): f = model.encode_image(image.to(device), normalize=True).float()
-        ranks.append(rank_among(finite(f) @ z.T, label.to(device), names).cpu()); labels.append(label)
-    if not ranks: raise TinyclipError('There are no images to classify.')
-    hit,top5,labels = torch.cat(ranks)<1, torch.cat(ranks)<5, torch.cat(labels)
+    z = class_embeddings(
+        model, tokenizer, names if isinstance(names, str) else dict.fromkeys(names), templates
+    )
+    device = next(model.parameters()).device
+    ranks, labels = [], []
+    for image, label in batches:
+        odd = label[(label < 0) | (label >= len(names))]
+        if len(odd):
+            raise TinyclipError(
+                f'Label {int(odd[0])} is outside the {len(names)} class names; check that '
+                'they belong to these data.'
+            )
+        with evaluating(model), autocast(device, precision):
+            f = model.encode_image(image.to(device), normalize=True).float()
+        ranks.append(rank_among(finite(f) @ z.T, label.to(device), names).cpu())
+        labels.append(label)
+    if not ranks:
+        raise TinyclipError('There are no images to classify.')
+    hit = torch.cat(ranks) < 1
+    top5 = torch.cat(ranks) < 5
+    labels = torch.cat(labels)
     of = labels.bincount()
-    share = labels[hit].bincount(minlength=len(of)).double()/of
-    return dict(top1=hit.double().mean().item(), top5=top5.double().mean().item(), per_class=share[of>0].mean().item(), n=len(hit), chance=1/len(names))
+    share = labels[hit].bincount(minlength=len(of)).double() / of
+    return dict(
+        top1=hit.double().mean().item(),
+        top5=top5.double().mean().item(),
+        per_class=share[of > 0].mean().item(),
+        n=len(hit),
+        chance=1 / len(names),
+    )
+
 
 def rank_among(scores, label, names):
-    "`rank_of` for classes by `names`, some of which may be equal: `scores` has a column per different name, and of equal classes the first is named"
-    place = {n:i for i,n in enumerate(dict.fromkeys(names))}
+    """`rank_of` for classes by `names`, some of which may be equal: `scores` has a column per
+    different name, and of equal classes the first is named"""
+    place = {n: i for i, n in enumerate(dict.fromkeys(names))}
     column = torch.tensor([place[n] for n in names], device=scores.device)
-    copies,own = column.bincount(), column[label]
-    before = torch.tensor([names[:i].count(n) for i,n in enumerate(names)], device=scores.device)
-    return ((scores >= scores.gather(1, own[:,None]))*copies).sum(1) - copies[own] + before[label]
+    copies, own = column.bincount(), column[label]
+    before = torch.tensor([names[:i].count(n) for i, n in enumerate(names)], device=scores.device)
+    return (
+        ((scores >= scores.gather(1, own[:, None])) * copies).sum(1) - copies[own] + before[label]
+    )
 
-def finite(features:Tensor)->Tensor:
-    "Refuse features that are not numbers: comparisons with NaN are all false and would look like hits"
-    if not features.isfinite().all(): raise TinyclipError('The model returns features that are not finite; its weights are damaged or its training diverged.')
+
+def finite(features: Tensor) -> Tensor:
+    """Refuse features that are not numbers: comparisons with NaN are all false and would look
+    like hits"""
+    if not features.isfinite().all():
+        raise TinyclipError(
+            'The model returns features that are not finite; its weights are damaged or its '
+            'training diverged.'
+        )
     return features
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #b3acd543
 def recall(
-    image:Tensor, # `(n, d)` unit rows
-    text:Tensor, # `(m, d)` unit rows
-    image_of_text:Tensor, # `(m,)` the image that each text belongs to
-    ks=(1,5,10), # Ranks to count within
-    rows:int=1024, # Rows compared at a time: memory is `rows * max(n, m)`
-)->dict: # `i2t_r1`, ..., `t2i_r10` in 0..1, the numbers of images and texts
+    image: Tensor,  # `(n, d)` unit rows
+    text: Tensor,  # `(m, d)` unit rows
+    image_of_text: Tensor,  # `(m,)` the image that each text belongs to
+    ks=(1, 5, 10),  # Ranks to count within
+    rows: int = 1024,  # Rows compared at a time: memory is `rows * max(n, m)`
+) -> dict:  # `i2t_r1`, ..., `t2i_r10` in 0..1, the numbers of images and texts
     "Retrieval recall. An image scores if *any* of its captions is among its first k."
-    n,m = len(image), len(text)
-    if not n or not m: raise TinyclipError(f'Retrieval needs images and texts; there are {n} and {m}.')
-    if image.shape[1]!=text.shape[1]: raise TinyclipError(f'Image features have width {image.shape[1]} and text features {text.shape[1]}; they must come from one model.')
-    if len(image_of_text)!=m or not 0<=int(image_of_text.min())<=int(image_of_text.max())<n: raise TinyclipError(f'image_of_text must name one of the {n} images for each of the {m} texts.')
+    n, m = len(image), len(text)
+    if not n or not m:
+        raise TinyclipError(f'Retrieval needs images and texts; there are {n} and {m}.')
+    if image.shape[1] != text.shape[1]:
+        raise TinyclipError(
+            f'Image features have width {image.shape[1]} and text features {text.shape[1]}; '
+            'they must come from one model.'
+        )
+    if len(image_of_text) != m or not 0 <= int(image_of_text.min()) <= int(image_of_text.max()) < n:
+        raise TinyclipError(
+            f'image_of_text must name one of the {n} images for each of the {m} texts.'
+        )
     bare = n - len(image_of_text.unique())
-    if bare: raise TinyclipError(f'{bare} of the {n} images have no caption; leave them out.')
-    image,text,own = finite(image), finite(text), image_of_text.to(image.device)
-    i2t = torch.cat([best_rank(image[i:i+rows] @ text.T, own[None]==torch.arange(i, min(i+rows, n), device=own.device)[:,None]) for i in range(0, n, rows)])
-    t2i = torch.cat([rank_of(text[i:i+rows] @ image.T, own[i:i+rows]) for i in range(0, m, rows)])
-    share = lambda ranks,k: (ranks<k).double().mean().item()
-    return {f'{d}_r{k}':share(r, k) for d,r in (('i2t', i2t), ('t2i', t2i)) for k in ks} | dict(images=n, texts=m)
+    if bare:
+        raise TinyclipError(f'{bare} of the {n} images have no caption; leave them out.')
+    image, text, own = finite(image), finite(text), image_of_text.to(image.device)
+    i2t = torch.cat(
+        [
+            best_rank(
+                image[i : i + rows] @ text.T,
+                own[None] == torch.arange(i, min(i + rows, n), device=own.device)[:, None],
+            )
+            for i in range(0, n, rows)
+        ]
+    )
+    t2i = torch.cat(
+        [rank_of(text[i : i + rows] @ image.T, own[i : i + rows]) for i in range(0, m, rows)]
+    )
 
-def best_rank(scores, right)->Tensor:
+    def share(ranks, k):
+        return (ranks < k).double().mean().item()
+
+    return {f'{d}_r{k}': share(r, k) for d, r in (('i2t', i2t), ('t2i', t2i)) for k in ks} | dict(
+        images=n, texts=m
+    )
+
+
+def best_rank(scores, right) -> Tensor:
     "How many wrong texts are at least as near as the nearest right one"
     best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
     return ((scores >= best) & ~right).sum(1)
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #e889f4d2
 def chance(
-    image_of_text:Tensor, # `(m,)` the image that each text belongs to; every image has one
-    ks=(1,5,10), # As in `recall`
-)->dict: # As `recall`: `i2t_r1`, ..., `t2i_r10` in 0..1
+    image_of_text: Tensor,  # `(m,)` the image that each text belongs to; every image has one
+    ks=(1, 5, 10),  # As in `recall`
+) -> dict:  # As `recall`: `i2t_r1`, ..., `t2i_r10` in 0..1
     "Retrieval recall of an answer drawn at random"
-    captions,m = image_of_text.unique(return_counts=True)[1].tolist(), len(image_of_text)
-    missed = lambda c,k: math.comb(m-c, k)/math.comb(m, k) # none of an image's c captions among k of m
-    return {f'i2t_r{k}':1-sum(missed(c, min(k, m)) for c in captions)/len(captions) for k in ks} | {f't2i_r{k}':min(1., k/len(captions)) for k in ks}
+    captions = image_of_text.unique(return_counts=True)[1].tolist()
+    m = len(image_of_text)
+
+    def missed(c, k):
+        return math.comb(m - c, k) / math.comb(m, k)  # none of an image's c captions among k of m
+
+    return {
+        f'i2t_r{k}': 1 - sum(missed(c, min(k, m)) for c in captions) / len(captions) for k in ks
+    } | {f't2i_r{k}': min(1.0, k / len(captions)) for k in ks}
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #c0a0401c
 def retrieval(
-    model:nn.Module, # A CLIP
-    batches, # Yields (image, text tokens, image_of_text), e.g. `data.captioned(...)`
-    precision:str='fp32', # As in `core.autocast`
-)->dict: # As `recall`
+    model: nn.Module,  # A CLIP
+    batches,  # Yields (image, text tokens, image_of_text), e.g. `data.captioned(...)`
+    precision: str = 'fp32',  # As in `core.autocast`
+) -> dict:  # As `recall`
     "Retrieval recall of a model on images with one or more captions each"
-    device,parts = next(model.parameters()).device, []
-    for image,text,own in batches:
+    device, parts = next(model.parameters()).device, []
+    for image, text, own in batches:
         with evaluating(model), autocast(device, precision):
-            parts.append((model.encode_image(image.to(device), normalize=True).float(), model.encode_text(text.to(device), normalize=True).float(), own))
-    if not parts: raise TinyclipError('There are no images to retrieve.')
+            parts.append(
+                (
+                    model.encode_image(image.to(device), normalize=True).float(),
+                    model.encode_text(text.to(device), normalize=True).float(),
+                    own,
+                )
+            )
+    if not parts:
+        raise TinyclipError('There are no images to retrieve.')
     return recall(*(torch.cat(p) for p in zip(*parts)))

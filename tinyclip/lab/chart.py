@@ -7,14 +7,19 @@ __all__ = ['AXES', 'AROUND', 'COLOURS', 'SYMBOLS', 'SINGLE', 'EDGES', 'PICTURES'
            'label_options', 'label_places', 'check_rows', 'write_names', 'chart', 'chart_kind', 'save_chart']
 
 # %% ../../nbs/lab/01_chart.ipynb #aa976f53
-import html, importlib.util, math, numbers
+import html
+import importlib.util
+import math
+import numbers
 from pathlib import Path
+
 import numpy as np
 import plotly.graph_objects as go
+
 from ..core import TinyclipError, atomic_path, human, unknown
 
 # %% ../../nbs/lab/01_chart.ipynb #62d930c4
-AXES = { # short name -> (names in rows, title)
+AXES = {  # short name -> (names in rows, title)
     'towers': (('towers', 'towers_parameters'), 'parameters of both towers, token table left out'),
     'total': (('total', 'total_parameters'), 'parameters, token table included'),
     'macs': (('macs', 'total_macs'), 'multiply-accumulates per pair'),
@@ -22,178 +27,356 @@ AXES = { # short name -> (names in rows, title)
     'speed': (('speed',), 'speed, as a ratio to the reference'),
     'fp16': (('fp16', 'fp16_bytes'), 'bytes of the weights in half precision'),
     'memory': (('memory', 'peak_memory'), 'peak memory (bytes)'),
-    'top1': (('top1',), 'zero-shot top-1'), 'top5': (('top5',), 'zero-shot top-5'),
-    'i2t_r1': (('i2t_r1',), 'image-to-text R@1'), 't2i_r1': (('t2i_r1',), 'text-to-image R@1')}
+    'top1': (('top1',), 'zero-shot top-1'),
+    'top5': (('top5',), 'zero-shot top-5'),
+    'i2t_r1': (('i2t_r1',), 'image-to-text R@1'),
+    't2i_r1': (('t2i_r1',), 'text-to-image R@1'),
+}
+
 
 def value(
-    row:dict, # Of a model
-    axis:str, # A name of `AXES`, or any key of the row
-    label:str='model', # The key of its name, for the error
-)->float:
+    row: dict,  # Of a model
+    axis: str,  # A name of `AXES`, or any key of the row
+    label: str = 'model',  # The key of its name, for the error
+) -> float:
     "A row's number on an axis"
     keys = AXES[axis][0] if axis in AXES else (axis,)
     found = next((row[k] for k in keys if row.get(k) is not None), None)
     if isinstance(found, bool) or not isinstance(found, numbers.Real) or not math.isfinite(found):
-        raise TinyclipError(f"{row.get(label, 'A row')!r} has no number for {axis!r} (looked under {', '.join(keys)}; the row has {', '.join(map(str, row))}): name another axis, or leave the row out.")
+        raise TinyclipError(
+            f"{row.get(label, 'A row')!r} has no number for {axis!r} (looked under "
+            f"{', '.join(keys)}; the row has {', '.join(map(str, row))}): name another axis, "
+            "or leave the row out."
+        )
     return float(found)
 
 # %% ../../nbs/lab/01_chart.ipynb #e4f463f1
 def scale(
-    values:list, # Of the points, one at least
-    pad:float=.1, # Share of the span left free on either side
-    log:bool|None=None, # Logarithmic? None to let the span decide
-)->tuple: # (is it logarithmic?, (low, high) in what it is drawn in, ticks)
+    values: list,  # Of the points, one at least
+    pad: float = 0.1,  # Share of the span left free on either side
+    log: bool | None = None,  # Logarithmic? None to let the span decide
+) -> tuple:  # (is it logarithmic?, (low, high) in what it is drawn in, ticks)
     "An axis around some numbers"
-    if log is None: log = min(values)>0 and max(values)>=4*min(values)
+    if log is None:
+        log = min(values) > 0 and max(values) >= 4 * min(values)
     v = [math.log10(x) if log else x for x in values]
-    low,high = min(v), max(v)
-    room = pad*((high-low) or abs(high) or 1)
-    low,high = low-room, high+room
+    low, high = min(v), max(v)
+    room = pad * ((high - low) or abs(high) or 1)
+    low, high = low - room, high + room
     if log:
-        marks = lambda steps: [m*10**e for e in range(math.floor(low), math.ceil(high)+1) for m in steps if low<=math.log10(m*10**e)<=high]
-        return True, (low, high), next((t for t in map(marks, ((1, 2, 5), (1, 2, 3, 5, 7))) if len(t)>3), marks((1, 1.5, 2, 3, 4, 5, 6, 8)))
-    step = 10**math.floor(math.log10((high-low)/3))
-    step = next(step*k for k in (5, 2.5, 2, 1, .5) if (high-low)/(step*k)>=3)
-    return False, (low, high), [round(i*step, 12) for i in range(math.ceil(low/step), math.floor(high/step)+1)]
+
+        def marks(steps):
+            return [
+                m * 10**e
+                for e in range(math.floor(low), math.ceil(high) + 1)
+                for m in steps
+                if low <= math.log10(m * 10**e) <= high
+            ]
+
+        return (
+            True,
+            (low, high),
+            next(
+                (t for t in map(marks, ((1, 2, 5), (1, 2, 3, 5, 7))) if len(t) > 3),
+                marks((1, 1.5, 2, 3, 4, 5, 6, 8)),
+            ),
+        )
+    step = 10 ** math.floor(math.log10((high - low) / 3))
+    step = next(step * k for k in (5, 2.5, 2, 1, 0.5) if (high - low) / (step * k) >= 3)
+    return (
+        False,
+        (low, high),
+        [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)],
+    )
 
 # %% ../../nbs/lab/01_chart.ipynb #8622957c
-AROUND = [(0,-1), (0,1), (1,0), (-1,0), (1,-1), (-1,-1), (1,1), (-1,1), (2,-1), (-2,-1), (2,1), (-2,1)] # directions, the best first
+AROUND = [
+    (0, -1),
+    (0, 1),
+    (1, 0),
+    (-1, 0),
+    (1, -1),
+    (-1, -1),
+    (1, 1),
+    (-1, 1),
+    (2, -1),
+    (-2, -1),
+    (2, 1),
+    (-2, 1),
+]  # directions, the best first
+
 
 def overlap(
-    a, # Boxes (left, top, right, bottom): the last axis of any array
-    b, # Likewise
-)->np.ndarray: # Pixels^2, of the shape that both broadcast to
+    a,  # Boxes (left, top, right, bottom): the last axis of any array
+    b,  # Likewise
+) -> np.ndarray:  # Pixels^2, of the shape that both broadcast to
     "The area that two boxes share"
-    a,b = np.asarray(a, float), np.asarray(b, float)
-    side = lambda k: (np.minimum(a[...,k+2], b[...,k+2])-np.maximum(a[...,k], b[...,k])).clip(0)
-    return side(0)*side(1)
+    a, b = np.asarray(a, float), np.asarray(b, float)
 
-def along(a, b, n:int=16)->np.ndarray: # (..., n, 4)
+    def side(k):
+        return (np.minimum(a[..., k + 2], b[..., k + 2]) - np.maximum(a[..., k], b[..., k])).clip(0)
+
+    return side(0) * side(1)
+
+
+def along(a, b, n: int = 16) -> np.ndarray:  # (..., n, 4)
     "A line from `a` to `b` as a row of small boxes"
-    a,b = (np.asarray(v, float)[...,None,:] for v in (a, b))
-    at = a+(b-a)*np.linspace(0, 1, n)[:,None]
-    return np.concatenate([at-2, at+2], -1)
+    a, b = (np.asarray(v, float)[..., None, :] for v in (a, b))
+    at = a + (b - a) * np.linspace(0, 1, n)[:, None]
+    return np.concatenate([at - 2, at + 2], -1)
 
 # %% ../../nbs/lab/01_chart.ipynb #ba2e8345
 def label_options(
-    point:tuple, # Of the marker, in pixels
-    long:float, # Half of the name's width
-    spots, # (n, 4): what it should not cover
-    plot:tuple, # (0, 0, width, height)
-)->tuple: # (m, 2) offsets from the marker to the middle of the name, (m, 4) boxes, (m,) costs as long as there are no other names
+    point: tuple,  # Of the marker, in pixels
+    long: float,  # Half of the name's width
+    spots,  # (n, 4): what it should not cover
+    plot: tuple,  # (0, 0, width, height)
+) -> tuple:  # (m, 2) offsets from the marker to the middle of the name, (m, 4) boxes, (m,) costs as long as there are no other names
     "Places for one name"
-    point,u = np.array(point, float), np.array(AROUND)/np.linalg.norm(AROUND, axis=1, keepdims=True)
-    offsets = np.concatenate([u*(long+9+gap, 15+gap) for gap in (0, 14, 30, 48, 70, 95)])
-    boxes = np.concatenate([point+offsets-(long+2, 8), point+offsets+(long+2, 8)], 1)
-    edge = np.clip(point, boxes[:,:2], boxes[:,2:]) # where a line back to the marker would end
-    elsewhere = spots[overlap(spots, (*point-1, *point+1))==0]
-    cost = 2*overlap(boxes[:,None], spots).sum(1) + 5*((2*long+4)*16-overlap(boxes, plot)) + np.linalg.norm(edge-point, axis=1)
-    cost[len(u):] += 2*overlap(along(np.broadcast_to(point, edge.shape), edge)[len(u):,:,None], elsewhere).sum((1, 2))
+    point = np.array(point, float)
+    u = np.array(AROUND) / np.linalg.norm(AROUND, axis=1, keepdims=True)
+    offsets = np.concatenate([u * (long + 9 + gap, 15 + gap) for gap in (0, 14, 30, 48, 70, 95)])
+    boxes = np.concatenate([point + offsets - (long + 2, 8), point + offsets + (long + 2, 8)], 1)
+    edge = np.clip(point, boxes[:, :2], boxes[:, 2:])  # where a line back to the marker would end
+    elsewhere = spots[overlap(spots, (*point - 1, *point + 1)) == 0]
+    cost = (
+        2 * overlap(boxes[:, None], spots).sum(1)
+        + 5 * ((2 * long + 4) * 16 - overlap(boxes, plot))
+        + np.linalg.norm(edge - point, axis=1)
+    )
+    cost[len(u) :] += 2 * overlap(
+        along(np.broadcast_to(point, edge.shape), edge)[len(u) :, :, None], elsewhere
+    ).sum((1, 2))
     return offsets, boxes, cost
 
 # %% ../../nbs/lab/01_chart.ipynb #b057269e
 def label_places(
-    points:list, # (x, y) of the markers, in pixels, y downwards
-    texts:list, # Their names
-    wide:float, high:float, # Of the plot, in pixels
-    lines:list=(), # Pairs of points that are joined
-)->list: # (dx, dy) from each point to the middle of its name
+    points: list,  # (x, y) of the markers, in pixels, y downwards
+    texts: list,  # Their names
+    wide: float,
+    high: float,  # Of the plot, in pixels
+    lines: list = (),  # Pairs of points that are joined
+) -> list:  # (dx, dy) from each point to the middle of its name
     "Where names go"
-    markers = [(x-7, y-7, x+7, y+7) for x,y in points]
-    spots = np.concatenate([markers, *(along(a, z, 2+int(math.dist(a, z)/6)) for a,z in lines)])
-    options,n,tried = [label_options(p, 3.1*len(t), spots, (0, 0, wide, high)) for p,t in zip(points, texts)], len(points), []
-    for start in range(min(n, 6)): # who looks first has the best places: several beginnings, and the best end
-        at,boxes = {}, np.zeros((n, 4))
+    markers = [(x - 7, y - 7, x + 7, y + 7) for x, y in points]
+    spots = np.concatenate(
+        [markers, *(along(a, z, 2 + int(math.dist(a, z) / 6)) for a, z in lines)]
+    )
+    options = [
+        label_options(p, 3.1 * len(t), spots, (0, 0, wide, high)) for p, t in zip(points, texts)
+    ]
+    n = len(points)
+    tried = []
+    for start in range(
+        min(n, 6)
+    ):  # who looks first has the best places: several beginnings, and the best end
+        at, boxes = {}, np.zeros((n, 4))
+
         def costs(i):
             others = np.delete(boxes, i, 0)
-            return options[i][2] + 4*overlap(options[i][1][:,None], others).sum(1)
+            return options[i][2] + 4 * overlap(options[i][1][:, None], others).sum(1)
+
         for _ in range(4):
-            for i in (*range(start, n), *range(start)): at[i] = int(costs(i).argmin()); boxes[i] = options[i][1][at[i]]
-        tried.append((sum(costs(i)[at[i]] for i in range(n)), [tuple(options[i][0][at[i]].tolist()) for i in range(n)]))
+            for i in (*range(start, n), *range(start)):
+                at[i] = int(costs(i).argmin())
+                boxes[i] = options[i][1][at[i]]
+        tried.append(
+            (
+                sum(costs(i)[at[i]] for i in range(n)),
+                [tuple(options[i][0][at[i]].tolist()) for i in range(n)],
+            )
+        )
     return min(tried)[1]
 
 # %% ../../nbs/lab/01_chart.ipynb #092c4cc5
 def check_rows(rows, x, y, label):
     "Refuse what cannot be drawn"
-    if not rows: raise TinyclipError('There are no models to draw: a chart needs one row at least.')
+    if not rows:
+        raise TinyclipError('There are no models to draw: a chart needs one row at least.')
     for r in rows:
-        if label not in r: raise TinyclipError(f'A row has no name under {label!r}; it has {", ".join(map(str, r))}. Say with label= which key holds it.')
+        if label not in r:
+            raise TinyclipError(
+                f'A row has no name under {label!r}; it has {", ".join(map(str, r))}. Say '
+                'with label= which key holds it.'
+            )
         value(r, x, label)
-        if not 0<=value(r, y, label)<=1: raise TinyclipError(f'{y!r} is drawn as a share between 0 and 1, and {r[label]!r} has {value(r, y, label):g}: divide what is in per cent by 100.')
+        if not 0 <= value(r, y, label) <= 1:
+            raise TinyclipError(
+                f'{y!r} is drawn as a share between 0 and 1, and {r[label]!r} has '
+                f'{value(r, y, label):g}: divide what is in per cent by 100.'
+            )
 
 # %% ../../nbs/lab/01_chart.ipynb #26716b0e
 COLOURS = ('#2a6fdb', '#d9822b', '#1a7f4b', '#8250df', '#c0392b', '#0b8a9e', '#a07a00')
-SYMBOLS,SINGLE = ('circle', 'diamond', 'square', 'triangle-up', 'cross', 'star'), '#777777'
-EDGES = dict(l=70, r=24, t=88, b=60) # around the plot, in pixels
+SYMBOLS = ('circle', 'diamond', 'square', 'triangle-up', 'cross', 'star')
+SINGLE = '#777777'
+EDGES = dict(l=70, r=24, t=88, b=60)  # around the plot, in pixels
+
 
 def write_names(fig, rows, at, pixels, lines, wide, high):
-    "Put `rows`, pairs of name and colour, beside their points `at` (axis units) and `pixels`; with a thin line where that is far"
-    for (name,colour),(a,b),(dx,dy) in zip(rows, at, label_places(pixels, [n for n,_ in rows], wide, high, lines)):
-        far = math.hypot(max(0, abs(dx)-3.1*len(name)), dy)>22
-        where = dict(ax=dx, ay=dy, showarrow=True, arrowhead=0, arrowwidth=.8, arrowcolor='#aaaaaa', standoff=6) if far else dict(xshift=dx, yshift=-dy, showarrow=False)
-        fig.add_annotation(x=a, y=b, text=html.escape(name), font=dict(size=11, color=colour), xanchor='center', yanchor='middle', **where)
+    """Put `rows`, pairs of name and colour, beside their points `at` (axis units) and `pixels`;
+    with a thin line where that is far"""
+    for (name, colour), (a, b), (dx, dy) in zip(
+        rows, at, label_places(pixels, [n for n, _ in rows], wide, high, lines)
+    ):
+        far = math.hypot(max(0, abs(dx) - 3.1 * len(name)), dy) > 22
+        where = (
+            dict(
+                ax=dx,
+                ay=dy,
+                showarrow=True,
+                arrowhead=0,
+                arrowwidth=0.8,
+                arrowcolor='#aaaaaa',
+                standoff=6,
+            )
+            if far
+            else dict(xshift=dx, yshift=-dy, showarrow=False)
+        )
+        fig.add_annotation(
+            x=a,
+            y=b,
+            text=html.escape(name),
+            font=dict(size=11, color=colour),
+            xanchor='center',
+            yanchor='middle',
+            **where,
+        )
+
 
 def chart(
-    rows:list, # A dict per model
-    x:str='macs', # What it costs: a name of `AXES`, or a key of the rows
-    y:str='top1', # What it is worth, as a share (0 to 1): likewise
-    label:str='model', # The key of the names
-    family:str='family', # The key of the families: their points share a colour and are joined. Rows without it stay single
-    title:str='', # Above it
-    size:tuple=(780, 500), # Pixels
-)->go.Figure:
+    rows: list,  # A dict per model
+    x: str = 'macs',  # What it costs: a name of `AXES`, or a key of the rows
+    y: str = 'top1',  # What it is worth, as a share (0 to 1): likewise
+    label: str = 'model',  # The key of the names
+    # The key of the families: their points share a colour and are joined. Rows without it stay
+    # single
+    family: str = 'family',
+    title: str = '',  # Above it
+    size: tuple = (780, 500),  # Pixels
+) -> go.Figure:
     "Accuracy against cost"
     check_rows(rows, x, y, label)
     rows = sorted(rows, key=lambda r: value(r, x, label))
-    xs,ys = [value(r, x, label) for r in rows], [100*value(r, y, label) for r in rows]
-    (log,(x0,x1),ticks),(_,(y0,y1),marks) = scale(xs), scale(ys, log=False)
-    wide,high = size[0]-EDGES['l']-EDGES['r'], size[1]-EDGES['t']-EDGES['b']
-    at = [(math.log10(a) if log else a, b) for a,b in zip(xs, ys)]
-    pixels = [((a-x0)/(x1-x0)*wide, (y1-b)/(y1-y0)*high) for a,b in at]
-    fig,lines,colours = go.Figure(), [], {}
-    name = lambda k: AXES[k][1] if k in AXES else k
-    for i,f in enumerate(sorted({str(r.get(family) or '') for r in rows}, key=lambda f: (not f, f))): # the single ones last
-        of,joined,colour = [j for j,r in enumerate(rows) if str(r.get(family) or '')==f], f!='', COLOURS[i%len(COLOURS)] if f else SINGLE
-        colours |= {j:colour for j in of}
-        if joined: lines += [(pixels[a], pixels[b]) for a,b in zip(of, of[1:])]
-        fig.add_scatter(x=[xs[j] for j in of], y=[ys[j] for j in of], name=html.escape(f), showlegend=joined, mode='lines+markers' if joined else 'markers',
-                        marker=dict(size=10, symbol=SYMBOLS[i%len(SYMBOLS)], color=colour), line=dict(color=colour, width=2), text=[html.escape(str(rows[j][label])) for j in of],
-                        customdata=[human(xs[j]) for j in of], hovertemplate=f'<b>%{{text}}</b><br>{html.escape(name(x))}: %{{customdata}}<br>{html.escape(name(y))}: %{{y:.1f}} %<extra></extra>')
-    write_names(fig, [(str(r[label]), colours[j]) for j,r in enumerate(rows)], at, pixels, lines, wide, high)
+    xs = [value(r, x, label) for r in rows]
+    ys = [100 * value(r, y, label) for r in rows]
+    (log, (x0, x1), ticks) = scale(xs)
+    (_, (y0, y1), marks) = scale(ys, log=False)
+    wide = size[0] - EDGES['l'] - EDGES['r']
+    high = size[1] - EDGES['t'] - EDGES['b']
+    at = [(math.log10(a) if log else a, b) for a, b in zip(xs, ys)]
+    pixels = [((a - x0) / (x1 - x0) * wide, (y1 - b) / (y1 - y0) * high) for a, b in at]
+    fig, lines, colours = go.Figure(), [], {}
+
+    def name(k):
+        return AXES[k][1] if k in AXES else k
+
+    for i, f in enumerate(
+        sorted({str(r.get(family) or '') for r in rows}, key=lambda f: (not f, f))
+    ):  # the single ones last
+        of = [j for j, r in enumerate(rows) if str(r.get(family) or '') == f]
+        joined = f != ''
+        colour = COLOURS[i % len(COLOURS)] if f else SINGLE
+        colours |= {j: colour for j in of}
+        if joined:
+            lines += [(pixels[a], pixels[b]) for a, b in zip(of, of[1:])]
+        fig.add_scatter(
+            x=[xs[j] for j in of],
+            y=[ys[j] for j in of],
+            name=html.escape(f),
+            showlegend=joined,
+            mode='lines+markers' if joined else 'markers',
+            marker=dict(size=10, symbol=SYMBOLS[i % len(SYMBOLS)], color=colour),
+            line=dict(color=colour, width=2),
+            text=[html.escape(str(rows[j][label])) for j in of],
+            customdata=[human(xs[j]) for j in of],
+            hovertemplate=f'<b>%{{text}}</b><br>{html.escape(name(x))}: '
+            f'%{{customdata}}<br>{html.escape(name(y))}: %{{y:.1f}} %<extra></extra>',
+        )
+    write_names(
+        fig,
+        [(str(r[label]), colours[j]) for j, r in enumerate(rows)],
+        at,
+        pixels,
+        lines,
+        wide,
+        high,
+    )
     axis = dict(automargin=False, gridcolor='#e5e8ec', zeroline=False, linecolor='#9aa4b0')
-    fig.update_xaxes(type='log' if log else 'linear', range=(x0, x1), tickvals=ticks, ticktext=[human(float(t)) for t in ticks], title_text=html.escape(name(x))+(' (log scale)' if log else ''), **axis)
-    fig.update_yaxes(range=(y0, y1), tickvals=[m for m in marks if 0<=m<=100], title_text=html.escape(name(y))+' (%)', **axis)
-    return fig.update_layout(width=size[0], height=size[1], margin=EDGES, title=dict(text=html.escape(title), x=0, xref='paper', y=.98, yanchor='top', font_size=16),
-                             plot_bgcolor='white', paper_bgcolor='white', legend=dict(orientation='h', y=1.01, yanchor='bottom', x=0))
+    fig.update_xaxes(
+        type='log' if log else 'linear',
+        range=(x0, x1),
+        tickvals=ticks,
+        ticktext=[human(float(t)) for t in ticks],
+        title_text=html.escape(name(x)) + (' (log scale)' if log else ''),
+        **axis,
+    )
+    fig.update_yaxes(
+        range=(y0, y1),
+        tickvals=[m for m in marks if 0 <= m <= 100],
+        title_text=html.escape(name(y)) + ' (%)',
+        **axis,
+    )
+    return fig.update_layout(
+        width=size[0],
+        height=size[1],
+        margin=EDGES,
+        title=dict(text=html.escape(title), x=0, xref='paper', y=0.98, yanchor='top', font_size=16),
+        plot_bgcolor='white',
+        paper_bgcolor='white',
+        legend=dict(orientation='h', y=1.01, yanchor='bottom', x=0),
+    )
 
 # %% ../../nbs/lab/01_chart.ipynb #56dd17fb
 PICTURES = ('.png', '.svg', '.pdf', '.webp', '.jpg', '.jpeg')
 
+
 def chart_kind(
-    path, # Where a chart shall be written
-)->str: # Its suffix
+    path,  # Where a chart shall be written
+) -> str:  # Its suffix
     "Refuse a file that cannot be written here, before anything is computed for it"
     path = Path(path)
     kind = path.suffix.lower()
-    if kind not in ('.html', *PICTURES): raise unknown('kind of chart file', kind or path.name, ['.html', *PICTURES])
-    if kind!='.html' and not importlib.util.find_spec('kaleido'):
-        raise TinyclipError(f"{path.name} needs plotly's exporter: pip install 'kaleido>=1' (it draws with Chrome or Chromium), or save the chart as .html.")
+    if kind not in ('.html', *PICTURES):
+        raise unknown('kind of chart file', kind or path.name, ['.html', *PICTURES])
+    if kind != '.html' and not importlib.util.find_spec('kaleido'):
+        raise TinyclipError(
+            f"{path.name} needs plotly's exporter: pip install 'kaleido>=1' (it draws with "
+            "Chrome or Chromium), or save the chart as .html."
+        )
     return kind
 
+
 def save_chart(
-    fig:go.Figure, # Any plotly figure
-    path, # `.html` for a page that can be hovered; or one of `PICTURES`
-)->Path: # The file
+    fig: go.Figure,  # Any plotly figure
+    path,  # `.html` for a page that can be hovered; or one of `PICTURES`
+) -> Path:  # The file
     "Write a figure to a file"
-    path,kind = Path(path),chart_kind(path)
+    path, kind = Path(path), chart_kind(path)
     with atomic_path(path) as tmp:
-        if kind=='.html':
+        if kind == '.html':
             title = html.escape(html.unescape(fig.layout.title.text or 'tinyclip'))
-            body = fig.to_html(full_html=False, include_plotlyjs=True, div_id='chart', config=dict(displayModeBar=False))
-            tmp.write_text(f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>{title}</title><body style="margin:1rem;background:white">{body}</html>', encoding='utf-8')
+            body = fig.to_html(
+                full_html=False,
+                include_plotlyjs=True,
+                div_id='chart',
+                config=dict(displayModeBar=False),
+            )
+            tmp.write_text(
+                '<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport '
+                f'content="width=device-width"><title>{title}</title><body '
+                f'style="margin:1rem;background:white">{body}</html>',
+                encoding='utf-8',
+            )
         else:
-            try: fig.write_image(tmp, format=kind[1:], scale=1 if kind in ('.svg', '.pdf') else 2)
-            except Exception as e: # plotly, kaleido and what starts the browser each have their own
+            try:
+                fig.write_image(tmp, format=kind[1:], scale=1 if kind in ('.svg', '.pdf') else 2)
+            except (
+                Exception
+            ) as e:  # plotly, kaleido and what starts the browser each have their own
                 why = next((l.strip() for l in str(e).splitlines() if l.strip()), type(e).__name__)
-                raise TinyclipError(f"{path.name} could not be drawn: {why} Install Chrome or Chromium (or run plotly_get_chrome), or save the chart as .html.") from e
+                raise TinyclipError(
+                    f"{path.name} could not be drawn: {why} Install Chrome or Chromium (or "
+                    "run plotly_get_chrome), or save the chart as .html."
+                ) from e
     return path

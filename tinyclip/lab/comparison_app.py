@@ -7,111 +7,211 @@ __all__ = ['Arena']
 
 # %% ../../nbs/lab/06_comparison_app.ipynb #bea6bc55
 import html
+
 import plotly.graph_objects as go
-from .setup import Bench
+
 from ..comparison import Contest, by_masks, by_rule
 from ..core import Table, TinyclipError
-from ..live.dashboard import front_end, new_folder, watch
 from .keep_map import keep_map
 from .report import kept_by, to_html
+from .setup import Bench
+from ..live.dashboard import front_end, new_folder, watch
 from ..live.widgets import Canvas, close_all, red, widen
 
 # %% ../../nbs/lab/06_comparison_app.ipynb #287476e9
 class Arena:
     "Two students of one size under one budget"
-    def __init__(self,
-        setting:Bench, # Teacher, data, device, steps
-        share:float=.5, # Of the tower parameters, for both
-        folder='runs/manual-or-automatic', # A folder per run; another number if it is there already
-        show:str='auto', # As in `watch`
-    ): self.setting,self.share,self.folder,self.show,self.contest,self.live,self.box = setting, share, folder, show, None, None, None
 
-    def start(self)->'Arena':
+    def __init__(
+        self,
+        setting: Bench,  # Teacher, data, device, steps
+        share: float = 0.5,  # Of the tower parameters, for both
+        # A folder per run; another number if it is there already
+        folder='runs/manual-or-automatic',
+        show: str = 'auto',  # As in `watch`
+    ):
+        self.setting = setting
+        self.share = share
+        self.folder = folder
+        self.show = show
+        self.contest = None
+        self.live = None
+        self.box = None
+
+    def start(self) -> 'Arena':
         "Begin; what trained before is stopped"
         b = self.setting
-        ways = dict(automatic=by_masks(self.share, b.steps), manual=by_rule(self.share, b.steps)) # first the one that has masks to watch
-        self.contest = Contest(ways, b.teacher, b.pairs, new_folder(self.folder), share=self.share, seed=b.seed, evaluate=b.evaluate, evaluate_every=max(1, b.steps//4),
-                               lr=5e-4, log_every=max(1, b.steps//100), save_every=max(1, b.steps//4), device=str(b.device))
+        ways = dict(
+            automatic=by_masks(self.share, b.steps), manual=by_rule(self.share, b.steps)
+        )  # first the one that has masks to watch
+        self.contest = Contest(
+            ways,
+            b.teacher,
+            b.pairs,
+            new_folder(self.folder),
+            share=self.share,
+            seed=b.seed,
+            evaluate=b.evaluate,
+            evaluate_every=max(1, b.steps // 4),
+            lr=5e-4,
+            log_every=max(1, b.steps // 100),
+            save_every=max(1, b.steps // 4),
+            device=str(b.device),
+        )
         self.live = watch(self.contest, show=self.show)
         self.live.then = self.over
-        if self.box: self.place()
+        if self.box:
+            self.place()
         return self
 
-    def settle(self)->'Arena':
+    def settle(self) -> 'Arena':
         "Where nobody can press a button (tests, this website) wait for the end"
         self.live.settle()
         return self
 
-    def table(self)->Table:
+    def table(self) -> Table:
         "What came of it; empty before the end"
         return self.live.run.value or Table()
 
-    def pictures(self)->list[go.Figure]: # Of every finished student
+    def pictures(self) -> list[go.Figure]:  # Of every finished student
         "What each student kept of the teacher"
-        return [keep_map(k, n) for n,k in kept_by(self.contest.students).items()]
+        return [keep_map(k, n) for n, k in kept_by(self.contest.students).items()]
 
-    def save(self, name:str, folder):
+    def save(self, name: str, folder):
         "Take a student away: `'manual'` or `'automatic'`"
         return self.contest.save(name, folder, self.setting.tokenizer)
 
-    def over(self): pass
+    def over(self):
+        pass
 
     def widgets(self):
         "The form, a place for the dashboard, and one for the results"
         import ipywidgets as W
-        b,wide = self.setting, dict(layout=dict(width='420px'), style=dict(description_width='90px'))
-        field = lambda name,hint: W.Text(g if isinstance(g := b.given[name.replace(' ', '_')], str) else '', description=name, placeholder=hint, **wide)
-        self.fields = dict(teacher=field('teacher', 'a name or a model folder'), data=field('data', 'as above; or train-*.tar, pairs.csv, a folder, shapes'), held_out=field('held out', 'as above; or val-*.tar, ...'))
-        self.device = W.Dropdown(options=list(dict.fromkeys([b.given['device'] or 'best', 'best', 'cpu', 'cuda', 'mps'])), description='device', **wide)
-        self.target = W.FloatSlider(value=self.share, min=.1, max=.9, step=.05, description='share', readout_format='.0%', **wide)
+
+        b = self.setting
+        wide = dict(layout=dict(width='420px'), style=dict(description_width='90px'))
+
+        def field(name, hint):
+            return W.Text(
+                g if isinstance(g := b.given[name.replace(' ', '_')], str) else '',
+                description=name,
+                placeholder=hint,
+                **wide,
+            )
+
+        self.fields = dict(
+            teacher=field('teacher', 'a name or a model folder'),
+            data=field('data', 'as above; or train-*.tar, pairs.csv, a folder, shapes'),
+            held_out=field('held out', 'as above; or val-*.tar, ...'),
+        )
+        self.device = W.Dropdown(
+            options=list(
+                dict.fromkeys([b.given['device'] or 'best', 'best', 'cpu', 'cuda', 'mps'])
+            ),
+            description='device',
+            **wide,
+        )
+        self.target = W.FloatSlider(
+            value=self.share,
+            min=0.1,
+            max=0.9,
+            step=0.05,
+            description='share',
+            readout_format='.0%',
+            **wide,
+        )
         self.steps = W.BoundedIntText(b.steps, min=5, max=10**7, description='steps each', **wide)
-        self.run,self.said,self.stage,self.results = W.Button(description='Run both', button_style='primary'), W.HTML(), W.VBox(), W.VBox()
+        self.run = W.Button(description='Run both', button_style='primary')
+        self.said = W.HTML()
+        self.stage = W.VBox()
+        self.results = W.VBox()
         self.run.on_click(lambda _: self.read_form())
-        self.box = W.VBox([W.HBox([W.VBox([*self.fields.values()]), W.VBox([self.device, self.target, self.steps])]), self.run, self.said, self.stage, self.results])
-        if self.live: self.place()
+        self.box = W.VBox(
+            [
+                W.HBox(
+                    [
+                        W.VBox([*self.fields.values()]),
+                        W.VBox([self.device, self.target, self.steps]),
+                    ]
+                ),
+                self.run,
+                self.said,
+                self.stage,
+                self.results,
+            ]
+        )
+        if self.live:
+            self.place()
         return self.box
 
     def read_form(self):
         "What the button does"
         self.said.value = 'looking at teacher and data ...'
         try:
-            named = {k:f.value.strip() for k,f in self.fields.items() if f.value.strip()}
-            self.setting,self.share = self.setting.again(**named, device=None if self.device.value=='best' else self.device.value, steps=self.steps.value), self.target.value
+            named = {k: f.value.strip() for k, f in self.fields.items() if f.value.strip()}
+            self.setting = self.setting.again(
+                **named,
+                device=None if self.device.value == 'best' else self.device.value,
+                steps=self.steps.value,
+            )
+            self.share = self.target.value
             self.start()
             self.said.value = ''
-        except TinyclipError as e: self.said.value = red(e)
+        except TinyclipError as e:
+            self.said.value = red(e)
 
     def place(self):
         "Show the dashboard of the present contest"
-        for w in self.results.children: close_all(w)
+        for w in self.results.children:
+            close_all(w)
         self.results.children = ()
         self.stage.children = [self.live.box] if self.live.box else []
-        if self.live.box: widen(self.live.figure_widget)
+        if self.live.box:
+            widen(self.live.figure_widget)
 
     def over(self):
         "After the last step: table, pictures, and buttons to take a student away"
-        if not (self.box and self.contest.students): return
+        if not (self.box and self.contest.students):
+            return
         import ipywidgets as W
+
         folder = W.Text(f'{self.contest.folder}/students', description='save in')
+
         def button(name):
             b = W.Button(description=f'Save {name}')
             b.on_click(lambda _: self.keep(name, folder.value))
             return b
+
         maps = [Canvas(f) for f in self.pictures()]
-        self.results.children = [W.HTML(f'<style>.tc td,.tc th{{padding:.2rem .9rem;text-align:right}}</style><div class=tc>{to_html(self.table())}</div>'), *maps, W.HBox([folder, *map(button, self.contest.students)])]
-        for m in maps: widen(m)
+        self.results.children = [
+            W.HTML(
+                f'<style>.tc td,.tc th{{padding:.2rem .9rem;text-align:right}}</style><div '
+                f'class=tc>{to_html(self.table())}</div>'
+            ),
+            *maps,
+            W.HBox([folder, *map(button, self.contest.students)]),
+        ]
+        for m in maps:
+            widen(m)
 
     def keep(self, name, folder):
         "What a save button does"
-        try: self.said.value = f'saved: {html.escape(str(self.save(name, f"{folder}/{name}")))}'
-        except (TinyclipError, OSError) as e: self.said.value = red(str(e))
+        try:
+            self.said.value = f'saved: {html.escape(str(self.save(name, f"{folder}/{name}")))}'
+        except (TinyclipError, OSError) as e:
+            self.said.value = red(str(e))
 
     def _ipython_display_(self, **_):
         "How IPython displays it"
         from IPython.display import display
-        if front_end()=='widgets':
-            if self.box and self.live and self.live.box: self.live.renew() # shown before
+
+        if front_end() == 'widgets':
+            if self.box and self.live and self.live.box:
+                self.live.renew()  # shown before
             display(self.box or self.widgets())
-            if self.live: widen(self.live.figure_widget)
-        elif self.live: display(self.live)
-        else: print('The form needs Jupyter; without it: Arena(bench(...)).start().')
+            if self.live:
+                widen(self.live.figure_widget)
+        elif self.live:
+            display(self.live)
+        else:
+            print('The form needs Jupyter; without it: Arena(bench(...)).start().')

@@ -9,172 +9,299 @@ __all__ = ['SHARE', 'RECIPE', 'BATCH', 'STEPS', 'MASK_STEPS', 'MASKS', 'TEACHER'
 # %% ../../nbs/lab/04_demo.ipynb #51e8d428
 import math
 from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
+
 from ..core import TinyclipError, environment, seed_everything, write_json
 from ..data.pairs import Batch, captioned, labelled, open_pairs
+from tinyclip.data.shapes import (
+    PROMPTS,
+    SHAPES,
+    Shapes,
+    classnames,
+    combinations,
+    hashed,
+    heldout,
+    normalise,
+    trained,
+)
 from ..distill import Distiller
+from ..evaluate.cost import file_size, macs, parameters, throughput
 from ..evaluate.zeroshot import retrieval, zero_shot
-from ..train.events import read_events
 from ..inheritance import build, fresh, inherit
 from ..keep import at_share
-from ..evaluate.cost import file_size, macs, parameters, throughput
 from .report import readable, write_report
-from ..data.shapes import PROMPTS, SHAPES, Shapes, classnames, combinations, hashed, heldout, normalise, trained
 from ..stages import SHORT, Stage, Stages
-from ..zoo.loading import EMBEDDED, load
+from ..train.events import read_events
 from ..zoo.folders import WEIGHTS, finish, save
+from ..zoo.loading import EMBEDDED, load
 
 # %% ../../nbs/lab/04_demo.ipynb #718a8f80
 def examine(
-    model:nn.Module, # A CLIP that takes the embedded pictures
-    preprocess, # Its image transform
-    tokenizer, # Its tokenizer
-    n:int=1280, # Held-out pictures to classify
-    templates=PROMPTS, # Prompts for the class names
-)->dict: # `top1`, `top5`, and retrieval `i2t_r1`, ..., all in 0..1
+    model: nn.Module,  # A CLIP that takes the embedded pictures
+    preprocess,  # Its image transform
+    tokenizer,  # Its tokenizer
+    n: int = 1280,  # Held-out pictures to classify
+    templates=PROMPTS,  # Prompts for the class names
+) -> dict:  # `top1`, `top5`, and retrieval `i2t_r1`, ..., all in 0..1
     "Accuracy and retrieval on combinations that training never shows"
-    z = zero_shot(model, tokenizer, labelled(Shapes('heldout', n=n, seed=99), preprocess, 128), classnames, templates)
-    r = retrieval(model, captioned(Shapes('heldout', n=len(heldout), seed=98), preprocess, tokenizer, 64))
-    return {k:z[k] for k in ('top1', 'top5')} | {k:v for k,v in r.items() if '_r' in k}
+    z = zero_shot(
+        model,
+        tokenizer,
+        labelled(Shapes('heldout', n=n, seed=99), preprocess, 128),
+        classnames,
+        templates,
+    )
+    r = retrieval(
+        model, captioned(Shapes('heldout', n=len(heldout), seed=98), preprocess, tokenizer, 64)
+    )
+    return {k: z[k] for k in ('top1', 'top5')} | {k: v for k, v in r.items() if '_r' in k}
 
 # %% ../../nbs/lab/04_demo.ipynb #d14997bc
-SHARE = .5 # of the teacher's tower parameters
-RECIPE = dict(objective='affinity', lr=5e-4, weight_decay=.1, warmup=.1)
-BATCH,STEPS,MASK_STEPS = 64, 200, 40
-MASKS = {**SHORT, 'weights_lr':3e-4}
+SHARE = 0.5  # of the teacher's tower parameters
+RECIPE = dict(objective='affinity', lr=5e-4, weight_decay=0.1, warmup=0.1)
+BATCH, STEPS, MASK_STEPS = 64, 200, 40
+MASKS = {**SHORT, 'weights_lr': 3e-4}
+
 
 def students(
-    teacher:nn.Module, # The embedded teacher
-    seed:int=0, # Of the random start
-)->dict: # `'random start'` and `'manual'`, the same shape
+    teacher: nn.Module,  # The embedded teacher
+    seed: int = 0,  # Of the random start
+) -> dict:  # `'random start'` and `'manual'`, the same shape
     "The two students whose shape is known beforehand"
     small = inherit(teacher, at_share(teacher, SHARE))
     seed_everything(seed)
-    return {'random start':fresh(small), 'manual':small}
+    return {'random start': fresh(small), 'manual': small}
 
 # %% ../../nbs/lab/04_demo.ipynb #4c2291b7
 def train_students(
-    teacher:nn.Module, # Mimicked
-    preprocess, # Its image transform
-    tokenizer, # Its tokenizer
-    folder:Path, # One run folder per student goes here
-    steps:int=STEPS, # The same for each
-    mask_steps:int=MASK_STEPS, # Of these, for the automatic student
-    seed:int=0, # Of the random start and of the pictures
-    progress:bool=True, # Show progress bars
-)->dict: # name -> (student, seconds)
+    teacher: nn.Module,  # Mimicked
+    preprocess,  # Its image transform
+    tokenizer,  # Its tokenizer
+    folder: Path,  # One run folder per student goes here
+    steps: int = STEPS,  # The same for each
+    mask_steps: int = MASK_STEPS,  # Of these, for the automatic student
+    seed: int = 0,  # Of the random start and of the pictures
+    progress: bool = True,  # Show progress bars
+) -> dict:  # name -> (student, seconds)
     "Train each student on as many pairs of the same source, with the same recipe"
-    pairs = lambda: open_pairs(Shapes('train', seed=seed+1), preprocess, tokenizer, BATCH, seed=seed)
-    check = lambda m: examine(m, preprocess, tokenizer, n=256, templates=['{}'])
-    common = dict(evaluate=check, evaluate_every=max(1, steps//5), save_every=steps, log_every=max(1, min(10, steps//4)), progress=progress, device='cpu', **RECIPE)
-    say,done = (print if progress else lambda s: None), {}
-    for name,student in students(teacher, seed).items():
+
+    def pairs():
+        return open_pairs(Shapes('train', seed=seed + 1), preprocess, tokenizer, BATCH, seed=seed)
+
+    def check(m):
+        return examine(m, preprocess, tokenizer, n=256, templates=['{}'])
+
+    common = dict(
+        evaluate=check,
+        evaluate_every=max(1, steps // 5),
+        save_every=steps,
+        log_every=max(1, min(10, steps // 4)),
+        progress=progress,
+        device='cpu',
+        **RECIPE,
+    )
+    say, done = (print if progress else lambda s: None), {}
+    for name, student in students(teacher, seed).items():
         say(name)
-        r = Distiller(student, teacher, pairs(), seed=seed, folder=folder/name.replace(' ', '-'), **common).fit(steps)
+        r = Distiller(
+            student, teacher, pairs(), seed=seed, folder=folder / name.replace(' ', '-'), **common
+        ).fit(steps)
         done[name] = r.student, r.seconds
     say('automatic')
-    place = folder/'automatic'
-    Stages(teacher, pairs(), [Stage(SHARE, mask_steps, steps-mask_steps)], place, masks=MASKS, seed=seed, **common).fit()
-    done['automatic'] = load(place/'stage-1'/'student').model, sum(e[-1]['seconds'] for e in phases(place).values())
+    place = folder / 'automatic'
+    Stages(
+        teacher,
+        pairs(),
+        [Stage(SHARE, mask_steps, steps - mask_steps)],
+        place,
+        masks=MASKS,
+        seed=seed,
+        **common,
+    ).fit()
+    done['automatic'] = (
+        load(place / 'stage-1' / 'student').model,
+        sum(e[-1]['seconds'] for e in phases(place).values()),
+    )
     return done
 
-def phases(place)->dict: # `'masks'` and `'distil'` -> events
+
+def phases(place) -> dict:  # `'masks'` and `'distil'` -> events
     "The events of the automatic student's two phases"
-    return {p:read_events(place/'stage-1'/p) for p in ('masks', 'distil')}
+    return {p: read_events(place / 'stage-1' / p) for p in ('masks', 'distil')}
+
 
 def journal(
-    folder:Path, # Of `train_students`
-)->dict: # name -> events; the automatic student's steps count on
+    folder: Path,  # Of `train_students`
+) -> dict:  # name -> events; the automatic student's steps count on
     "What was logged of each student"
-    two,(masks,distil) = ('random-start', 'manual'), phases(folder/'automatic').values()
+    two = ('random-start', 'manual')
+    (masks, distil) = phases(folder / 'automatic').values()
     done = masks[-1]['step']
-    return {n.replace('-', ' '):read_events(folder/n) for n in two} | dict(automatic=[e | dict(phase='masks') for e in masks] + [e | dict(step=e['step']+done) for e in distil])
+    return {n.replace('-', ' '): read_events(folder / n) for n in two} | dict(
+        automatic=[e | dict(phase='masks') for e in masks]
+        + [e | dict(step=e['step'] + done) for e in distil]
+    )
 
 # %% ../../nbs/lab/04_demo.ipynb #fee1ad6d
 def row(
-    name:str, # What the table calls the model
-    model:nn.Module, # A CLIP that takes the embedded pictures
-    preprocess, # Its image transform
-    tokenizer, # Its tokenizer
-    seconds:float|None, # Spent training it; None for the teacher
-    bytes_:int, # Size of its weights file
-)->dict: # Parameters, MACs, pairs/s, accuracy
+    name: str,  # What the table calls the model
+    model: nn.Module,  # A CLIP that takes the embedded pictures
+    preprocess,  # Its image transform
+    tokenizer,  # Its tokenizer
+    seconds: float | None,  # Spent training it; None for the teacher
+    bytes_: int,  # Size of its weights file
+) -> dict:  # Parameters, MACs, pairs/s, accuracy
     "One line of the demo's table, as numbers"
-    size,found = parameters(model), examine(model, preprocess, tokenizer)
-    return dict(model=name, towers=size['towers'], token_table=size['token_table'], total=size['total'], macs=macs(model)['total'],
-                pairs_per_s=throughput(model, 64)['pairs_per_s'], **found, seconds=seconds, bytes=bytes_)
+    size = parameters(model)
+    found = examine(model, preprocess, tokenizer)
+    return dict(
+        model=name,
+        towers=size['towers'],
+        token_table=size['token_table'],
+        total=size['total'],
+        macs=macs(model)['total'],
+        pairs_per_s=throughput(model, 64)['pairs_per_s'],
+        **found,
+        seconds=seconds,
+        bytes=bytes_,
+    )
 
 # %% ../../nbs/lab/04_demo.ipynb #3de2a995
 def run(
-    folder='demo', # Report, students and event logs go here
-    steps:int=STEPS, # Training steps of each student
-    seed:int=0, # Of the random start and of the pictures
-    progress:bool=True, # Show progress bars and the table
-)->dict: # `rows`: the table as numbers; `report` and `student`: what to open and what to load
+    folder='demo',  # Report, students and event logs go here
+    steps: int = STEPS,  # Training steps of each student
+    seed: int = 0,  # Of the random start and of the pictures
+    progress: bool = True,  # Show progress bars and the table
+) -> dict:  # `rows`: the table as numbers; `report` and `student`: what to open and what to load
     "The demo: three students, one table, one report, one folder to take away"
     folder = Path(folder)
-    if (folder/'runs').exists(): raise TinyclipError(f"'{folder}' already holds a demo; remove it or choose another folder.")
-    if steps<2: raise TinyclipError(f'steps={steps}: the automatic student needs one step for its masks and one to distil, at least.')
-    teacher,preprocess,tokenizer = load(EMBEDDED)
-    done = train_students(teacher, preprocess, tokenizer, folder/'runs', steps, max(1, steps*MASK_STEPS//STEPS), seed, progress)
-    models = {'teacher':teacher} | {n:m for n,(m,_) in done.items()}
-    save(models['automatic'], folder/'student')
+    if (folder / 'runs').exists():
+        raise TinyclipError(f"'{folder}' already holds a demo; remove it or choose another folder.")
+    if steps < 2:
+        raise TinyclipError(
+            f'steps={steps}: the automatic student needs one step for its masks and one to '
+            'distil, at least.'
+        )
+    teacher, preprocess, tokenizer = load(EMBEDDED)
+    done = train_students(
+        teacher,
+        preprocess,
+        tokenizer,
+        folder / 'runs',
+        steps,
+        max(1, steps * MASK_STEPS // STEPS),
+        seed,
+        progress,
+    )
+    models = {'teacher': teacher} | {n: m for n, (m, _) in done.items()}
+    save(models['automatic'], folder / 'student')
     rows = []
-    for name,m in models.items():
-        place = save(m, folder/'models'/name.replace(' ', '-'))
-        rows.append(row(name, m, preprocess, tokenizer, done[name][1] if name in done else None, file_size(place/WEIGHTS)))
-    write_json(folder/'results.json', dict(rows=rows, steps=steps, seed=seed, recipe=RECIPE, masks=MASKS, **environment()))
-    write_report(folder, models, rows, journal(folder/'runs'), tokenizer)
-    if progress: print(readable(rows), f'\n\nReport: {folder/"report.html"}\nStudent: {folder/"student"} (tinyclip.zoo.load reads it)')
-    return dict(rows=rows, report=str(folder/'report.html'), student=str(folder/'student'))
+    for name, m in models.items():
+        place = save(m, folder / 'models' / name.replace(' ', '-'))
+        rows.append(
+            row(
+                name,
+                m,
+                preprocess,
+                tokenizer,
+                done[name][1] if name in done else None,
+                file_size(place / WEIGHTS),
+            )
+        )
+    write_json(
+        folder / 'results.json',
+        dict(rows=rows, steps=steps, seed=seed, recipe=RECIPE, masks=MASKS, **environment()),
+    )
+    write_report(folder, models, rows, journal(folder / 'runs'), tokenizer)
+    if progress:
+        print(
+            readable(rows),
+            f'\n\nReport: {folder / "report.html"}\nStudent: {folder / "student"} '
+            '(tinyclip.zoo.load reads it)',
+        )
+    return dict(rows=rows, report=str(folder / 'report.html'), student=str(folder / 'student'))
 
 # %% ../../nbs/lab/04_demo.ipynb #f276bcaf
 class Neighbours:
-    "Training pairs in rounds of all trained combinations, those that differ only in shape side by side"
-    def __init__(self,
-        tokenizer, # CLIP's
-        batch_size:int=144, # Must divide 576, the number of trained combinations
-        seed:int=0, # Of pictures, captions and order
-    ): self.shapes,self.tokenizer,self.batch_size,self.seed = Shapes('train', seed=seed), tokenizer, batch_size, seed
+    """Training pairs in rounds of all trained combinations, those that differ only in shape side
+    by side"""
 
-    def __len__(self): return len(trained)//self.batch_size
+    def __init__(
+        self,
+        tokenizer,  # CLIP's
+        batch_size: int = 144,  # Must divide 576, the number of trained combinations
+        seed: int = 0,  # Of pictures, captions and order
+    ):
+        self.shapes = Shapes('train', seed=seed)
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def __len__(self):
+        return len(trained) // self.batch_size
 
     def order(self, e):
-        index = np.arange(e*len(trained), (e+1)*len(trained))
+        index = np.arange(e * len(trained), (e + 1) * len(trained))
         labels = self.shapes.labels(index)
-        group = [combinations.index((c, SHAPES[0], z, p)) for c,_,z,p in (combinations[l] for l in labels)] # the same thing as a circle
+        group = [
+            combinations.index((c, SHAPES[0], z, p))
+            for c, _, z, p in (combinations[l] for l in labels)
+        ]  # the same thing as a circle
         return index[np.argsort(hashed(self.seed, e, group), kind='stable')]
 
     def epoch(self, e, start=0):
         order = self.order(e)
         for i in range(start, len(self)):
-            images,captions,_ = self.shapes.batch(order[i*self.batch_size:(i+1)*self.batch_size])
+            images, captions, _ = self.shapes.batch(
+                order[i * self.batch_size : (i + 1) * self.batch_size]
+            )
             yield Batch(normalise(images), self.tokenizer(captions))
 
 # %% ../../nbs/lab/04_demo.ipynb #458b6a1e
-TEACHER = dict(embed_dim=64, vision_cfg=dict(image_size=48, layers=6, width=128, head_width=16, patch_size=12),
-               text_cfg=dict(context_length=16, vocab_size=49408, width=64, heads=4, layers=6))
-TEACHER_RECIPE = dict(objective='contrastive', lr=1e-3, weight_decay=.2, warmup=.05, scale='fixed')
+TEACHER = dict(
+    embed_dim=64,
+    vision_cfg=dict(image_size=48, layers=6, width=128, head_width=16, patch_size=12),
+    text_cfg=dict(context_length=16, vocab_size=49408, width=64, heads=4, layers=6),
+)
+TEACHER_RECIPE = dict(
+    objective='contrastive', lr=1e-3, weight_decay=0.2, warmup=0.05, scale='fixed'
+)
+
 
 def train_teacher(
-    folder, # The model's folder; checkpoints and the event log go into `<folder>-run`
-    steps:int=3000, # About half an hour on two cores
-    batch_size:int=144, # Pairs per step
-    seed:int=0, # Of the start and of the pictures
-    start=None, # A model folder to begin with; None for random weights
-    resume:bool=False, # Go on with an interrupted run
-)->dict: # What `examine` says, and `seconds`
-    "Train a teacher like the embedded one and save it in half precision, with zeros for tokens it never saw"
+    folder,  # The model's folder; checkpoints and the event log go into `<folder>-run`
+    steps: int = 3000,  # About half an hour on two cores
+    batch_size: int = 144,  # Pairs per step
+    seed: int = 0,  # Of the start and of the pictures
+    start=None,  # A model folder to begin with; None for random weights
+    resume: bool = False,  # Go on with an interrupted run
+) -> dict:  # What `examine` says, and `seconds`
+    """Train a teacher like the embedded one and save it in half precision, with zeros for tokens
+    it never saw"""
     seed_everything(seed)
-    model,preprocess,tokenizer = load(start) if start else finish(build(TEACHER), TEACHER, {})
-    model.logit_scale.data.fill_(math.log(1/.07)) # CLIP's own start value, and it stays
+    model, preprocess, tokenizer = load(start) if start else finish(build(TEACHER), TEACHER, {})
+    model.logit_scale.data.fill_(math.log(1 / 0.07))  # CLIP's own start value, and it stays
     table = model.token_embedding.weight.detach().clone()
-    d = Distiller(model, None, Neighbours(tokenizer, batch_size, seed), **TEACHER_RECIPE, seed=seed, folder=f'{folder}-run', save_every=200, device='cpu',
-                  evaluate=lambda m: examine(m, preprocess, tokenizer, n=256, templates=['{}']), evaluate_every=200)
+    d = Distiller(
+        model,
+        None,
+        Neighbours(tokenizer, batch_size, seed),
+        **TEACHER_RECIPE,
+        seed=seed,
+        folder=f'{folder}-run',
+        save_every=200,
+        device='cpu',
+        evaluate=lambda m: examine(m, preprocess, tokenizer, n=256, templates=['{}']),
+        evaluate_every=200,
+    )
     r = d.fit(steps, resume)
-    if not start: # a start has its zeros already, and knows words that a short run may not meet
-        with torch.no_grad(): model.token_embedding.weight[(model.token_embedding.weight==table).all(1)] = 0 # no gradient, no decay: as they were
+    if not start:  # a start has its zeros already, and knows words that a short run may not meet
+        with torch.no_grad():
+            model.token_embedding.weight[(model.token_embedding.weight == table).all(1)] = (
+                0  # no gradient, no decay: as they were
+            )
     save(model, folder, dtype=torch.float16)
     return examine(load(folder).model, preprocess, tokenizer) | dict(seconds=r.seconds)

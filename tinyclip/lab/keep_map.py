@@ -8,76 +8,173 @@ __all__ = ['SCALE', 'layers', 'binned', 'layer_shares', 'keep_map', 'redundancy'
 # %% ../../nbs/lab/02_keep_map.ipynb #cf5cbc73
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+
 from ..core import Table, TinyclipError
 from ..keep import Keep
 from ..masks import TOWERS
 
 # %% ../../nbs/lab/02_keep_map.ipynb #b91ffcd0
 def layers(
-    keep:Keep, # Of a model with two transformers
-    tower:str, # `'image'` or `'text'`
-)->int: # Of the teacher
+    keep: Keep,  # Of a model with two transformers
+    tower: str,  # `'image'` or `'text'`
+) -> int:  # Of the teacher
     "Layers of a tower before the cut"
-    if f'{tower}.width' not in keep.sizes: raise TinyclipError(f'The {tower} tower of this keep is no transformer; keep_table shows it in numbers.')
+    if f'{tower}.width' not in keep.sizes:
+        raise TinyclipError(
+            f'The {tower} tower of this keep is no transformer; keep_table shows it in numbers.'
+        )
     return keep.sizes[f'{tower}.layers']
 
+
 def binned(
-    keep:Keep, # A keep
-    axis:str, # One of its axes
-    bins:int=64, # Longer axes are averaged down to so many
-)->list: # Kept share per bin, 0..1
+    keep: Keep,  # A keep
+    axis: str,  # One of its axes
+    bins: int = 64,  # Longer axes are averaged down to so many
+) -> list:  # Kept share per bin, 0..1
     "Where along an axis something stays"
-    kept,n = set(keep[axis]), keep.sizes[axis]
-    edges = [i*n//min(bins, n) for i in range(min(bins, n)+1)]
-    return [round(sum(j in kept for j in range(a, b))/(b-a), 3) for a,b in zip(edges, edges[1:])]
+    kept, n = set(keep[axis]), keep.sizes[axis]
+    edges = [i * n // min(bins, n) for i in range(min(bins, n) + 1)]
+    return [
+        round(sum(j in kept for j in range(a, b)) / (b - a), 3) for a, b in zip(edges, edges[1:])
+    ]
+
 
 def layer_shares(
-    keep:Keep, # A keep
-)->Table: # A row per layer: kept shares of heads and neurons, and `size`, that of the parameters of its matrices
+    keep: Keep,  # A keep
+) -> Table:  # A row per layer: kept shares of heads and neurons, and `size`, that of the parameters of its matrices
     "How much of every layer stays"
     rows = Table()
     for t in TOWERS:
-        width,there = len(keep[f'{t}.width'])/keep.sizes[f'{t}.width'], keep[f'{t}.layers']
+        width = len(keep[f'{t}.width']) / keep.sizes[f'{t}.width']
+        there = keep[f'{t}.layers']
         for i in range(layers(keep, t)):
-            part = lambda kind: len(keep[a])/keep.sizes[a] if i in there and (a:=f'{t}.layers.{i}.{kind}') in keep.sizes else 0.
-            heads,ffn = part('heads'), part('ffn')
-            ratio = keep.sizes.get(f'{t}.layers.{i}.ffn', 0)/keep.sizes[f'{t}.width']
-            rows.append(dict(tower=t, layer=i, heads=heads, ffn=ffn, width=width, size=width*(4*heads+2*ratio*ffn)/(4+2*ratio)))
+
+            def part(kind):
+                return (
+                    len(keep[a]) / keep.sizes[a]
+                    if i in there and (a := f'{t}.layers.{i}.{kind}') in keep.sizes
+                    else 0.0
+                )
+
+            heads, ffn = part('heads'), part('ffn')
+            ratio = keep.sizes.get(f'{t}.layers.{i}.ffn', 0) / keep.sizes[f'{t}.width']
+            rows.append(
+                dict(
+                    tower=t,
+                    layer=i,
+                    heads=heads,
+                    ffn=ffn,
+                    width=width,
+                    size=width * (4 * heads + 2 * ratio * ffn) / (4 + 2 * ratio),
+                )
+            )
     return rows
 
 # %% ../../nbs/lab/02_keep_map.ipynb #c60bceb6
 SCALE = [[0, '#f1f3f6'], [1, '#1f4e9e']]
 
+
 def keep_map(
-    keep:Keep, # A keep
-    title:str='', # Above it
-    bins:int=64, # For neurons and channels
-)->go.Figure:
+    keep: Keep,  # A keep
+    title: str = '',  # Above it
+    bins: int = 64,  # For neurons and channels
+) -> go.Figure:
     "Heads, neurons and channels of both towers"
-    fig = make_subplots(2, 3, column_widths=[.22, .48, .3], horizontal_spacing=.06, vertical_spacing=.17,
-                        subplot_titles=[f'{t}: {w}' for t in TOWERS for w in ('heads', 'neurons', 'channels')])
-    for r,t in enumerate(TOWERS, 1):
-        there,n = keep[f'{t}.layers'], layers(keep, t)
-        for c,kind in enumerate(('heads', 'ffn'), 1):
-            known = {i:f'{t}.layers.{i}.{kind}' for i in range(n) if f'{t}.layers.{i}.{kind}' in keep.sizes}
+    fig = make_subplots(
+        2,
+        3,
+        column_widths=[0.22, 0.48, 0.3],
+        horizontal_spacing=0.06,
+        vertical_spacing=0.17,
+        subplot_titles=[f'{t}: {w}' for t in TOWERS for w in ('heads', 'neurons', 'channels')],
+    )
+    for r, t in enumerate(TOWERS, 1):
+        there, n = keep[f'{t}.layers'], layers(keep, t)
+        for c, kind in enumerate(('heads', 'ffn'), 1):
+            known = {
+                i: f'{t}.layers.{i}.{kind}'
+                for i in range(n)
+                if f'{t}.layers.{i}.{kind}' in keep.sizes
+            }
             long = max((min(bins, keep.sizes[a]) for a in known.values()), default=1)
-            z = [binned(keep, known[i], bins) if i in known and i in there else [0.]*long for i in range(n)]
-            fig.add_heatmap(z=z, row=r, col=c, zmin=0, zmax=1, colorscale=SCALE, showscale=False, xgap=1 if c==1 else 0, ygap=1, hovertemplate='layer %{y}, '+kind+' %{x}: %{z:.0%} kept<extra></extra>')
-            fig.update_yaxes(row=r, col=c, autorange='reversed', dtick=max(1, n//6), title_text='layer' if c==1 else None)
-        fig.add_heatmap(z=[binned(keep, f'{t}.width', bins)], row=r, col=3, zmin=0, zmax=1, colorscale=SCALE, showscale=False, hovertemplate='channels %{x}: %{z:.0%} kept<extra></extra>')
+            z = [
+                binned(keep, known[i], bins) if i in known and i in there else [0.0] * long
+                for i in range(n)
+            ]
+            fig.add_heatmap(
+                z=z,
+                row=r,
+                col=c,
+                zmin=0,
+                zmax=1,
+                colorscale=SCALE,
+                showscale=False,
+                xgap=1 if c == 1 else 0,
+                ygap=1,
+                hovertemplate='layer %{y}, ' + kind + ' %{x}: %{z:.0%} kept<extra></extra>',
+            )
+            fig.update_yaxes(
+                row=r,
+                col=c,
+                autorange='reversed',
+                dtick=max(1, n // 6),
+                title_text='layer' if c == 1 else None,
+            )
+        fig.add_heatmap(
+            z=[binned(keep, f'{t}.width', bins)],
+            row=r,
+            col=3,
+            zmin=0,
+            zmax=1,
+            colorscale=SCALE,
+            showscale=False,
+            hovertemplate='channels %{x}: %{z:.0%} kept<extra></extra>',
+        )
         fig.update_yaxes(row=r, col=3, showticklabels=False)
-    return fig.update_xaxes(showticklabels=False).update_annotations(font_size=13).update_layout(height=420, margin=dict(l=50,r=10,t=80 if title else 55,b=20), title=title or None, plot_bgcolor='white')
+    return (
+        fig.update_xaxes(showticklabels=False)
+        .update_annotations(font_size=13)
+        .update_layout(
+            height=420,
+            margin=dict(l=50, r=10, t=80 if title else 55, b=20),
+            title=title or None,
+            plot_bgcolor='white',
+        )
+    )
 
 # %% ../../nbs/lab/02_keep_map.ipynb #b40b1519
 def redundancy(
-    keeps, # A keep, or several of the same teacher, e.g. of several seeds: their mean is drawn
-)->go.Figure:
+    keeps,  # A keep, or several of the same teacher, e.g. of several seeds: their mean is drawn
+) -> go.Figure:
     "Kept share of every layer's parameters, by tower"
     keeps = [keeps] if isinstance(keeps, Keep) else list(keeps)
-    all_,fig = [layer_shares(k) for k in keeps], go.Figure()
-    mean = lambda t,i,k: sum(next(r[k] for r in rows if r['tower']==t and r['layer']==i) for rows in all_)/len(all_)
-    for t,colour in zip(TOWERS, ('#2a6fdb', '#d9822b')):
+    all_, fig = [layer_shares(k) for k in keeps], go.Figure()
+
+    def mean(t, i, k):
+        return sum(
+            next(r[k] for r in rows if r['tower'] == t and r['layer'] == i) for rows in all_
+        ) / len(all_)
+
+    for t, colour in zip(TOWERS, ('#2a6fdb', '#d9822b')):
         n = layers(keeps[0], t)
-        fig.add_bar(x=list(range(1, n+1)), y=[round(100*mean(t, i, 'size'), 2) for i in range(n)], name=f'{t}: parameters of the layer', marker_color=colour)
-        fig.add_scatter(x=[.5, n+.5], y=[round(100*mean(t, 0, 'width'), 2)]*2, name=f'{t}: channels', mode='lines', line=dict(color=colour, dash='dot', width=2))
-    return fig.update_layout(height=340, barmode='group', xaxis=dict(title='layer', dtick=1), yaxis=dict(title='kept (%)', range=[0, 105]), margin=dict(l=55,r=10,t=40,b=45), legend=dict(orientation='h', y=-.25))
+        fig.add_bar(
+            x=list(range(1, n + 1)),
+            y=[round(100 * mean(t, i, 'size'), 2) for i in range(n)],
+            name=f'{t}: parameters of the layer',
+            marker_color=colour,
+        )
+        fig.add_scatter(
+            x=[0.5, n + 0.5],
+            y=[round(100 * mean(t, 0, 'width'), 2)] * 2,
+            name=f'{t}: channels',
+            mode='lines',
+            line=dict(color=colour, dash='dot', width=2),
+        )
+    return fig.update_layout(
+        height=340,
+        barmode='group',
+        xaxis=dict(title='layer', dtick=1),
+        yaxis=dict(title='kept (%)', range=[0, 105]),
+        margin=dict(l=55, r=10, t=40, b=45),
+        legend=dict(orientation='h', y=-0.25),
+    )

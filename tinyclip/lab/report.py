@@ -7,95 +7,170 @@ __all__ = ['COLOURS', 'STYLE', 'readable', 'to_html', 'curves', 'share_curve', '
            'kept_by', 'lead', 'write_report']
 
 # %% ../../nbs/lab/03_report.ipynb #7f110eaa
-import base64, html, io
+import base64
+import html
+import io
 from pathlib import Path
+
 import plotly.graph_objects as go
 import torch
 from PIL import Image
 from torch import nn
+
 from ..core import Table, human
+from ..data.shapes import PROMPTS, Shapes, classnames, combinations, normalise
 from ..evaluate.zeroshot import class_embeddings
 from ..keep import Keep, keep_table
 from .keep_map import keep_map, redundancy
-from ..data.shapes import PROMPTS, Shapes, classnames, combinations, normalise
 
 # %% ../../nbs/lab/03_report.ipynb #d922a182
 def readable(
-    rows:list, # From `row`, the teacher first
-)->Table: # What the demo prints
+    rows: list,  # From `row`, the teacher first
+) -> Table:  # What the demo prints
     "The numbers as a person reads them"
-    first,percent = rows[0], lambda x: f'{100*x:.1f} %'
-    return Table({'model':r['model'], 'tower parameters':human(r['towers']), 'token table':human(r['token_table']), 'MACs':human(r['macs']),
-                  'pairs/s':human(round(r['pairs_per_s'])), 'speed':f"{r['pairs_per_s']/first['pairs_per_s']:.2f}x", 'held-out top-1':percent(r['top1']),
-                  'image-to-text R@1':percent(r['i2t_r1']), 'training':f"{r['seconds']:.0f} s" if r['seconds'] else '', 'file':human(r['bytes'])+'B'} for r in rows)
+    first, percent = rows[0], lambda x: f'{100 * x:.1f} %'
+    return Table(
+        {
+            'model': r['model'],
+            'tower parameters': human(r['towers']),
+            'token table': human(r['token_table']),
+            'MACs': human(r['macs']),
+            'pairs/s': human(round(r['pairs_per_s'])),
+            'speed': f"{r['pairs_per_s'] / first['pairs_per_s']:.2f}x",
+            'held-out top-1': percent(r['top1']),
+            'image-to-text R@1': percent(r['i2t_r1']),
+            'training': f"{r['seconds']:.0f} s" if r['seconds'] else '',
+            'file': human(r['bytes']) + 'B',
+        }
+        for r in rows
+    )
 
 # %% ../../nbs/lab/03_report.ipynb #7bd9ef33
 def to_html(
-    table:Table, # Any table
-)->str: # `<table>...</table>`
+    table: Table,  # Any table
+) -> str:  # `<table>...</table>`
     "A table as plain HTML"
     cells = [[html.escape(c) for c in r] for r in table.cells()]
-    line = lambda r,t: '<tr>' + ''.join(f'<{t}>{c}</{t}>' for c in r) + '</tr>'
+
+    def line(r, t):
+        return '<tr>' + ''.join(f'<{t}>{c}</{t}>' for c in r) + '</tr>'
+
     return '<table>' + line(cells[0], 'th') + ''.join(line(r, 'td') for r in cells[1:]) + '</table>'
 
 # %% ../../nbs/lab/03_report.ipynb #c367b200
 COLOURS = ('#999999', '#d9822b', '#2a6fdb', '#1a7f4b', '#8250df')
 
+
 def curves(
-    logs:dict, # name -> events
-    teacher:float|None=None, # The teacher's accuracy, drawn as a line
-)->go.Figure:
+    logs: dict,  # name -> events
+    teacher: float | None = None,  # The teacher's accuracy, drawn as a line
+) -> go.Figure:
     "Held-out accuracy over the steps"
     fig = go.Figure()
-    for (name,events),colour in zip(logs.items(), COLOURS):
-        e = [o for o in events if o['event']=='evaluation']
-        fig.add_scatter(x=[o['step'] for o in e], y=[round(100*o['eval/top1'], 2) for o in e], name=name, mode='lines+markers', line=dict(color=colour, width=3))
-    if teacher is not None: fig.add_hline(y=100*teacher, line_dash='dot', annotation_text='teacher', annotation_position='bottom right')
-    return fig.update_layout(height=360, margin=dict(l=60,r=20,t=30,b=50), xaxis_title='steps, those of the mask phase included', yaxis_title='held-out top-1 (%)', yaxis_range=[0,102], hovermode='x unified', legend=dict(orientation='h', y=1.12))
+    for (name, events), colour in zip(logs.items(), COLOURS):
+        e = [o for o in events if o['event'] == 'evaluation']
+        fig.add_scatter(
+            x=[o['step'] for o in e],
+            y=[round(100 * o['eval/top1'], 2) for o in e],
+            name=name,
+            mode='lines+markers',
+            line=dict(color=colour, width=3),
+        )
+    if teacher is not None:
+        fig.add_hline(
+            y=100 * teacher,
+            line_dash='dot',
+            annotation_text='teacher',
+            annotation_position='bottom right',
+        )
+    return fig.update_layout(
+        height=360,
+        margin=dict(l=60, r=20, t=30, b=50),
+        xaxis_title='steps, those of the mask phase included',
+        yaxis_title='held-out top-1 (%)',
+        yaxis_range=[0, 102],
+        hovermode='x unified',
+        legend=dict(orientation='h', y=1.12),
+    )
+
 
 def share_curve(
-    events, # Of a mask phase
-)->go.Figure:
+    events,  # Of a mask phase
+) -> go.Figure:
     "Kept shares and their targets while masks learn"
-    fig,rows = go.Figure(), [e for e in events if e['event']=='log' and 'share/image' in e]
-    for key,colour in (('image', '#2a6fdb'), ('text', '#d9822b')):
-        fig.add_scatter(x=[r['step'] for r in rows], y=[round(100*r[f'share/{key}'], 2) for r in rows], name=key, line=dict(color=colour, width=3))
-        if rows and f'target/{key}' in rows[0]: fig.add_scatter(x=[r['step'] for r in rows], y=[round(100*r[f'target/{key}'], 2) for r in rows], name=f'{key}: target', line=dict(color=colour, dash='dot'))
-    return fig.update_layout(height=300, margin=dict(l=60,r=20,t=30,b=50), xaxis_title='steps', yaxis_title='kept share (%)', yaxis_range=[0,105], hovermode='x unified', legend=dict(orientation='h', y=1.15))
+    fig = go.Figure()
+    rows = [e for e in events if e['event'] == 'log' and 'share/image' in e]
+    for key, colour in (('image', '#2a6fdb'), ('text', '#d9822b')):
+        fig.add_scatter(
+            x=[r['step'] for r in rows],
+            y=[round(100 * r[f'share/{key}'], 2) for r in rows],
+            name=key,
+            line=dict(color=colour, width=3),
+        )
+        if rows and f'target/{key}' in rows[0]:
+            fig.add_scatter(
+                x=[r['step'] for r in rows],
+                y=[round(100 * r[f'target/{key}'], 2) for r in rows],
+                name=f'{key}: target',
+                line=dict(color=colour, dash='dot'),
+            )
+    return fig.update_layout(
+        height=300,
+        margin=dict(l=60, r=20, t=30, b=50),
+        xaxis_title='steps',
+        yaxis_title='kept share (%)',
+        yaxis_range=[0, 105],
+        hovermode='x unified',
+        legend=dict(orientation='h', y=1.15),
+    )
 
 # %% ../../nbs/lab/03_report.ipynb #298abc90
 def answers(
-    model:nn.Module, # A CLIP
-    tokenizer, # Its tokenizer
-    images:torch.Tensor, # `(n,3,h,w)` uint8
-)->list: # n labels
+    model: nn.Module,  # A CLIP
+    tokenizer,  # Its tokenizer
+    images: torch.Tensor,  # `(n,3,h,w)` uint8
+) -> list:  # n labels
     "What a model says that it sees"
     z = class_embeddings(model, tokenizer, classnames, PROMPTS)
-    with torch.no_grad(): return (model.encode_image(normalise(images), normalize=True) @ z.T).argmax(1).tolist()
+    with torch.no_grad():
+        return (model.encode_image(normalise(images), normalize=True) @ z.T).argmax(1).tolist()
+
 
 def what_they_see(
-    models:dict, # name -> CLIP
-    tokenizer, # Their tokenizer
-    n:int=12, # Pictures
-)->str: # HTML
-    "Pictures of combinations never trained on, and what every model calls them; wrong words are struck out"
-    images,_,labels = Shapes('heldout', seed=97).batch(range(n))
-    said = {name:answers(m, tokenizer, images) for name,m in models.items()}
+    models: dict,  # name -> CLIP
+    tokenizer,  # Their tokenizer
+    n: int = 12,  # Pictures
+) -> str:  # HTML
+    """Pictures of combinations never trained on, and what every model calls them; wrong words
+    are struck out"""
+    images, _, labels = Shapes('heldout', seed=97).batch(range(n))
+    said = {name: answers(m, tokenizer, images) for name, m in models.items()}
     cards = []
-    for i,label in enumerate(labels.tolist()):
-        lines = ''.join(f'<div class=say><b>{html.escape(name)}</b> {judged(a[i], label)}</div>' for name,a in said.items())
-        cards.append(f'<figure><img alt="{html.escape(classnames[label])}" src="{png(images[i])}">{lines}</figure>')
+    for i, label in enumerate(labels.tolist()):
+        lines = ''.join(
+            f'<div class=say><b>{html.escape(name)}</b> {judged(a[i], label)}</div>'
+            for name, a in said.items()
+        )
+        cards.append(
+            f'<figure><img alt="{html.escape(classnames[label])}" '
+            f'src="{png(images[i])}">{lines}</figure>'
+        )
     return f'<div class=cards>{"".join(cards)}</div>'
 
-def judged(answer:int, truth:int)->str:
+
+def judged(answer: int, truth: int) -> str:
     "An answer word by word: right words plain, wrong ones struck out"
     words = zip(*(combinations[l] for l in (answer, truth)))
-    order = [(a, a==t) for a,t in words]
-    return ' '.join(w if ok else f'<s>{w}</s>' for w,ok in (order[2], order[0], order[1], order[3]))
+    order = [(a, a == t) for a, t in words]
+    return ' '.join(
+        w if ok else f'<s>{w}</s>' for w, ok in (order[2], order[0], order[1], order[3])
+    )
 
-def png(image:torch.Tensor)->str: # `(3,h,w)` uint8 to a data URL
+
+def png(image: torch.Tensor) -> str:  # `(3,h,w)` uint8 to a data URL
     "A picture that needs no file"
-    f = io.BytesIO(); Image.fromarray(image.permute(1,2,0).numpy()).save(f, 'PNG')
+    f = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(f, 'PNG')
     return 'data:image/png;base64,' + base64.b64encode(f.getvalue()).decode()
 
 # %% ../../nbs/lab/03_report.ipynb #88b600da
@@ -106,38 +181,62 @@ img{width:100%;image-rendering:pixelated;border-radius:6px}.say{margin-top:.25re
 
 # %% ../../nbs/lab/03_report.ipynb #aa8001c8
 def kept_by(
-    models:dict, # name -> CLIP
-)->dict: # name -> `Keep`, for those that inherited
+    models: dict,  # name -> CLIP
+) -> dict:  # name -> `Keep`, for those that inherited
     "What every student holds of the teacher"
-    return {n:m.keep for n,m in models.items() if isinstance(getattr(m, 'keep', None), Keep)}
+    return {n: m.keep for n, m in models.items() if isinstance(getattr(m, 'keep', None), Keep)}
+
 
 def lead(
-    rows:list, # The teacher first, the automatic student last
-)->str:
+    rows: list,  # The teacher first, the automatic student last
+) -> str:
     "The result in words"
-    by,first = {r['model']:r for r in rows}, rows[0]
-    said = ', '.join(f"{n} {100*r['top1']:.1f} %" for n,r in by.items() if r is not first)
-    return (f"Each student has {rows[-1]['towers']/first['towers']:.0%} of the teacher's tower parameters and trained for the same number of steps, mask steps included. On combinations that no training picture showed, "
-            f"right among 640 names: {said}; the teacher {100*first['top1']:.1f} %. One seed; the page on results has several.")
+    by, first = {r['model']: r for r in rows}, rows[0]
+    said = ', '.join(f"{n} {100 * r['top1']:.1f} %" for n, r in by.items() if r is not first)
+    return (
+        f"Each student has {rows[-1]['towers'] / first['towers']:.0%} of the teacher's tower "
+        "parameters and trained for the same number of steps, mask steps included. On "
+        "combinations that no training picture showed, "
+        f"right among 640 names: {said}; the teacher {100 * first['top1']:.1f} %. One seed; "
+        "the page on results has several."
+    )
+
 
 def write_report(
-    folder:Path, # The page goes here; `student` in it is the student to take away
-    models:dict, # name -> CLIP, the teacher first
-    rows:list, # A dict per model, see `readable`
-    logs:dict, # name -> events of each student; steps count from the first phase on
-    tokenizer, # The models' tokenizer
-)->Path: # `report.html`, which needs no network
+    folder: Path,  # The page goes here; `student` in it is the student to take away
+    models: dict,  # name -> CLIP, the teacher first
+    rows: list,  # A dict per model, see `readable`
+    logs: dict,  # name -> events of each student; steps count from the first phase on
+    tokenizer,  # The models' tokenizer
+) -> Path:  # `report.html`, which needs no network
     "Put table, curves, pictures and keeps on one page"
-    keeps,masks = kept_by(models), [e for n in logs for e in logs[n] if e.get('phase')=='masks']
-    draw = lambda figure, script=False: figure.to_html(full_html=False, include_plotlyjs=script, config=dict(displayModeBar=False)) # the first one brings the script
-    top,shares = draw(curves(logs, rows[0]['top1']), True), f'<p>While masks learn, their share follows its target:</p>{draw(share_curve(masks))}' if masks else ''
-    maps = ''.join(f'{draw(keep_map(k, n))}<details><summary>{html.escape(n)}, in numbers</summary><div class=scroll>{to_html(keep_table(k))}</div></details>' for n,k in keeps.items())
+    keeps = kept_by(models)
+    masks = [e for n in logs for e in logs[n] if e.get('phase') == 'masks']
+
+    def draw(figure, script=False):
+        return figure.to_html(
+            full_html=False, include_plotlyjs=script, config=dict(displayModeBar=False)
+        )  # the first one brings the script
+
+    top = draw(curves(logs, rows[0]['top1']), True)
+    shares = (
+        f'<p>While masks learn, their share follows its target:</p>{draw(share_curve(masks))}'
+        if masks
+        else ''
+    )
+    maps = ''.join(
+        (
+            f'{draw(keep_map(k, n))}<details><summary>{html.escape(n)}, in numbers</summary><div '
+            f'class=scroll>{to_html(keep_table(k))}</div></details>'
+        )
+        for n, k in keeps.items()
+    )
     page = f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>tinyclip demo</title><style>{STYLE}</style>
 <h1>A CLIP of half the size</h1><p>{lead(rows)}</p><div class=scroll>{to_html(readable(rows))}</div><h2>While they trained</h2>{top}{shares}
 <h2>What they see</h2><p>Pictures of combinations never trained on, and what each model calls them among 640 names. Wrong words are struck out.</p>{what_they_see(models, tokenizer)}
 <h2>What they kept</h2><p>Dark stays. A rule keeps what leads; masks keep what they found to matter.</p>{maps}
 {'<p>How much of every layer the last one kept, beside its channels. The paper finds texts redundant in depth and images in width.</p>' + draw(redundancy(list(keeps.values())[-1])) if keeps else ''}
 <h2>Take it away</h2><pre>from tinyclip.zoo.loading import load
-model, preprocess, tokenizer = load('{html.escape(str(folder/"student"))}')</pre></html>"""
-    (folder/'report.html').write_text(page, encoding='utf-8')
-    return folder/'report.html'
+model, preprocess, tokenizer = load('{html.escape(str(folder / "student"))}')</pre></html>"""
+    (folder / 'report.html').write_text(page, encoding='utf-8')
+    return folder / 'report.html'

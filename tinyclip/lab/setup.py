@@ -12,168 +12,321 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+
 import torch
 from torch import nn
+
 from ..core import TinyclipError, evaluating, human, pick_device
-from ..train.step import features
-from ..evaluate.zeroshot import retrieval, zero_shot
-from ..losses.mimicking import Features
-from ..evaluate.cost import parameters
 from ..data.pairs import Pairs, Tally, captioned, labelled, open_pairs, stream
-from ..data.transforms import Chunk, drawn_caption, pictures, transforms
 from ..data.shapes import Shapes
 from ..data.sources import Drawn, Listing, Order, Source, as_source
+from ..data.transforms import Chunk, drawn_caption, pictures, transforms
+from ..evaluate.cost import parameters
+from ..evaluate.zeroshot import retrieval, zero_shot
+from ..losses.mimicking import Features
+from ..train.step import features
 from ..zoo.loading import EMBEDDED, load
 
 # %% ../../nbs/lab/05_setup.ipynb #58c8cf18
 class Few(NamedTuple):
     "Pairs with their words: a batch that can also be read"
-    image:torch.Tensor # (n,3,h,w) float32, as at evaluation
-    text:torch.Tensor # (n,context) int64
-    captions:list # n strings
+
+    image: torch.Tensor  # (n,3,h,w) float32, as at evaluation
+    text: torch.Tensor  # (n,context) int64
+    captions: list  # n strings
+
 
 def few(
-    source:Source, # Of the page *Sources*
-    preprocess, # PIL image -> float tensor (3,h,w)
-    tokenizer, # An open_clip tokenizer
-    n:int, # So many
-    seed:int=0, # Another seed, other pairs
-)->Few:
+    source: Source,  # Of the page *Sources*
+    preprocess,  # PIL image -> float tensor (3,h,w)
+    tokenizer,  # An open_clip tokenizer
+    n: int,  # So many
+    seed: int = 0,  # Another seed, other pairs
+) -> Few:
     "Some usable pairs of a source, in an order of chance"
-    if n<1: raise TinyclipError(f'n={n}: ask for one pair at least.')
-    order,got = Order(seed, size=min(n, 16), buffer=4*n), []
+    if n < 1:
+        raise TinyclipError(f'n={n}: ask for one pair at least.')
+    order, got = Order(seed, size=min(n, 16), buffer=4 * n), []
+
     def cook(entries, order):
-        samples,images,skips = pictures(entries, order, preprocess)
+        samples, images, skips = pictures(entries, order, preprocess)
         return Chunk((samples, images) if samples else (), skips)
+
     for fields in stream(source, order, cook, 0, Tally(source)):
         got += zip(*fields)
-        if len(got)>=n: break
-    if len(got)<n: raise TinyclipError(f'{source!r} holds {len(got)} usable pairs, and {n} were asked for.')
-    captions = [drawn_caption(s, order) for s,_ in got[:n]]
-    return Few(torch.stack([i for _,i in got[:n]]), tokenizer(captions), captions)
+        if len(got) >= n:
+            break
+    if len(got) < n:
+        raise TinyclipError(f'{source!r} holds {len(got)} usable pairs, and {n} were asked for.')
+    captions = [drawn_caption(s, order) for s, _ in got[:n]]
+    return Few(torch.stack([i for _, i in got[:n]]), tokenizer(captions), captions)
 
 # %% ../../nbs/lab/05_setup.ipynb #c0d06c8b
 class Spaced(Listing):
     "At most `n` samples of a listing, evenly spaced"
+
     def __init__(self, source, n):
-        self.source,self.classnames = source, source.classnames
-        self.picked = [i*len(source)//min(n, len(source)) for i in range(min(n, len(source)))]
-    def __len__(self): return len(self.picked)
-    def read(self, indices): return self.source.read([self.picked[i] for i in indices])
-    def __repr__(self): return repr(self.source)
+        self.source = source
+        self.classnames = source.classnames
+        self.picked = [i * len(source) // min(n, len(source)) for i in range(min(n, len(source)))]
+
+    def __len__(self):
+        return len(self.picked)
+
+    def read(self, indices):
+        return self.source.read([self.picked[i] for i in indices])
+
+    def __repr__(self):
+        return repr(self.source)
+
 
 class Exam:
     "Called with a model, returns one number under the name `metric`: `top1` or `i2t_r1`, 0..1"
-    def __init__(self,
-        source, # Held-out data
-        preprocess, # The evaluation transform
-        tokenizer, # Its tokenizer
-        n:int=1000, # At most so many images
-        templates='simple', # For class names, as in `evaluate.prompts`
-    ):
-        if n<1: raise TinyclipError(f'n={n}: an evaluation needs one image at least.')
-        self.source,self.n,self.tokenizer,self.templates = Spaced(source, n) if isinstance(source, Listing) else source, n, tokenizer, templates
-        self.metric,self.parts = 'top1' if source.classnames else 'i2t_r1', math.ceil(n/128)
-        size = n//self.parts
-        self.batches = labelled(self.source, preprocess, size) if source.classnames else captioned(self.source, preprocess, tokenizer, size)
 
-    def __call__(self, model:nn.Module)->dict:
-        some = self.batches if isinstance(self.source, Listing) else islice(self.batches, self.parts)
-        found = zero_shot(model, self.tokenizer, some, self.source.classnames, self.templates) if self.metric=='top1' else retrieval(model, some)
-        return {self.metric:found[self.metric]}
+    def __init__(
+        self,
+        source,  # Held-out data
+        preprocess,  # The evaluation transform
+        tokenizer,  # Its tokenizer
+        n: int = 1000,  # At most so many images
+        templates='simple',  # For class names, as in `evaluate.prompts`
+    ):
+        if n < 1:
+            raise TinyclipError(f'n={n}: an evaluation needs one image at least.')
+        self.source = Spaced(source, n) if isinstance(source, Listing) else source
+        self.n = n
+        self.tokenizer = tokenizer
+        self.templates = templates
+        self.metric = 'top1' if source.classnames else 'i2t_r1'
+        self.parts = math.ceil(n / 128)
+        size = n // self.parts
+        self.batches = (
+            labelled(self.source, preprocess, size)
+            if source.classnames
+            else captioned(self.source, preprocess, tokenizer, size)
+        )
+
+    def __call__(self, model: nn.Module) -> dict:
+        some = (
+            self.batches if isinstance(self.source, Listing) else islice(self.batches, self.parts)
+        )
+        found = (
+            zero_shot(model, self.tokenizer, some, self.source.classnames, self.templates)
+            if self.metric == 'top1'
+            else retrieval(model, some)
+        )
+        return {self.metric: found[self.metric]}
 
     def __repr__(self):
-        what = 'zero-shot top-1' if self.metric=='top1' else 'image-to-text R@1'
-        return f'{what} on {len(self.source) if isinstance(self.source, Listing) else f"at most {self.n}"} of {self.source!r}'
+        what = 'zero-shot top-1' if self.metric == 'top1' else 'image-to-text R@1'
+        return (
+            f'{what} on '
+            f'{len(self.source) if isinstance(self.source, Listing) else f"at most {self.n}"} of '
+            f'{self.source!r}'
+        )
 
 # %% ../../nbs/lab/05_setup.ipynb #731acb14
-START = dict(cpu=dict(batch_size=32, steps=60, workers=0), cuda=dict(batch_size=256, steps=2000, workers=None)) # by device; any other as cpu
+START = dict(
+    cpu=dict(batch_size=32, steps=60, workers=0),
+    cuda=dict(batch_size=256, steps=2000, workers=None),
+)  # by device; any other as cpu
 
 # %% ../../nbs/lab/05_setup.ipynb #ad9e735a
 @dataclass(repr=False)
 class Bench:
     "What a lab works on; `bench` makes one"
-    name:str # The teacher's
-    teacher:nn.Module # A CLIP in eval mode, on the device, without gradients
-    preprocess:Callable # Its image transform, as at evaluation
-    tokenizer:Callable # Its tokenizer
-    device:torch.device # Where it works
-    data:Source # The pairs
-    evaluate:Exam|None # Called with a model, returns `{'top1':...}` or `{'i2t_r1':...}`; None: nothing is held out
-    batch_size:int # Pairs per step
-    steps:int # Of a training run
-    seed:int # Of orders, captions and crops
-    workers:int|None = 0 # Loader processes; None for one per core
-    given:dict = field(default_factory=dict) # What `bench` was called with
 
-    metric = property(lambda self: self.evaluate and self.evaluate.metric) # The name of what `evaluate` returns
-    def pairs(self, seed:int|None=None, batch_size:int|None=None)->Pairs: # For a `Distiller`
-        "The pairs, opened afresh; drawn pictures are not cropped, since their captions say where things are"
+    name: str  # The teacher's
+    teacher: nn.Module  # A CLIP in eval mode, on the device, without gradients
+    preprocess: Callable  # Its image transform, as at evaluation
+    tokenizer: Callable  # Its tokenizer
+    device: torch.device  # Where it works
+    data: Source  # The pairs
+    evaluate: (
+        Exam | None
+    )  # Called with a model, returns `{'top1':...}` or `{'i2t_r1':...}`; None: nothing is held out
+    batch_size: int  # Pairs per step
+    steps: int  # Of a training run
+    seed: int  # Of orders, captions and crops
+    workers: int | None = 0  # Loader processes; None for one per core
+    given: dict = field(default_factory=dict)  # What `bench` was called with
+
+    metric = property(
+        lambda self: self.evaluate and self.evaluate.metric
+    )  # The name of what `evaluate` returns
+
+    def pairs(
+        self, seed: int | None = None, batch_size: int | None = None
+    ) -> Pairs:  # For a `Distiller`
+        """The pairs, opened afresh; drawn pictures are not cropped, since their captions say
+        where things are"""
         crop = 1 if isinstance(self.data, Drawn) else 0
-        return open_pairs(self.data, transforms(self.teacher)[crop], self.tokenizer, self.batch_size if batch_size is None else batch_size,
-                          seed=self.seed if seed is None else seed, workers=self.workers)
-    def score(self, model:nn.Module)->float: # 0..1
+        return open_pairs(
+            self.data,
+            transforms(self.teacher)[crop],
+            self.tokenizer,
+            self.batch_size if batch_size is None else batch_size,
+            seed=self.seed if seed is None else seed,
+            workers=self.workers,
+        )
+
+    def score(self, model: nn.Module) -> float:  # 0..1
         "What `evaluate` says, as a number"
-        if self.evaluate is None: raise TinyclipError('Nothing is held out to evaluate on: name some data, bench(..., held_out=...).')
+        if self.evaluate is None:
+            raise TinyclipError(
+                'Nothing is held out to evaluate on: name some data, bench(..., held_out=...).'
+            )
         return self.evaluate(model)[self.metric]
-    def batch(self, n:int=24, seed:int|None=None)->Few:
+
+    def batch(self, n: int = 24, seed: int | None = None) -> Few:
         "A few pairs to look at"
-        return few(self.data, self.preprocess, self.tokenizer, n, self.seed if seed is None else seed)
-    def features(self, model:nn.Module, batch)->Features: # On the CPU
+        return few(
+            self.data, self.preprocess, self.tokenizer, n, self.seed if seed is None else seed
+        )
+
+    def features(self, model: nn.Module, batch) -> Features:  # On the CPU
         "Unit features of a batch under the teacher or a student"
         device = next(model.parameters()).device
-        with evaluating(model): return Features(*(t.cpu() for t in features(model, batch.image.to(device), batch.text.to(device))))
-    def again(self, **changes)->'Bench': # As `bench` makes it
+        with evaluating(model):
+            return Features(
+                *(t.cpu() for t in features(model, batch.image.to(device), batch.text.to(device)))
+            )
+
+    def again(self, **changes) -> 'Bench':  # As `bench` makes it
         "The same with other arguments"
         return bench(**self.given | changes)
-    def facts(self)->dict:
+
+    def facts(self) -> dict:
         "What there is, in words"
         size = parameters(self.teacher)
-        return dict(teacher=f'{self.name}: {human(size["towers"])} tower parameters ({human(size["image"])} image, {human(size["text"])} text), on {self.device}',
-                    data=repr(self.data), evaluation=repr(self.evaluate) if self.evaluate else 'none: give held_out=', training=f'{self.steps} steps of {self.batch_size} pairs, seed {self.seed}')
-    def __repr__(self): return '\n'.join(f'{k:<11} {v}' for k,v in self.facts().items())
-    def _repr_markdown_(self): return '| | |\n|:--|:--|\n' + '\n'.join(f'| **{k}** | '+v.replace('|', r'\|')+' |' for k,v in self.facts().items())
+        return dict(
+            teacher=f'{self.name}: {human(size["towers"])} tower parameters ({human(size["image"])} '
+            f'image, {human(size["text"])} text), on {self.device}',
+            data=repr(self.data),
+            evaluation=repr(self.evaluate) if self.evaluate else 'none: give held_out=',
+            training=f'{self.steps} steps of {self.batch_size} pairs, seed {self.seed}',
+        )
+
+    def __repr__(self):
+        return '\n'.join(f'{k:<11} {v}' for k, v in self.facts().items())
+
+    def _repr_markdown_(self):
+        return '| | |\n|:--|:--|\n' + '\n'.join(
+            f'| **{k}** | ' + v.replace('|', r'\|') + ' |' for k, v in self.facts().items()
+        )
 
 # %% ../../nbs/lab/05_setup.ipynb #63433f6f
 def usable(
-    device=None, # As in `pick_device`
-)->torch.device: # It has just held a number
+    device=None,  # As in `pick_device`
+) -> torch.device:  # It has just held a number
     "The device, tried out"
     device = pick_device(device)
-    try: torch.zeros(1, device=device).item()
-    except Exception as e: # every backend has its own kind
-        raise TinyclipError(f"Device '{device}' cannot be used here ({str(e).splitlines()[0][:100]}); give 'cpu', 'cuda', or None for the best there is.") from e
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as e:  # every backend has its own kind
+        raise TinyclipError(
+            f"Device '{device}' cannot be used here ({str(e).splitlines()[0][:100]}); give "
+            "'cpu', 'cuda', or None for the best there is."
+        ) from e
     return device
 
+
 def bench(
-    teacher=EMBEDDED, # Anything `zoo.load` takes: a folder, `'ViT-B-32:laion2b_s34b_b79k'`, `'hf-hub:org/repo'`
-    data=None, # Anything `open_pairs` takes: `'train-*.tar'`, `'pairs.csv'`, a folder of class folders; None or `'shapes'`: drawn pictures
-    held_out=None, # The same, for evaluation; None: drawn combinations that training never shows, or nothing if the data are your own
+    # Anything `zoo.load` takes: a folder, `'ViT-B-32:laion2b_s34b_b79k'`, `'hf-hub:org/repo'`
+    teacher=EMBEDDED,
+    # Anything `open_pairs` takes: `'train-*.tar'`, `'pairs.csv'`, a folder of class folders; None
+    # or `'shapes'`: drawn pictures
+    data=None,
+    # The same, for evaluation; None: drawn combinations that training never shows, or nothing if
+    # the data are your own
+    held_out=None,
     *,
-    batch_size:int|None=None, # Pairs per step; None: by device, see `START`
-    steps:int|None=None, # Of a training run; likewise
-    n:int|None=None, # Held-out images to ask about; None: 256 drawn ones, or 1,000 of your own
-    device:str|None=None, # None: the best there is
-    seed:int=0, # Of pictures, orders and crops
-    workers:int|None=None, # Loader processes; None: by device
-    **options, # For your data: `caption_column`, `image_column`, `classnames`, `templates`
-)->Bench:
-    "Load the teacher, open the data, and look at a sample of each, so that a wrong name is said now and not at the first step"
-    given = dict(teacher=teacher, data=data, held_out=held_out, batch_size=batch_size, steps=steps, n=n, device=device, seed=seed, workers=workers, **options)
-    if not isinstance(teacher, (str, Path)): raise TinyclipError(f'teacher is a {type(teacher).__name__}; give a name or a model folder (tinyclip.zoo.save writes one).')
-    for k,v in (('batch_size', batch_size), ('steps', steps), ('n', n)):
-        if v is not None and v<1: raise TinyclipError(f'{k}={v}: give 1 or more, or leave it out.')
+    batch_size: int | None = None,  # Pairs per step; None: by device, see `START`
+    steps: int | None = None,  # Of a training run; likewise
+    n: int
+    | None = None,  # Held-out images to ask about; None: 256 drawn ones, or 1,000 of your own
+    device: str | None = None,  # None: the best there is
+    seed: int = 0,  # Of pictures, orders and crops
+    workers: int | None = None,  # Loader processes; None: by device
+    **options,  # For your data: `caption_column`, `image_column`, `classnames`, `templates`
+) -> Bench:
+    """Load the teacher, open the data, and look at a sample of each, so that a wrong name is
+    said now and not at the first step"""
+    given = dict(
+        teacher=teacher,
+        data=data,
+        held_out=held_out,
+        batch_size=batch_size,
+        steps=steps,
+        n=n,
+        device=device,
+        seed=seed,
+        workers=workers,
+        **options,
+    )
+    if not isinstance(teacher, (str, Path)):
+        raise TinyclipError(
+            f'teacher is a {type(teacher).__name__}; give a name or a model folder '
+            '(tinyclip.zoo.save writes one).'
+        )
+    for k, v in (('batch_size', batch_size), ('steps', steps), ('n', n)):
+        if v is not None and v < 1:
+            raise TinyclipError(f'{k}={v}: give 1 or more, or leave it out.')
     device = usable(device)
-    start = START.get(device.type, START['cpu']) | {k:v for k,v in dict(batch_size=batch_size, steps=steps, workers=workers).items() if v is not None}
-    drawn = lambda x: x is None or isinstance(x, str) and x=='shapes'
-    source = as_source(Shapes('train', seed=seed+1) if drawn(data) else data, **options)
-    test = None if held_out is None and not drawn(data) else as_source(Shapes('heldout', n=n or 256, seed=99)) if drawn(held_out) else as_source(held_out, **options)
-    try: model,preprocess,tokenizer = load(teacher)
-    except TinyclipError: raise
-    except Exception as e: raise TinyclipError(f'The teacher {str(teacher)!r} cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0][:150]}).') from e
-    exam = None if test is None else Exam(test, preprocess, tokenizer, n or 1000, '{}' if isinstance(test, Drawn) else options.get('templates') or 'simple')
+    start = START.get(device.type, START['cpu']) | {
+        k: v
+        for k, v in dict(batch_size=batch_size, steps=steps, workers=workers).items()
+        if v is not None
+    }
+
+    def drawn(x):
+        return x is None or isinstance(x, str) and x == 'shapes'
+
+    source = as_source(Shapes('train', seed=seed + 1) if drawn(data) else data, **options)
+    test = (
+        None
+        if held_out is None and not drawn(data)
+        else as_source(Shapes('heldout', n=n or 256, seed=99))
+        if drawn(held_out)
+        else as_source(held_out, **options)
+    )
+    try:
+        model, preprocess, tokenizer = load(teacher)
+    except TinyclipError:
+        raise
+    except Exception as e:
+        raise TinyclipError(
+            f'The teacher {str(teacher)!r} cannot be loaded ({type(e).__name__}: '
+            f'{str(e).splitlines()[0][:150]}).'
+        ) from e
+    exam = (
+        None
+        if test is None
+        else Exam(
+            test,
+            preprocess,
+            tokenizer,
+            n or 1000,
+            '{}' if isinstance(test, Drawn) else options.get('templates') or 'simple',
+        )
+    )
     name = Path(teacher).name if Path(teacher).is_dir() else str(teacher)
-    b = Bench(name, model.to(device), preprocess, tokenizer, device, source, exam, start['batch_size'], start['steps'], seed, start['workers'], given)
-    b.pairs(); b.batch(1)
-    if exam is not None: few(test, preprocess, tokenizer, 1)
+    b = Bench(
+        name,
+        model.to(device),
+        preprocess,
+        tokenizer,
+        device,
+        source,
+        exam,
+        start['batch_size'],
+        start['steps'],
+        seed,
+        start['workers'],
+        given,
+    )
+    b.pairs()
+    b.batch(1)
+    if exam is not None:
+        few(test, preprocess, tokenizer, 1)
     return b

@@ -7,250 +7,386 @@ __all__ = ['current', 'whole_length', 'dense', 'retarget', 'halt', 'taken_over',
            'interrupted', 'heed_interrupts', 'Reader', 'heed']
 
 # %% ../../nbs/live/03_background.ipynb #79f9885f
-import asyncio, copy, queue, signal, threading, time, traceback
+import asyncio
+import copy
+import queue
+import signal
+import threading
+import time
+import traceback
 from collections import deque
 from concurrent.futures import Future
 from pathlib import Path
+
 from torch import nn
+
 from ..core import TinyclipError
 from ..distill import Distiller
-from ..train.history import History, told
+from .widgets import this_kernel
 from ..masking import MaskedCLIP
 from ..stages import Stages
-from .widgets import this_kernel
+from ..train.history import History, told
 from ..zoo.folders import save
 
 # %% ../../nbs/live/03_background.ipynb #41147f58
 def current(
-    job, # A job, maybe made of jobs
-)->Distiller|None: # None between two of them
+    job,  # A job, maybe made of jobs
+) -> Distiller | None:  # None between two of them
     "The distillation that is going on inside a job"
-    while job is not None and hasattr(job, 'running'): job = job.running
+    while job is not None and hasattr(job, 'running'):
+        job = job.running
     return job
 
+
 def whole_length(
-    job, # A job
-    steps:int|None, # What was said, if anything
-)->int|None: # None if nobody knows
+    job,  # A job
+    steps: int | None,  # What was said, if anything
+) -> int | None:  # None if nobody knows
     "How many steps a job takes in all"
-    if isinstance(job, Stages): return sum(s.mask_steps+s.steps for s in job.stages)
+    if isinstance(job, Stages):
+        return sum(s.mask_steps + s.steps for s in job.stages)
     return steps or getattr(job, 'steps', None)
 
 # %% ../../nbs/live/03_background.ipynb #69a1d542
 def dense(
-    run:Distiller|None, # Between two steps, or over
-)->nn.Module: # In eval mode; shares nothing with the one in training
+    run: Distiller | None,  # Between two steps, or over
+) -> nn.Module:  # In eval mode; shares nothing with the one in training
     "The student of this moment, as a model of its own: what masks have closed is cut off"
-    if run is None: raise TinyclipError('No student is in training right now (it is between two phases, or has not begun): ask again in a moment.')
-    if isinstance(run.student, MaskedCLIP): return run.student.cut()
+    if run is None:
+        raise TinyclipError(
+            'No student is in training right now (it is between two phases, or has not '
+            'begun): ask again in a moment.'
+        )
+    if isinstance(run.student, MaskedCLIP):
+        return run.student.cut()
     student = copy.deepcopy(run.student)
-    for name in ('forward', '_is_accelerate_prepared'): vars(student).pop(name, None) # accelerate's forward is bound to the original
+    for name in ('forward', '_is_accelerate_prepared'):
+        vars(student).pop(name, None)  # accelerate's forward is bound to the original
     return student.eval()
 
+
 def retarget(
-    run:Distiller|None, # Between two steps
-    share, # As in `sparsity.Goal`
+    run: Distiller | None,  # Between two steps
+    share,  # As in `sparsity.Goal`
 ):
     "Another target for the masks, from the next step on"
-    if run is None or run.penalty is None: raise TinyclipError('There are no masks to aim right now: a target can be moved while masks learn, not while their student distils.')
+    if run is None or run.penalty is None:
+        raise TinyclipError(
+            'There are no masks to aim right now: a target can be moved while masks learn, '
+            'not while their student distils.'
+        )
     run.penalty.aim(share)
 
 # %% ../../nbs/live/03_background.ipynb #18b31952
 def halt(
-    run, # A `Background`, maybe over
-    timeout:float=60, # Seconds to wait for its last step
+    run,  # A `Background`, maybe over
+    timeout: float = 60,  # Seconds to wait for its last step
 ):
     "Stop a run, and wait until it stands still"
     run.stop()
-    if not run.done.wait(timeout): raise TinyclipError(f'The run before ({run}) is still in the middle of a step after {timeout:.0f} s. Wait for it, or restart the kernel.')
+    if not run.done.wait(timeout):
+        raise TinyclipError(
+            f'The run before ({run}) is still in the middle of a step after {timeout:.0f} s. '
+            'Wait for it, or restart the kernel.'
+        )
+
 
 def taken_over(
-    job, # Maybe one that was run in this kernel before: its cell was run again
-)->bool: # Is there something to go on with?
+    job,  # Maybe one that was run in this kernel before: its cell was run again
+) -> bool:  # Is there something to go on with?
     "Take a job from the `Background` that had it, once that stands still"
     before = [l for l in job.listeners if isinstance(l, Background)]
     job.listeners = [l for l in job.listeners if l not in before]
-    for b in before: halt(b)
-    return any(b.begun for b in before) and bool(job.folder) and any(Path(job.folder).rglob('events.jsonl'))
+    for b in before:
+        halt(b)
+    return (
+        any(b.begun for b in before)
+        and bool(job.folder)
+        and any(Path(job.folder).rglob('events.jsonl'))
+    )
 
 # %% ../../nbs/live/03_background.ipynb #bef28ad5
 class Background:
     "A run in a thread of its own, with its switches"
-    live = None # The one run of this kernel
-    def __init__(self,
-        job, # A `Distiller`, `Stages`, `Contest`: has `fit`, `stop`, `listeners`
-        steps:int|None=None, # For a `Distiller`
-        resume:bool=False, # Go on with what the job's folder holds, e.g. after a restart of the kernel
-    ):
-        if isinstance(job, Distiller) and not (isinstance(steps, int) and steps>0): raise TinyclipError(f'steps={steps}: say how many steps this run shall take, a whole number above 0.')
-        if not all(hasattr(job, n) for n in ('fit', 'stop', 'listeners')): raise TinyclipError(f'A {type(job).__name__} cannot run in the background; give a Distiller, Stages or a Contest.')
-        resume |= taken_over(job)
-        job.listeners,job.progress = [*job.listeners, self], False # a bar would print into whichever cell runs
-        self.job,self.steps,self.total,self.resume = job, steps, whole_length(job, steps), resume
-        self.inbox,self.reading,self.folded = deque(), threading.Lock(), History(told(job.folder)) if resume else History()
-        self.requests,self.lock,self.go,self.done = queue.SimpleQueue(), threading.RLock(), threading.Event(), threading.Event()
-        self.value,self.error,self.trace,self.ending,self.begun,self.last = None, None, '', False, False, None
-        self.go.set(); self.done.set()
 
-    def __call__(self, event): # On the training thread, which has better things to do than to fold
+    live = None  # The one run of this kernel
+
+    def __init__(
+        self,
+        job,  # A `Distiller`, `Stages`, `Contest`: has `fit`, `stop`, `listeners`
+        steps: int | None = None,  # For a `Distiller`
+        # Go on with what the job's folder holds, e.g. after a restart of the kernel
+        resume: bool = False,
+    ):
+        if isinstance(job, Distiller) and not (isinstance(steps, int) and steps > 0):
+            raise TinyclipError(
+                f'steps={steps}: say how many steps this run shall take, a whole number above 0.'
+            )
+        if not all(hasattr(job, n) for n in ('fit', 'stop', 'listeners')):
+            raise TinyclipError(
+                f'A {type(job).__name__} cannot run in the background; give a Distiller, '
+                'Stages or a Contest.'
+            )
+        resume |= taken_over(job)
+        # a bar would print into whichever cell runs
+        job.listeners = [*job.listeners, self]
+        job.progress = False
+        self.job = job
+        self.steps = steps
+        self.total = whole_length(job, steps)
+        self.resume = resume
+        self.inbox = deque()
+        self.reading = threading.Lock()
+        self.folded = History(told(job.folder)) if resume else History()
+        self.requests = queue.SimpleQueue()
+        self.lock = threading.RLock()
+        self.go = threading.Event()
+        self.done = threading.Event()
+        self.value = None
+        self.error = None
+        self.trace = ''
+        self.ending = False
+        self.begun = False
+        self.last = None
+        self.go.set()
+        self.done.set()
+
+    def __call__(self, event):  # On the training thread, which has better things to do than to fold
         self.last = current(self.job) or self.last
         self.inbox.append(event)
-        if len(self.inbox)>1000: self.history()
+        if len(self.inbox) > 1000:
+            self.history()
 
-    def before_step(self): # On the training thread
+    def before_step(self):  # On the training thread
         self.serve()
         while not (self.go.is_set() or self.ending):
-            self.go.wait(.05)
+            self.go.wait(0.05)
             self.serve()
 
     paused = property(lambda self: not self.go.is_set())
-    finished = property(lambda self: self.done.is_set() and self.begun and self.error is None and not self.ending) # not while it trains, after `stop`, after an error
-    def pause(self): self.go.clear()
-    def go_on(self): self.go.set()
+    finished = property(
+        lambda self: self.done.is_set() and self.begun and self.error is None and not self.ending
+    )  # not while it trains, after `stop`, after an error
+
+    def pause(self):
+        self.go.clear()
+
+    def go_on(self):
+        self.go.set()
+
     def stop(self):
         "End after this step; a run with a folder leaves a checkpoint there"
-        if self.done.is_set(): return
+        if self.done.is_set():
+            return
         self.ending = True
         self.job.stop()
         self.go.set()
 
-    def history(self)->History:
+    def history(self) -> History:
         "What was told so far"
         with self.reading:
-            while self.inbox: self.folded.add(self.inbox.popleft())
+            while self.inbox:
+                self.folded.add(self.inbox.popleft())
         return self.folded
 
-    def step(self)->int:
+    def step(self) -> int:
         "Steps told of so far, of all runs together"
         return sum(s.step for s in self.history().values())
 
-    def state(self)->str: # `'not started'`, `'training'`, `'paused'`, `'stopped'`, `'finished'` or `'failed'`
+    def state(
+        self,
+    ) -> str:  # `'not started'`, `'training'`, `'paused'`, `'stopped'`, `'finished'` or `'failed'`
         "How it stands"
-        if not self.done.is_set(): return 'paused' if self.paused else 'training'
-        return 'failed' if self.error else 'finished' if self.finished else 'stopped' if self.begun else 'not started'
+        if not self.done.is_set():
+            return 'paused' if self.paused else 'training'
+        return (
+            'failed'
+            if self.error
+            else 'finished'
+            if self.finished
+            else 'stopped'
+            if self.begun
+            else 'not started'
+        )
 
     def __repr__(self):
-        return f'{type(self.job).__name__}, {self.state()}, step {self.step()}' + (f' of {self.total}' if self.total else '')
+        return f'{type(self.job).__name__}, {self.state()}, step {self.step()}' + (
+            f' of {self.total}' if self.total else ''
+        )
 
     def start(self):
         "Begin, or go on after a stop"
-        if not self.done.is_set(): return
+        if not self.done.is_set():
+            return
         folder = getattr(self.job, 'folder', None)
-        if self.finished: raise TinyclipError('This run is finished; make a new one.')
-        if self.begun and folder is None: raise TinyclipError('A run without a folder cannot go on after a stop: give it folder=, or make a new one.')
+        if self.finished:
+            raise TinyclipError('This run is finished; make a new one.')
+        if self.begun and folder is None:
+            raise TinyclipError(
+                'A run without a folder cannot go on after a stop: give it folder=, or make '
+                'a new one.'
+            )
         stop_live(self)
         Background.live = self
-        self.done.clear(); self.go.set()
-        self.ending,self.error,self.trace = False, None, ''
-        threading.Thread(target=self.work, args=(self.begun or self.resume,), daemon=True, name='tinyclip-trainer').start()
+        self.done.clear()
+        self.go.set()
+        self.ending = False
+        self.error = None
+        self.trace = ''
+        threading.Thread(
+            target=self.work,
+            args=(self.begun or self.resume,),
+            daemon=True,
+            name='tinyclip-trainer',
+        ).start()
         self.begun = True
 
     def work(self, resume):
         "The training thread"
-        try: self.value = self.job.fit(*([self.steps] if isinstance(self.job, Distiller) else []), resume=resume)
-        except BaseException as e: self.error,self.trace = e, traceback.format_exc() # shown by whoever displays the run, raised by `result`
+        try:
+            self.value = self.job.fit(
+                *([self.steps] if isinstance(self.job, Distiller) else []), resume=resume
+            )
+        except BaseException as e:
+            # shown by whoever displays the run, raised by `result`
+            self.error = e
+            self.trace = traceback.format_exc()
         finally:
             with self.lock:
                 self.serve()
                 self.done.set()
 
-    def ask(self,
-        what, # Called without arguments on the training thread, between two steps
-    )->Future: # Its answer
+    def ask(
+        self,
+        what,  # Called without arguments on the training thread, between two steps
+    ) -> Future:  # Its answer
         "Hand in a request"
         f = Future()
         with self.lock:
-            if self.done.is_set(): answer(f, what) # nothing trains
-            else: self.requests.put((f, what))
+            if self.done.is_set():
+                answer(f, what)  # nothing trains
+            else:
+                self.requests.put((f, what))
         return f
 
     def serve(self):
         "Answer what was asked"
-        while not self.requests.empty(): answer(*self.requests.get())
+        while not self.requests.empty():
+            answer(*self.requests.get())
 
-    def cut(self, folder=None)->Future: # Of a dense student
+    def cut(self, folder=None) -> Future:  # Of a dense student
         "The student of this moment; saved, too, if a folder is given"
+
         def make():
             student = dense(current(self.job) or self.last)
-            if folder is not None: save(student, folder, tokenizer=getattr(self.job, 'tokenizer', None))
+            if folder is not None:
+                save(student, folder, tokenizer=getattr(self.job, 'tokenizer', None))
             return student
+
         return self.ask(make)
 
-    def aim(self, share)->Future: # Of None
+    def aim(self, share) -> Future:  # Of None
         "Another target for the masks, from the next step on"
         return self.ask(lambda: retarget(current(self.job), share))
 
-    def wait(self,
-        timeout:float|None=None, # Seconds; None for as long as it takes
-    )->bool: # Is it over?
-        "Wait for the end. Interrupting the kernel once stops the run and waits for its checkpoint; twice raises at once."
-        end,heard = None if timeout is None else time.monotonic()+timeout, False
+    def wait(
+        self,
+        timeout: float | None = None,  # Seconds; None for as long as it takes
+    ) -> bool:  # Is it over?
+        """Wait for the end. Interrupting the kernel once stops the run and waits for its
+        checkpoint; twice raises at once."""
+        end = None if timeout is None else time.monotonic() + timeout
+        heard = False
         while True:
             try:
-                while not self.done.is_set() and (end is None or time.monotonic()<end): self.done.wait(.2)
+                while not self.done.is_set() and (end is None or time.monotonic() < end):
+                    self.done.wait(0.2)
                 return self.done.is_set()
             except KeyboardInterrupt:
-                if heard: raise
+                if heard:
+                    raise
                 heard = True
                 self.stop()
 
-    def result(self,
-        timeout:float|None=None, # As in `wait`
-    ): # What the job's `fit` returned
+    def result(
+        self,
+        timeout: float | None = None,  # As in `wait`
+    ):  # What the job's `fit` returned
         "The outcome; an error of the training is raised here"
-        if not self.wait(timeout): raise TimeoutError(f'still training after {timeout} s')
-        if self.error: raise self.error
+        if not self.wait(timeout):
+            raise TimeoutError(f'still training after {timeout} s')
+        if self.error:
+            raise self.error
         return self.value
 
 # %% ../../nbs/live/03_background.ipynb #bcefd6bd
 def stop_live(
-    but:Background|None=None, # Leave this one alone
-    timeout:float=60, # Seconds to wait for its last step
+    but: Background | None = None,  # Leave this one alone
+    timeout: float = 60,  # Seconds to wait for its last step
 ):
     "Stop the run that trains in this kernel, if one does"
-    if Background.live in (None, but): return
+    if Background.live in (None, but):
+        return
     halt(Background.live, timeout)
     Background.live = None
 
 # %% ../../nbs/live/03_background.ipynb #377d848a
 def answer(f, what):
     "Do it, and pass on what comes of it, an error too"
-    if not f.set_running_or_notify_cancel(): return
-    try: f.set_result(what())
-    except Exception as e: f.set_exception(e)
+    if not f.set_running_or_notify_cancel():
+        return
+    try:
+        f.set_result(what())
+    except Exception as e:
+        f.set_exception(e)
 
 # %% ../../nbs/live/03_background.ipynb #9c4637a8
 def interrupted(*_):
     "What an interrupt does while no cell runs: stop what trains"
-    if Background.live: Background.live.stop()
+    if Background.live:
+        Background.live.stop()
+
 
 async def heed_interrupts(
-    run:Background, # Stopped by an interrupt
+    run: Background,  # Stopped by an interrupt
 ):
     "While no cell runs, let an interrupt stop the run"
     try:
         while not run.done.is_set():
-            if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, interrupted) # as an idle kernel has it; a running cell has its own
-            await asyncio.sleep(.2)
+            if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+                signal.signal(
+                    signal.SIGINT, interrupted
+                )  # as an idle kernel has it; a running cell has its own
+            await asyncio.sleep(0.2)
     finally:
-        if signal.getsignal(signal.SIGINT) is interrupted: signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if signal.getsignal(signal.SIGINT) is interrupted:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
 
 class Reader:
     "How a kernel reads what widgets send: an interrupt meanwhile is no interrupt of the reading"
-    def __init__(self, usual): self.usual = usual
+
+    def __init__(self, usual):
+        self.usual = usual
+
     def __call__(self, *message):
         run = Background.live
-        if run and not run.done.is_set() and threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, interrupted) # the kernel puts its own back afterwards
+        if run and not run.done.is_set() and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupted)  # the kernel puts its own back afterwards
         return self.usual(*message)
 
+
 def heed(
-    run:Background, # Live
-    kernel=None, # None for the one that this is
-)->bool: # False where it cannot: in a script, in kernels other than ipykernel
+    run: Background,  # Live
+    kernel=None,  # None for the one that this is
+) -> bool:  # False where it cannot: in a script, in kernels other than ipykernel
     "Let interrupts stop a run, whichever thread has started it"
     kernel = kernel or this_kernel()
-    handlers,loop = getattr(kernel, 'shell_handlers', {}), getattr(getattr(kernel, 'io_loop', None), 'asyncio_loop', None)
-    if 'comm_msg' not in handlers or loop is None: return False # not ipykernel: the words and the buttons stop a run all the same
-    if not isinstance(handlers['comm_msg'], Reader): handlers['comm_msg'] = Reader(handlers['comm_msg'])
+    handlers = getattr(kernel, 'shell_handlers', {})
+    loop = getattr(getattr(kernel, 'io_loop', None), 'asyncio_loop', None)
+    if 'comm_msg' not in handlers or loop is None:
+        return False  # not ipykernel: the words and the buttons stop a run all the same
+    if not isinstance(handlers['comm_msg'], Reader):
+        handlers['comm_msg'] = Reader(handlers['comm_msg'])
     asyncio.run_coroutine_threadsafe(heed_interrupts(run), loop)
     return True

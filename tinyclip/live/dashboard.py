@@ -7,128 +7,242 @@ __all__ = ['SHOWS', 'plan_for', 'parts_of', 'front_end', 'Controls', 'fill', 'fi
            'new_folder', 'watch', 'Replay']
 
 # %% ../../nbs/live/04_dashboard.ipynb #6e35f6bc
-import html, os, sys, threading, time, traceback
+import html
+import os
+import sys
+import threading
+import time
+import traceback
 from pathlib import Path
+
 import numpy as np
 import plotly.graph_objects as go
-from .background import Background, heed, stop_live
+
 from ..comparison import Contest
-from ..core import TinyclipError, human, unknown
-from ..train.history import History, told
+from ..core import human, unknown
 from ..evaluate.cost import parameters
+from .background import Background, heed, stop_live
 from .panels import Plan, build, cursors, draw, facts, plan_of, replay, state, still
+from tinyclip.live.widgets import (
+    Canvas,
+    can_show_widgets,
+    close_all,
+    has_kernel,
+    mirror,
+    red,
+    widen,
+    words,
+)
 from ..stages import Stages
-from .widgets import Canvas, can_show_widgets, close_all, has_kernel, mirror, red, widen, words
+from ..train.history import History, told
 
 # %% ../../nbs/live/04_dashboard.ipynb #aba176ed
 def plan_for(
-    job, # A `Distiller`, `Stages` or a `Contest`
-)->Plan:
+    job,  # A `Distiller`, `Stages` or a `Contest`
+) -> Plan:
     "What a job will tell, known before it begins"
-    if isinstance(job, Contest): return Plan(job.names, (), job.masks)
-    if isinstance(job, Stages): return Plan(('',), parts_of(job.settings.get('objective', 'affinity'), job.masks.get('form')!='projected'), True)
-    return Plan(('',), parts_of(job.objective.weights, job.penalty is not None and job.penalty.form!='projected'), job.penalty is not None)
+    if isinstance(job, Contest):
+        return Plan(job.names, (), job.masks)
+    if isinstance(job, Stages):
+        return Plan(
+            ('',),
+            parts_of(
+                job.settings.get('objective', 'affinity'), job.masks.get('form') != 'projected'
+            ),
+            True,
+        )
+    return Plan(
+        ('',),
+        parts_of(
+            job.objective.weights, job.penalty is not None and job.penalty.form != 'projected'
+        ),
+        job.penalty is not None,
+    )
 
-def parts_of(objective, penalty)->tuple:
+
+def parts_of(objective, penalty) -> tuple:
     "Parts of the loss; none where there is one only"
-    names = [objective] if isinstance(objective, str) else list(getattr(objective, 'weights', objective))
-    names += ['penalty']*penalty
-    return tuple(names) if len(names)>1 else ()
+    names = (
+        [objective]
+        if isinstance(objective, str)
+        else list(getattr(objective, 'weights', objective))
+    )
+    names += ['penalty'] * penalty
+    return tuple(names) if len(names) > 1 else ()
 
 # %% ../../nbs/live/04_dashboard.ipynb #601eb706
 SHOWS = ('widgets', 'html', 'bar', 'nothing')
 
-def front_end()->str: # One of `SHOWS`
+
+def front_end() -> str:  # One of `SHOWS`
     "How a run can be shown here"
-    if has_kernel(): return 'widgets' if can_show_widgets() else 'html'
+    if has_kernel():
+        return 'widgets' if can_show_widgets() else 'html'
     return 'bar' if sys.stderr.isatty() else 'nothing'
 
 # %% ../../nbs/live/04_dashboard.ipynb #c1e637c3
 class Controls:
     "Buttons, target, refresh rate, and a line for what happened"
-    def __init__(self,
-        dashboard, # Whose run is steered
-        share:float|None, # The target to begin with; None where there are no masks
-        rate:float, # Updates a second
+
+    def __init__(
+        self,
+        dashboard,  # Whose run is steered
+        share: float | None,  # The target to begin with; None where there are no masks
+        rate: float,  # Updates a second
     ):
         import ipywidgets as W
-        button = lambda text,tip,f: (b := W.Button(description=text, tooltip=tip, layout=dict(width='90px')), b.on_click(lambda _: dashboard.do(f)))[0]
-        run = dashboard.run
-        self.start,self.pause = button('Start', 'Begin, or go on after a stop', dashboard.start), button('Pause', 'Stand still between two steps', dashboard.pause)
-        self.stop,self.cut = button('Stop', 'End after this step, with a checkpoint', run.stop), button('Cut here', 'The dense student of this moment', dashboard.cut)
-        self.target = W.FloatSlider(value=share or 1, min=.05, max=1, step=.05, description='target', readout_format='.0%', continuous_update=False, disabled=share is None, tooltip='Kept share of each tower')
-        self.target.observe(lambda c: dashboard.do(lambda: dashboard.aim(c['new'])), 'value')
-        self.rate = W.Dropdown(options=[('1 a second', 1), ('2 a second', 2), ('3 a second', 3), ('5 a second', 5)], value=rate, description='refresh', layout=dict(width='190px'))
-        self.rate.observe(lambda c: setattr(dashboard, 'rate', c['new']), 'value')
-        self.facts,self.said = W.HTML(), W.HTML()
-        self.rows = [W.HBox([self.start, self.pause, self.stop, self.cut, *([self.target] if share is not None else []), self.rate]), self.facts, self.said]
 
-    def show(self,
-        run:Background, # How it stands
-        figures, # From `panels.facts`
+        def button(text, tip, f):
+            return (
+                b := W.Button(description=text, tooltip=tip, layout=dict(width='90px')),
+                b.on_click(lambda _: dashboard.do(f)),
+            )[0]
+
+        run = dashboard.run
+        self.start = button('Start', 'Begin, or go on after a stop', dashboard.start)
+        self.pause = button('Pause', 'Stand still between two steps', dashboard.pause)
+        self.stop = button('Stop', 'End after this step, with a checkpoint', run.stop)
+        self.cut = button('Cut here', 'The dense student of this moment', dashboard.cut)
+        self.target = W.FloatSlider(
+            value=share or 1,
+            min=0.05,
+            max=1,
+            step=0.05,
+            description='target',
+            readout_format='.0%',
+            continuous_update=False,
+            disabled=share is None,
+            tooltip='Kept share of each tower',
+        )
+        self.target.observe(lambda c: dashboard.do(lambda: dashboard.aim(c['new'])), 'value')
+        self.rate = W.Dropdown(
+            options=[('1 a second', 1), ('2 a second', 2), ('3 a second', 3), ('5 a second', 5)],
+            value=rate,
+            description='refresh',
+            layout=dict(width='190px'),
+        )
+        self.rate.observe(lambda c: setattr(dashboard, 'rate', c['new']), 'value')
+        self.facts = W.HTML()
+        self.said = W.HTML()
+        self.rows = [
+            W.HBox(
+                [
+                    self.start,
+                    self.pause,
+                    self.stop,
+                    self.cut,
+                    *([self.target] if share is not None else []),
+                    self.rate,
+                ]
+            ),
+            self.facts,
+            self.said,
+        ]
+
+    def show(
+        self,
+        run: Background,  # How it stands
+        figures,  # From `panels.facts`
     ):
         "Bring buttons and numbers up to date"
         on = not run.done.is_set()
-        for b,off in ((self.start, on or run.finished), (self.pause, not on), (self.stop, not on), (self.cut, not run.begun)):
-            if b.disabled!=off: b.disabled = off
+        for b, off in (
+            (self.start, on or run.finished),
+            (self.pause, not on),
+            (self.stop, not on),
+            (self.cut, not run.begun),
+        ):
+            if b.disabled != off:
+                b.disabled = off
         word = 'Go on' if run.paused else 'Pause'
-        if self.pause.description!=word: self.pause.description = word
-        self.facts.value = f'<b>{run.state()}</b>' + ''.join(f' &nbsp; {html.escape(k)} <b>{html.escape(v)}</b>' for k,v in figures)
+        if self.pause.description != word:
+            self.pause.description = word
+        self.facts.value = f'<b>{run.state()}</b>' + ''.join(
+            f' &nbsp; {html.escape(k)} <b>{html.escape(v)}</b>' for k, v in figures
+        )
 
 # %% ../../nbs/live/04_dashboard.ipynb #2ec199c9
 def fill(
-    fig, # A figure from `build(plan)`, maybe a widget
-    values:list, # From `state`
+    fig,  # A figure from `build(plan)`, maybe a widget
+    values: list,  # From `state`
 ):
     "Bring the traces up to date; what has not changed is not sent again"
-    old = lambda t,k: None if getattr(t, k, None) is None else np.asarray(getattr(t, k))
+
+    def old(t, k):
+        return None if getattr(t, k, None) is None else np.asarray(getattr(t, k))
+
     with fig.batch_update():
-        for trace,new in zip(fig.data, values):
-            news = {k:v for k,v in new.items() if not np.array_equal(old(trace, k), v)}
-            if news: trace.update(news)
+        for trace, new in zip(fig.data, values):
+            news = {k: v for k, v in new.items() if not np.array_equal(old(trace, k), v)}
+            if news:
+                trace.update(news)
     mirror(fig)
 
 # %% ../../nbs/live/04_dashboard.ipynb #b1668238
 def first_target(
-    job, # With masks
-)->float:
+    job,  # With masks
+) -> float:
     "The share that a job's masks are told first"
-    if isinstance(job, Contest): return job.share
+    if isinstance(job, Contest):
+        return job.share
     share = job.stages[0].share if isinstance(job, Stages) else job.penalty.goal.asked
     return min(share.values()) if isinstance(share, dict) else share
 
 # %% ../../nbs/live/04_dashboard.ipynb #4bd91331
 class Dashboard:
     "A run, shown while it trains"
-    last = None # The one that is open in this kernel
-    def __init__(self,
-        run:Background, # What to show
-        show:str, # One of `SHOWS`
-        rate:float, # Updates a second
+
+    last = None  # The one that is open in this kernel
+
+    def __init__(
+        self,
+        run: Background,  # What to show
+        show: str,  # One of `SHOWS`
+        rate: float,  # Updates a second
     ):
-        self.run,self.show,self.rate,self.plan,self.student = run, show, rate, plan_for(run.job), None
-        self.handle,self.controls,self.figure_widget,self.box,self.trace,self.closed = None, None, None, None, '', threading.Event()
-        self.thread,self.then = None, lambda: None # `then` is called after the last update
-        if show=='bar': run.job.progress = True
-        if show=='widgets': self.widgets()
+        self.run = run
+        self.show = show
+        self.rate = rate
+        self.plan = plan_for(run.job)
+        self.student = None
+        self.handle = None
+        self.controls = None
+        self.figure_widget = None
+        self.box = None
+        self.trace = ''
+        self.closed = threading.Event()
+        # `then` is called after the last update
+        self.thread = None
+        self.then = lambda: None
+        if show == 'bar':
+            run.job.progress = True
+        if show == 'widgets':
+            self.widgets()
 
     def widgets(self):
         import ipywidgets as W
+
         self.figure_widget = Canvas(build(self.plan))
-        self.controls = Controls(self, first_target(self.run.job) if self.plan.masks else None, self.rate)
+        self.controls = Controls(
+            self, first_target(self.run.job) if self.plan.masks else None, self.rate
+        )
         self.box = W.VBox([*self.controls.rows, self.figure_widget])
         self.update()
 
     def do(self, what):
         "What a button does: a sentence if it cannot"
-        try: what()
-        except Exception as e: self.say(red(e))
+        try:
+            what()
+        except Exception as e:
+            self.say(red(e))
 
     def say(self, text):
-        if self.controls: self.controls.said.value = text
+        if self.controls:
+            self.controls.said.value = text
 
     def start(self):
-        if not self.run.done.is_set(): return
+        if not self.run.done.is_set():
+            return
         self.run.start()
         self.say('')
         heed(self.run)
@@ -136,163 +250,254 @@ class Dashboard:
             self.thread = threading.Thread(target=self.look, daemon=True, name='tinyclip-dashboard')
             self.thread.start()
 
-    def pause(self): self.run.go_on() if self.run.paused else self.run.pause()
+    def pause(self):
+        self.run.go_on() if self.run.paused else self.run.pause()
 
-    def __repr__(self): return repr(self.run)
+    def __repr__(self):
+        return repr(self.run)
 
     def update(self):
         "Show how things stand"
         history = self.run.history()
-        if self.show=='html' and self.handle: self.handle.update(dict({'text/html':still(history, self.plan, self.run.total)+self.trouble(), 'text/plain':repr(self)}), raw=True)
-        if not self.controls: return
+        if self.show == 'html' and self.handle:
+            self.handle.update(
+                dict(
+                    {
+                        'text/html': still(history, self.plan, self.run.total) + self.trouble(),
+                        'text/plain': repr(self),
+                    }
+                ),
+                raw=True,
+            )
+        if not self.controls:
+            return
         fill(self.figure_widget, state(history, self.plan))
         self.controls.show(self.run, facts(history, self.run.total))
-        if self.run.error: self.controls.said.value = self.trouble()
+        if self.run.error:
+            self.controls.said.value = self.trouble()
 
     def renew(self):
-        "Another figure in the same box. Plotly goes on drawing in a cell that was cleared, fails there, and no other view of that figure hears of it."
-        old,self.figure_widget = self.figure_widget, Canvas(build(self.plan))
+        """Another figure in the same box. Plotly goes on drawing in a cell that was cleared,
+        fails there, and no other view of that figure hears of it."""
+        old = self.figure_widget
+        self.figure_widget = Canvas(build(self.plan))
         fill(self.figure_widget, state(self.run.history(), self.plan))
         self.box.children = (*self.controls.rows, self.figure_widget)
         old.close()
 
-    def trouble(self)->str: # HTML
+    def trouble(self) -> str:  # HTML
         "What went wrong: a sentence for the user's mistakes, frames for ours"
         e = self.run.error
         return '' if e is None else red(e, self.run.trace)
 
     def look(self):
         "The dashboard's thread"
-        over,cost = False,0.
+        over, cost = False, 0.0
         while not (over or self.closed.is_set()):
-            over = self.run.done.wait(max(1/self.rate, cost*100/os.cpu_count())) # asked before the last update, so that it shows the end
+            over = self.run.done.wait(
+                max(1 / self.rate, cost * 100 / os.cpu_count())
+            )  # asked before the last update, so that it shows the end
             start = time.thread_time()
             try:
                 self.update()
-                if over: self.then()
-            except Exception: # drawing must not end a run
+                if over:
+                    self.then()
+            except Exception:  # drawing must not end a run
                 self.trace = traceback.format_exc()
                 self.say(red(f'The figure could not be updated; training goes on.\n{self.trace}'))
-            cost = .8*cost + .2*(time.thread_time()-start)
+            cost = 0.8 * cost + 0.2 * (time.thread_time() - start)
 
     def cut(self, folder=None):
         "Ask for the student of this moment; it will be in `student`"
         place = getattr(self.run.job, 'folder', None)
         step = self.run.step()
-        folder = Path(place)/'cuts'/f'step-{step}' if place and not folder else folder
-        if folder and Path(folder).exists(): folder = None # it is there already
+        folder = Path(place) / 'cuts' / f'step-{step}' if place and not folder else folder
+        if folder and Path(folder).exists():
+            folder = None  # it is there already
+
         def arrived(f):
-            if f.exception(): return self.say(red(f.exception()))
+            if f.exception():
+                return self.say(red(f.exception()))
             self.student = f.result()
             n = parameters(self.student)
-            self.say(words(f"The student of step {step}, with {human(n['towers'])} parameters in its towers, is in .student of this dashboard" + (f' and in {folder}' if folder else '')))
+            self.say(
+                words(
+                    (
+                        f"The student of step {step}, with {human(n['towers'])} parameters in "
+                        "its towers, is in .student of this dashboard"
+                    )
+                    + (f' and in {folder}' if folder else '')
+                )
+            )
+
         self.run.cut(folder).add_done_callback(arrived)
 
     def aim(self, share):
         "Move the masks' target"
-        def heard(f): self.say(red(f.exception()) if f.exception() else f'Each tower shall keep {share:.0%}, from the next step on.')
+
+        def heard(f):
+            self.say(
+                red(f.exception())
+                if f.exception()
+                else f'Each tower shall keep {share:.0%}, from the next step on.'
+            )
+
         self.run.aim(share).add_done_callback(heard)
 
     def _ipython_display_(self, **_):
         "How IPython displays a dashboard"
         from IPython.display import display
-        if self.show=='widgets' and not self.closed.is_set():
-            if self.handle: self.renew()
-            bundle = self.box._repr_mimebundle_() | {'text/html':'This front end shows no widgets: ask for an updated picture with watch(..., show="html").'}
+
+        if self.show == 'widgets' and not self.closed.is_set():
+            if self.handle:
+                self.renew()
+            bundle = self.box._repr_mimebundle_() | {
+                'text/html': (
+                    'This front end shows no widgets: ask for an updated picture with watch(..., '
+                    'show="html").'
+                )
+            }
             self.handle = display(bundle, raw=True, display_id=True)
             widen(self.figure_widget)
-        elif self.show=='html' and not self.closed.is_set():
-            self.handle = display({'text/html':still(self.run.history(), self.plan, self.run.total), 'text/plain':repr(self)}, raw=True, display_id=True)
-        elif self.run.done.is_set() and any(s.lines for s in self.run.history().values()): display(self.figure())
-        else: print(self)
+        elif self.show == 'html' and not self.closed.is_set():
+            self.handle = display(
+                {
+                    'text/html': still(self.run.history(), self.plan, self.run.total),
+                    'text/plain': repr(self),
+                },
+                raw=True,
+                display_id=True,
+            )
+        elif self.run.done.is_set() and any(s.lines for s in self.run.history().values()):
+            display(self.figure())
+        else:
+            print(self)
 
-    def figure(self)->go.Figure:
+    def figure(self) -> go.Figure:
         "A plain figure of how things stand"
         return draw(self.run.history())
 
     def close(self):
         "Stop looking: the widgets go, and a plain figure takes their place; the run itself goes on"
-        if self.closed.is_set(): return
+        if self.closed.is_set():
+            return
         self.closed.set()
-        if self.thread and self.thread is not threading.current_thread(): self.thread.join(5)
-        if self.handle and self.show=='widgets': self.handle.update(left_behind(self), raw=True)
-        if self.box: close_all(self.box)
-        if Dashboard.last is self: Dashboard.last = None
+        if self.thread and self.thread is not threading.current_thread():
+            self.thread.join(5)
+        if self.handle and self.show == 'widgets':
+            self.handle.update(left_behind(self), raw=True)
+        if self.box:
+            close_all(self.box)
+        if Dashboard.last is self:
+            Dashboard.last = None
         self.box = self.controls = self.figure_widget = self.thread = None
 
     def settle(self, timeout=None):
-        "Where nobody can press a button (tests, this website) wait for the end; in a notebook return at once, so that the buttons live"
-        if not has_kernel(): self.run.result(timeout)
+        """Where nobody can press a button (tests, this website) wait for the end; in a notebook
+        return at once, so that the buttons live"""
+        if not has_kernel():
+            self.run.result(timeout)
         return self.run
 
 # %% ../../nbs/live/04_dashboard.ipynb #e1d3162e
-def left_behind(self)->dict: # Mime bundle
+def left_behind(self) -> dict:  # Mime bundle
     "What stands in the cell after `close`"
     history = self.run.history()
-    if not any(s.lines for s in history.values()): return {'text/plain':repr(self)}
-    return {'application/vnd.plotly.v1+json':self.figure().to_plotly_json(), 'text/html':still(history, self.plan), 'text/plain':repr(self)}
+    if not any(s.lines for s in history.values()):
+        return {'text/plain': repr(self)}
+    return {
+        'application/vnd.plotly.v1+json': self.figure().to_plotly_json(),
+        'text/html': still(history, self.plan),
+        'text/plain': repr(self),
+    }
 
 # %% ../../nbs/live/04_dashboard.ipynb #75c1b459
 def new_folder(
-    name, # What it would be called
-)->Path: # `name`, `name-2`, ...: the first that is not there
+    name,  # What it would be called
+) -> Path:  # `name`, `name-2`, ...: the first that is not there
     "A folder that does not exist yet"
     name = Path(name)
-    return next(p for p in (name, *(name.with_name(f'{name.name}-{i}') for i in range(2, 10_000))) if not p.exists())
+    return next(
+        p
+        for p in (name, *(name.with_name(f'{name.name}-{i}') for i in range(2, 10_000)))
+        if not p.exists()
+    )
 
 # %% ../../nbs/live/04_dashboard.ipynb #e3d6125c
 def watch(
-    job, # A `Distiller`, `Stages` or a `Contest`
-    steps:int|None=None, # For a `Distiller`
+    job,  # A `Distiller`, `Stages` or a `Contest`
+    steps: int | None = None,  # For a `Distiller`
     *,
-    start:bool=True, # Begin at once, or wait for the button
-    resume:bool=False, # Go on with what the job's folder holds
-    rate:float=3, # Updates a second: 1, 2, 3 or 5
-    show:str='auto', # `'widgets'`, `'html'`, `'bar'`, `'nothing'`, or `'auto'` for what fits this front end
-)->Dashboard: # Displays itself; its `.run` is the `Background`
-    "Train in the background and look on. Whatever trained in this kernel before is stopped, with its checkpoint; if it was this job, it goes on."
-    if show not in ('auto', *SHOWS): raise unknown('way to show a run', show, ['auto', *SHOWS])
-    if rate not in (1, 2, 3, 5): raise unknown('rate', rate, [1, 2, 3, 5])
+    start: bool = True,  # Begin at once, or wait for the button
+    resume: bool = False,  # Go on with what the job's folder holds
+    rate: float = 3,  # Updates a second: 1, 2, 3 or 5
+    # `'widgets'`, `'html'`, `'bar'`, `'nothing'`, or `'auto'` for what fits this front end
+    show: str = 'auto',
+) -> Dashboard:  # Displays itself; its `.run` is the `Background`
+    """Train in the background and look on. Whatever trained in this kernel before is stopped,
+    with its checkpoint; if it was this job, it goes on."""
+    if show not in ('auto', *SHOWS):
+        raise unknown('way to show a run', show, ['auto', *SHOWS])
+    if rate not in (1, 2, 3, 5):
+        raise unknown('rate', rate, [1, 2, 3, 5])
     run = Background(job, steps, resume)
     stop_live()
-    if Dashboard.last: Dashboard.last.close()
-    Dashboard.last = dashboard = Dashboard(run, front_end() if show=='auto' else show, rate)
-    if start: dashboard.start()
+    if Dashboard.last:
+        Dashboard.last.close()
+    Dashboard.last = dashboard = Dashboard(run, front_end() if show == 'auto' else show, rate)
+    if start:
+        dashboard.start()
     return dashboard
 
 # %% ../../nbs/live/04_dashboard.ipynb #bf91e336
 class Replay:
     "The panels of a run with a slider over its steps"
-    def __init__(self,
-        run, # A `History`, or the folder of a run, a compression, or several of them
+
+    def __init__(
+        self,
+        run,  # A `History`, or the folder of a run, a compression, or several of them
     ):
         self.history = run if isinstance(run, History) else History(told(run))
-        self.plan,self.steps,self.box = plan_of(self.history), self.history.steps(), None
+        self.plan = plan_of(self.history)
+        self.steps = self.history.steps()
+        self.box = None
 
     def widgets(self):
         import ipywidgets as W
+
         self.fig = Canvas(draw(self.history))
-        self.slider = W.SelectionSlider(options=self.steps, value=self.steps[-1], description='step', layout=dict(width='60%'))
-        self.play = W.Play(min=0, max=len(self.steps)-1, value=len(self.steps)-1, interval=250, show_repeat=False)
+        self.slider = W.SelectionSlider(
+            options=self.steps, value=self.steps[-1], description='step', layout=dict(width='60%')
+        )
+        self.play = W.Play(
+            min=0,
+            max=len(self.steps) - 1,
+            value=len(self.steps) - 1,
+            interval=250,
+            show_repeat=False,
+        )
         self.play.observe(lambda c: setattr(self.slider, 'value', self.steps[c['new']]), 'value')
         self.slider.observe(lambda c: self.go_to(c['new']), 'value')
         self.box = W.VBox([W.HBox([self.play, self.slider]), self.fig])
         self.go_to(self.steps[-1])
         return self.box
 
-    def go_to(self, step:int):
+    def go_to(self, step: int):
         "Show the masks of a step, and where in the curves it stands"
         fill(self.fig, state(self.history, self.plan, step))
         self.fig.layout.shapes = cursors(self.plan, step)
 
     def close(self):
-        if self.box: close_all(self.box)
+        if self.box:
+            close_all(self.box)
         self.box = None
 
     def _ipython_display_(self, **_):
         "How IPython displays a replay"
         from IPython.display import display
-        if front_end()!='widgets': return display(replay(self.history))
+
+        if front_end() != 'widgets':
+            return display(replay(self.history))
         self.close()
         display(self.widgets())
         widen(self.fig)

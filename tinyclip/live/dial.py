@@ -6,143 +6,255 @@
 __all__ = ['label', 'dial_values', 'content', 'structure', 'same', 'changed', 'rounded', 'filmed', 'Dial', 'control']
 
 # %% ../../nbs/live/05_dial.ipynb #4b8a4778
-import inspect, json, threading, traceback
+import inspect
+import json
+import threading
+import traceback
+
 import numpy as np
 import plotly.graph_objects as go
 from IPython.display import display
 from plotly.basedatatypes import BaseFigure
+
 from ..core import TinyclipError, unknown
 from .widgets import Canvas, can_show_widgets, has_kernel, mirror, red, widen
-try: import ipywidgets
-except ImportError: ipywidgets = None
+
+try:
+    import ipywidgets
+except ImportError:
+    ipywidgets = None
 
 # %% ../../nbs/live/05_dial.ipynb #ee709a32
-def label(v)->str: # For people, and for the frames of a page
+def label(v) -> str:  # For people, and for the frames of a page
     "A value in a few characters"
     return f'{v:.4g}' if isinstance(v, float) else str(v)
 
+
 def dial_values(
-    name:str, # The dial's, for messages
-    given, # Values, or `(values, start)`
-)->tuple: # (list of values, the one to start with)
+    name: str,  # The dial's, for messages
+    given,  # Values, or `(values, start)`
+) -> tuple:  # (list of values, the one to start with)
     "What a dial can be set to"
-    listed = lambda x: hasattr(x, '__iter__') and not isinstance(x, (str, bytes))
-    pair = isinstance(given, tuple) and len(given)==2 and listed(given[0])
-    if not listed(given): raise TinyclipError(f'{name}={given!r} leaves nothing to turn: give a list of values, or (values, start).')
-    plain = lambda v: v.item() if hasattr(v, 'item') else v
+
+    def listed(x):
+        return hasattr(x, '__iter__') and not isinstance(x, (str, bytes))
+
+    pair = isinstance(given, tuple) and len(given) == 2 and listed(given[0])
+    if not listed(given):
+        raise TinyclipError(
+            f'{name}={given!r} leaves nothing to turn: give a list of values, or (values, start).'
+        )
+
+    def plain(v):
+        return v.item() if hasattr(v, 'item') else v
+
     values = [plain(v) for v in (given[0] if pair else given)]
     odd = [v for v in values if not isinstance(v, (str, int, float))]
-    if odd: raise TinyclipError(f'{name}: {odd[0]!r} cannot stand on a dial; give numbers or strings.')
-    if len({label(v) for v in values})<len(values) or len(values)<2: raise TinyclipError(f'{name}: a dial needs at least two values, all different; got {", ".join(map(label, values)) or "none"}.')
+    if odd:
+        raise TinyclipError(f'{name}: {odd[0]!r} cannot stand on a dial; give numbers or strings.')
+    if len({label(v) for v in values}) < len(values) or len(values) < 2:
+        raise TinyclipError(
+            f'{name}: a dial needs at least two values, all different; got '
+            f'{", ".join(map(label, values)) or "none"}.'
+        )
     start = plain(given[1]) if pair else values[0]
-    if start not in values: raise TinyclipError(f'{name} cannot start at {start!r}; its values are {", ".join(map(label, values))}.')
+    if start not in values:
+        raise TinyclipError(
+            f'{name} cannot start at {start!r}; its values are {", ".join(map(label, values))}.'
+        )
     return values, start
 
 # %% ../../nbs/live/05_dial.ipynb #a3f796b3
 def content(
-    fig, # A figure
-)->tuple: # (a dict per trace, the layout's dict)
+    fig,  # A figure
+) -> tuple:  # (a dict per trace, the layout's dict)
     "What is in a figure"
     return [t.to_plotly_json() for t in fig.data], fig.layout.to_plotly_json()
 
+
 def structure(
-    drawn:tuple, # From `content`
-)->tuple: # Equal for figures that can become each other
+    drawn: tuple,  # From `content`
+) -> tuple:  # Equal for figures that can become each other
     "Which traces with which properties, and which parts of the layout"
     return tuple((t['type'], *sorted(t)) for t in drawn[0]), tuple(sorted(drawn[1]))
 
-def same(a, b)->bool:
+
+def same(a, b) -> bool:
     "Whether two properties are equal; arrays may be among them"
-    if isinstance(a, dict) and isinstance(b, dict): return a.keys()==b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     return a is b or bool(np.array_equal(a, b))
 
+
 def changed(
-    old:dict, # Of one trace, or of the layout
-    new:dict, # The same properties
-)->dict: # Those of `new` that differ
+    old: dict,  # Of one trace, or of the layout
+    new: dict,  # The same properties
+) -> dict:  # Those of `new` that differ
     "What must be sent"
-    return {k:v for k,v in new.items() if not same(v, old[k])}
+    return {k: v for k, v in new.items() if not same(v, old[k])}
 
 # %% ../../nbs/live/05_dial.ipynb #d3967091
-def rounded(x, digits:int=4):
+def rounded(x, digits: int = 4):
     "Numbers with so many digits, arrays as lists: a page carries every frame twice"
-    if isinstance(x, dict): return {k:rounded(v, digits) for k,v in x.items()}
-    if isinstance(x, (list, tuple)): return [rounded(v, digits) for v in x]
-    if isinstance(x, np.ndarray) and x.dtype.kind in 'biufOU': return rounded(x.tolist(), digits) # dates stay
+    if isinstance(x, dict):
+        return {k: rounded(v, digits) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [rounded(v, digits) for v in x]
+    if isinstance(x, np.ndarray) and x.dtype.kind in 'biufOU':
+        return rounded(x.tolist(), digits)  # dates stay
     return float(f'{x:.{digits}g}') if isinstance(x, (float, np.floating)) else x
 
+
 def filmed(
-    figures:list, # One per value, of one structure
-    labels:list, # What the slider says at each
-    prefix:str='', # Before the label
-    suffix:str='', # After it
-    active:int=0, # Shown first
-)->go.Figure:
+    figures: list,  # One per value, of one structure
+    labels: list,  # What the slider says at each
+    prefix: str = '',  # Before the label
+    suffix: str = '',  # After it
+    active: int = 0,  # Shown first
+) -> go.Figure:
     "Figures as frames of one, with plotly's slider below it"
     all_ = [tuple(rounded(c) for c in content(f)) for f in figures]
-    odd = [l for l,d in zip(labels, all_) if structure(d)!=structure(all_[0])]
-    if odd: raise TinyclipError(f'draw makes other traces or layout parts at {prefix}{odd[0]} than at {prefix}{labels[0]}; a page without Python needs the same everywhere: return empty traces instead of none.')
-    data,layout = all_[active]
-    moving = [{k for d,_ in all_ for k in changed(data[i], d[i])} for i in range(len(data))]
-    laid = {k for _,l in all_ for k in changed(layout, l)}
-    frames = [dict(name=n, traces=[i for i,m in enumerate(moving) if m], data=[dict(type=t['type'], **{k:t[k] for k in sorted(m)}) for t,m in zip(d, moving) if m], layout={k:l[k] for k in sorted(laid)})
-              for n,(d,l) in zip(labels, all_)]
-    steps = [dict(label=n, method='animate', args=[[n], dict(mode='immediate', frame=dict(duration=0, redraw=True), transition=dict(duration=0))]) for n in labels]
-    slider = dict(active=active, steps=steps, currentvalue=dict(prefix=prefix, suffix=suffix, font=dict(size=13)), pad=dict(t=45, b=5), len=.9, x=.05)
-    return go.Figure(data, layout | dict(sliders=[slider], height=layout.get('height', 450)+90), frames)
+    odd = [l for l, d in zip(labels, all_) if structure(d) != structure(all_[0])]
+    if odd:
+        raise TinyclipError(
+            f'draw makes other traces or layout parts at {prefix}{odd[0]} than at '
+            f'{prefix}{labels[0]}; a page without Python needs the same everywhere: return '
+            'empty traces instead of none.'
+        )
+    data, layout = all_[active]
+    moving = [{k for d, _ in all_ for k in changed(data[i], d[i])} for i in range(len(data))]
+    laid = {k for _, l in all_ for k in changed(layout, l)}
+    frames = [
+        dict(
+            name=n,
+            traces=[i for i, m in enumerate(moving) if m],
+            data=[
+                dict(type=t['type'], **{k: t[k] for k in sorted(m)}) for t, m in zip(d, moving) if m
+            ],
+            layout={k: l[k] for k in sorted(laid)},
+        )
+        for n, (d, l) in zip(labels, all_)
+    ]
+    steps = [
+        dict(
+            label=n,
+            method='animate',
+            args=[
+                [n],
+                dict(
+                    mode='immediate',
+                    frame=dict(duration=0, redraw=True),
+                    transition=dict(duration=0),
+                ),
+            ],
+        )
+        for n in labels
+    ]
+    slider = dict(
+        active=active,
+        steps=steps,
+        currentvalue=dict(prefix=prefix, suffix=suffix, font=dict(size=13)),
+        pad=dict(t=45, b=5),
+        len=0.9,
+        x=0.05,
+    )
+    return go.Figure(
+        data, layout | dict(sliders=[slider], height=layout.get('height', 450) + 90), frames
+    )
 
 # %% ../../nbs/live/05_dial.ipynb #7e4347a0
 class Dial:
     "A figure as a function of values that can be turned; display it, or ask `draw_at`"
-    def __init__(self,
-        draw, # Called with a value for every dial, by name; returns a `go.Figure`
-        **dials, # name -> values, or (values, start)
+
+    def __init__(
+        self,
+        draw,  # Called with a value for every dial, by name; returns a `go.Figure`
+        **dials,  # name -> values, or (values, start)
     ):
-        if not dials: raise TinyclipError('There is nothing to turn: name a dial and its values, e.g. Dial(draw, temperature=[.01, .1, 1.]).')
-        self.draw,self.values,self.start = draw, {}, {}
-        for k,v in dials.items(): self.values[k],self.start[k] = dial_values(k, v)
-        try: inspect.signature(draw).bind(**self.start)
-        except TypeError as e: raise TinyclipError(f'draw does not take the dials {", ".join(dials)}: {e}.') from e
+        if not dials:
+            raise TinyclipError(
+                'There is nothing to turn: name a dial and its values, e.g. Dial(draw, '
+                'temperature=[.01, .1, 1.]).'
+            )
+        self.draw = draw
+        self.values = {}
+        self.start = {}
+        for k, v in dials.items():
+            self.values[k], self.start[k] = dial_values(k, v)
+        try:
+            inspect.signature(draw).bind(**self.start)
+        except TypeError as e:
+            raise TinyclipError(f'draw does not take the dials {", ".join(dials)}: {e}.') from e
         self.box = self.fig = self.wanted = None
-        self.lock,self.idle = threading.Lock(), threading.Event()
+        self.lock = threading.Lock()
+        self.idle = threading.Event()
         self.idle.set()
 
-    def draw_at(self, **values)->go.Figure: # The other dials stand at their start
+    def draw_at(self, **values) -> go.Figure:  # The other dials stand at their start
         "The figure at some values"
-        for k,v in values.items():
-            if k not in self.values: raise unknown('dial', k, self.values)
-            if v not in self.values[k]: raise TinyclipError(f'{k}={v!r} is not on the dial; its values are {", ".join(map(label, self.values[k]))}.')
+        for k, v in values.items():
+            if k not in self.values:
+                raise unknown('dial', k, self.values)
+            if v not in self.values[k]:
+                raise TinyclipError(
+                    f'{k}={v!r} is not on the dial; its values are '
+                    f'{", ".join(map(label, self.values[k]))}.'
+                )
         fig = self.draw(**self.start | values)
-        if not isinstance(fig, BaseFigure): raise TinyclipError(f'draw must return a plotly figure, and returned a {type(fig).__name__}.')
+        if not isinstance(fig, BaseFigure):
+            raise TinyclipError(
+                f'draw must return a plotly figure, and returned a {type(fig).__name__}.'
+            )
         return fig
 
-    def figure(self)->go.Figure: # The other dials stand at their start; the slider says so
+    def figure(self) -> go.Figure:  # The other dials stand at their start; the slider says so
         "What a page without a kernel shows"
-        (name,values),*others = self.values.items()
-        rest = ''.join(f'   ({k} {label(self.start[k])})' for k,_ in others)
-        return filmed([self.draw_at(**{name:v}) for v in values], [label(v) for v in values], f'{name} ', rest, values.index(self.start[name]))
+        (name, values), *others = self.values.items()
+        rest = ''.join(f'   ({k} {label(self.start[k])})' for k, _ in others)
+        return filmed(
+            [self.draw_at(**{name: v}) for v in values],
+            [label(v) for v in values],
+            f'{name} ',
+            rest,
+            values.index(self.start[name]),
+        )
 
     def _ipython_display_(self):
         if has_kernel() and can_show_widgets():
-            if self.fig is not None: self.put(go.Figure(*self.drawn), new=True) # shown before: plotly goes on drawing in a cell that was cleared, fails there, and no other view of that figure hears of it
+            if self.fig is not None:
+                self.put(
+                    go.Figure(*self.drawn), new=True
+                )  # shown before: plotly goes on drawing in a cell that was cleared, fails there, and no other view of that figure hears of it
             display(self.bundle(), raw=True)
-            if self.fig is not None: widen(self.fig)
-        else: display(self.figure())
+            if self.fig is not None:
+                widen(self.fig)
+        else:
+            display(self.figure())
 
-    def widget(self): # An ipywidgets box
+    def widget(self):  # An ipywidgets box
         "The controls above the figure, made once"
         if self.box is None:
-            self.controls,self.note = {k:control(k, v, self.start[k]) for k,v in self.values.items()}, ipywidgets.HTML()
-            self.box = ipywidgets.VBox([ipywidgets.HBox(list(self.controls.values()), layout=dict(flex_flow='row wrap')), self.note])
-            for c in self.controls.values(): c.observe(self.turned, 'value')
+            self.controls = {k: control(k, v, self.start[k]) for k, v in self.values.items()}
+            self.note = ipywidgets.HTML()
+            self.box = ipywidgets.VBox(
+                [
+                    ipywidgets.HBox(
+                        list(self.controls.values()), layout=dict(flex_flow='row wrap')
+                    ),
+                    self.note,
+                ]
+            )
+            for c in self.controls.values():
+                c.observe(self.turned, 'value')
             self.show(self.start)
         return self.box
 
     def turned(self, _):
         "Note what is wanted, and have it drawn"
         with self.lock:
-            self.wanted = {k:c.value for k,c in self.controls.items()}
-            if not self.idle.is_set(): return
+            self.wanted = {k: c.value for k, c in self.controls.items()}
+            if not self.idle.is_set():
+                return
             self.idle.clear()
         threading.Thread(target=self.work, daemon=True).start()
 
@@ -150,50 +262,75 @@ class Dial:
         "Draw the latest wish until there is none"
         while True:
             with self.lock:
-                values,self.wanted = self.wanted, None
-                if values is None: return self.idle.set()
+                values = self.wanted
+                self.wanted = None
+                if values is None:
+                    return self.idle.set()
             self.show(values)
 
-    def show(self, values:dict):
+    def show(self, values: dict):
         "Draw, or say what went wrong"
         try:
             self.put(self.draw_at(**values))
             self.note.value = ''
-        except Exception as e: self.note.value = red(e, traceback.format_exc())
+        except Exception as e:
+            self.note.value = red(e, traceback.format_exc())
 
     def put(self, fig, new=False):
-        "Change the figure into another, in place where they are of one structure and nothing speaks for a `new` one"
+        """Change the figure into another, in place where they are of one structure and nothing
+        speaks for a `new` one"""
         drawn = content(fig)
-        if new or self.fig is None or structure(drawn)!=structure(self.drawn):
-            old,self.fig = self.fig, Canvas(fig)
+        if new or self.fig is None or structure(drawn) != structure(self.drawn):
+            old = self.fig
+            self.fig = Canvas(fig)
             self.box.children = (*self.box.children[:2], self.fig)
             widen(self.fig)
-            if old is not None: old.close()
+            if old is not None:
+                old.close()
         else:
             with self.fig.batch_update():
-                for trace,old,new in zip(self.fig.data, self.drawn[0], drawn[0]): trace.update(changed(old, new), overwrite=True)
+                for trace, old, new in zip(self.fig.data, self.drawn[0], drawn[0]):
+                    trace.update(changed(old, new), overwrite=True)
                 self.fig.layout.update(changed(self.drawn[1], drawn[1]), overwrite=True)
             mirror(self.fig)
         self.drawn = drawn
 
-    def bundle(self)->dict: # MIME type -> data
+    def bundle(self) -> dict:  # MIME type -> data
         "The widget, and the figure as it starts for viewers that have no kernel"
         shown = self.widget()._repr_mimebundle_()
         if self.fig is not None:
             start = go.Figure(self.drawn[0], self.drawn[1])
-            shown |= {'text/html':start.to_html(full_html=False, include_plotlyjs='cdn'), 'application/vnd.plotly.v1+json':json.loads(start.to_json())}
+            shown |= {
+                'text/html': start.to_html(full_html=False, include_plotlyjs='cdn'),
+                'application/vnd.plotly.v1+json': json.loads(start.to_json()),
+            }
         return shown
 
 # %% ../../nbs/live/05_dial.ipynb #f907fbfc
 def control(
-    name:str, # The dial's
-    values:list, # What it can be set to
-    start, # One of them
+    name: str,  # The dial's
+    values: list,  # What it can be set to
+    start,  # One of them
 ):
     "The widget of a dial: a slider for numbers, buttons for few short words, a menu for others"
-    options,style = [(label(v), v) for v in values], dict(description_width='initial')
+    options = [(label(v), v) for v in values]
+    style = dict(description_width='initial')
     if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
-        return ipywidgets.SelectionSlider(options=options, value=start, description=name, style=style, continuous_update=False, layout=dict(width='400px'))
-    few = len(values)<=6 and sum(len(label(v)) for v in values)<=48
-    if few: return ipywidgets.ToggleButtons(options=options, value=start, description=name, style=style | dict(button_width='auto'), layout=dict(width='max-content'))
+        return ipywidgets.SelectionSlider(
+            options=options,
+            value=start,
+            description=name,
+            style=style,
+            continuous_update=False,
+            layout=dict(width='400px'),
+        )
+    few = len(values) <= 6 and sum(len(label(v)) for v in values) <= 48
+    if few:
+        return ipywidgets.ToggleButtons(
+            options=options,
+            value=start,
+            description=name,
+            style=style | dict(button_width='auto'),
+            layout=dict(width='max-content'),
+        )
     return ipywidgets.Dropdown(options=options, value=start, description=name, style=style)

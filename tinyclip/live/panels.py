@@ -7,218 +7,443 @@ __all__ = ['TOWER_COLOURS', 'PAGE', 'Plan', 'plan_of', 'Curve', 'curves_of', 'po
            'state', 'draw', 'facts', 'duration', 'cursors', 'replay', 'write_replay', 'still', 'polylines', 'grey']
 
 # %% ../../nbs/live/01_panels.ipynb #cdb42c56
-import base64, html, io
+import base64
+import html
+import io
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
 import plotly.graph_objects as go
 from PIL import Image
 from plotly.subplots import make_subplots
+
 from ..core import TinyclipError, atomic_path, human
-from ..train.history import History, Story, told
-from ..masks import TOWERS
 from ..lab.keep_map import SCALE
 from ..lab.report import COLOURS
+from ..masks import TOWERS
+from ..train.history import History, Story, told
 
 # %% ../../nbs/live/01_panels.ipynb #ca029512
 @dataclass(frozen=True)
 class Plan:
     "What a figure will have to show"
-    runs:tuple = ('',) # Names; `''` is the only one
-    parts:tuple = () # Parts of the loss, drawn where there are several and one run
-    masks:bool = False # Are there masks to watch?
+
+    runs: tuple = ('',)  # Names; `''` is the only one
+    parts: tuple = ()  # Parts of the loss, drawn where there are several and one run
+    masks: bool = False  # Are there masks to watch?
+
 
 def plan_of(
-    history:History, # Of a run that has told something
-)->Plan:
+    history: History,  # Of a run that has told something
+) -> Plan:
     "What there is to show"
-    if not any(s.lines for s in history.values()): raise TinyclipError('This event log holds no step yet, so there is nothing to draw.')
-    parts = dict.fromkeys(k[5:] for s in history.values() for k,line in s.lines.items() if k.startswith('loss/') and any(v for _,v in line))
-    return Plan(tuple(history), tuple(parts) if len(parts)>1 else (), any(s.pictures for s in history.values()))
+    if not any(s.lines for s in history.values()):
+        raise TinyclipError('This event log holds no step yet, so there is nothing to draw.')
+    parts = dict.fromkeys(
+        k[5:]
+        for s in history.values()
+        for k, line in s.lines.items()
+        if k.startswith('loss/') and any(v for _, v in line)
+    )
+    return Plan(
+        tuple(history),
+        tuple(parts) if len(parts) > 1 else (),
+        any(s.pictures for s in history.values()),
+    )
 
 # %% ../../nbs/live/01_panels.ipynb #5ba9ef58
 TOWER_COLOURS = dict(zip(TOWERS, ('#2a6fdb', '#d9822b')))
 
+
 @dataclass(frozen=True)
 class Curve:
     "A line: which number of which run"
-    run:str # Name of the run
-    keys:tuple # Its names in the history; the first one there is drawn
-    title:str # In the legend
-    colour:str # Of the line
-    panel:str # `'loss'`, `'share'` or `'score'`
-    dash:str = 'solid' # As in plotly
-    factor:float = 1. # 100 for per cent
-    legend:bool = True # Is it named there?
+
+    run: str  # Name of the run
+    keys: tuple  # Its names in the history; the first one there is drawn
+    title: str  # In the legend
+    colour: str  # Of the line
+    panel: str  # `'loss'`, `'share'` or `'score'`
+    dash: str = 'solid'  # As in plotly
+    factor: float = 1.0  # 100 for per cent
+    legend: bool = True  # Is it named there?
+
 
 def curves_of(
-    plan:Plan, # What there will be
-)->list[Curve]: # In the order of the traces
+    plan: Plan,  # What there will be
+) -> list[Curve]:  # In the order of the traces
     "Every line of a plan"
-    alone,out = len(plan.runs)==1, []
-    for run,colour in zip(plan.runs, (COLOURS[1:]+COLOURS[:1])*len(plan.runs)):
+    alone, out = len(plan.runs) == 1, []
+    for run, colour in zip(plan.runs, (COLOURS[1:] + COLOURS[:1]) * len(plan.runs)):
         said = run.replace('-', ' ')
-        out.append(Curve(run, ('loss',), 'loss' if alone else said, '#57606a' if alone else colour, 'loss'))
-        if alone: out += [Curve(run, (f'loss/{p}',), p, c, 'loss', 'dot') for p,c in zip(plan.parts, COLOURS[1:]*len(plan.parts))]
+        out.append(
+            Curve(run, ('loss',), 'loss' if alone else said, '#57606a' if alone else colour, 'loss')
+        )
+        if alone:
+            out += [
+                Curve(run, (f'loss/{p}',), p, c, 'loss', 'dot')
+                for p, c in zip(plan.parts, COLOURS[1:] * len(plan.parts))
+            ]
         if plan.masks:
             for t in TOWERS:
-                c,dash,name = (TOWER_COLOURS[t], 'solid', t) if alone else (colour, 'solid' if t=='image' else 'dash', f'{said}: {t}')
+                c, dash, name = (
+                    (TOWER_COLOURS[t], 'solid', t)
+                    if alone
+                    else (colour, 'solid' if t == 'image' else 'dash', f'{said}: {t}')
+                )
                 out.append(Curve(run, (f'share/{t}',), name, c, 'share', dash, 100, alone))
-                out.append(Curve(run, (f'target/{t}', 'target/towers'), f'{name}: target', c, 'share', 'dot', 100, False))
-        out.append(Curve(run, ('r1',), 'R@1 in the batch' if alone else f'{said}: R@1 in the batch', '#b8bfc8' if alone else colour, 'score', 'dot', 100, alone))
-        out.append(Curve(run, ('eval/top1', 'eval/i2t_r1', 'eval'), 'held out' if alone else f'{said}: held out', '#1a7f4b' if alone else colour, 'score', 'solid', 100, alone))
+                out.append(
+                    Curve(
+                        run,
+                        (f'target/{t}', 'target/towers'),
+                        f'{name}: target',
+                        c,
+                        'share',
+                        'dot',
+                        100,
+                        False,
+                    )
+                )
+        out.append(
+            Curve(
+                run,
+                ('r1',),
+                'R@1 in the batch' if alone else f'{said}: R@1 in the batch',
+                '#b8bfc8' if alone else colour,
+                'score',
+                'dot',
+                100,
+                alone,
+            )
+        )
+        out.append(
+            Curve(
+                run,
+                ('eval/top1', 'eval/i2t_r1', 'eval'),
+                'held out' if alone else f'{said}: held out',
+                '#1a7f4b' if alone else colour,
+                'score',
+                'solid',
+                100,
+                alone,
+            )
+        )
     return out
 
+
 def points(
-    story:Story|None, # Of the curve's run; None before it began
-    curve:Curve, # What to draw
-)->dict: # `x` steps, `y` values
+    story: Story | None,  # Of the curve's run; None before it began
+    curve: Curve,  # What to draw
+) -> dict:  # `x` steps, `y` values
     "A curve as numbers"
     lines = story.lines if story else {}
     last = curve.keys[-1]
-    keys = [k for k in curve.keys if k in lines] or [k for k in lines if last=='eval' and k.startswith('eval/')]
+    keys = [k for k in curve.keys if k in lines] or [
+        k for k in lines if last == 'eval' and k.startswith('eval/')
+    ]
     line = lines[keys[0]] if keys else []
-    return dict(x=np.array([s for s,_ in line], 'i4'), y=np.array([v*curve.factor for _,v in line], 'f4').round(3))
+    return dict(
+        x=np.array([s for s, _ in line], 'i4'),
+        y=np.array([v * curve.factor for _, v in line], 'f4').round(3),
+    )
 
 # %% ../../nbs/live/01_panels.ipynb #8eb59450
 def matrix(
-    picture:dict, # axis -> chances to be open, as in `masks` events
-    tower:str, # `'image'` or `'text'`
-    kind:str, # `'heads'` or `'ffn'`
-)->np.ndarray: # (layers, bins) uint8, per cent
+    picture: dict,  # axis -> chances to be open, as in `masks` events
+    tower: str,  # `'image'` or `'text'`
+    kind: str,  # `'heads'` or `'ffn'`
+) -> np.ndarray:  # (layers, bins) uint8, per cent
     "One row per layer"
     branch = dict(heads='attn', ffn='mlp')[kind]
     inside = {int(a.split('.')[2]) for a in picture if a.startswith(f'{tower}.layers.')}
     rows = []
-    for i in range(max(inside, default=-1)+1):
-        row,gate = (picture.get(f'{tower}.layers.{i}.{k}') for k in (kind, branch))
-        rows.append(np.asarray(row or [1. if gate else 0.])*(gate[0] if gate else 1.))
+    for i in range(max(inside, default=-1) + 1):
+        row, gate = (picture.get(f'{tower}.layers.{i}.{k}') for k in (kind, branch))
+        rows.append(np.asarray(row or [1.0 if gate else 0.0]) * (gate[0] if gate else 1.0))
     wide = max(map(len, rows), default=1)
-    return np.array([np.pad(100*r, (0, wide-len(r))) for r in rows] or [[0.]]).round().astype('u1')
+    return (
+        np.array([np.pad(100 * r, (0, wide - len(r))) for r in rows] or [[0.0]])
+        .round()
+        .astype('u1')
+    )
+
 
 def moment(
-    picture:dict, # As in `masks` events; empty before the first
-)->list[dict]: # For the traces of `mask_traces`
+    picture: dict,  # As in `masks` events; empty before the first
+) -> list[dict]:  # For the traces of `mask_traces`
     "What masks look like, tower by tower: heads, neurons, channels, and bars of both"
     out = []
     for t in TOWERS:
         both = [matrix(picture, t, k) for k in ('heads', 'ffn')]
-        width = (100*np.array([picture.get(f'{t}.width', [0.])])).round().astype('u1')
-        layer = np.arange(len(both[0]), dtype='i4')+1
-        out += [dict(z=z, y=layer) for z in both] + [dict(z=width)] + [dict(x=z.mean(1).round(1).astype('f4'), y=layer) for z in both]
+        width = (100 * np.array([picture.get(f'{t}.width', [0.0])])).round().astype('u1')
+        layer = np.arange(len(both[0]), dtype='i4') + 1
+        out += (
+            [dict(z=z, y=layer) for z in both]
+            + [dict(z=width)]
+            + [dict(x=z.mean(1).round(1).astype('f4'), y=layer) for z in both]
+        )
     return out
 
 # %% ../../nbs/live/01_panels.ipynb #335bab52
 def mask_traces(
-    fig:go.Figure, # With subplots, see `build`
+    fig: go.Figure,  # With subplots, see `build`
 ):
     "Add what `moment` fills, empty"
     picture = dict(zmin=0, zmax=100, colorscale=SCALE, showscale=False)
-    for r,t in zip((2, 4), TOWERS):
-        for c,kind in enumerate(('head', 'neurons'), 1):
-            fig.add_heatmap(z=[[0]], row=r, col=c, xgap=1 if c==1 else 0, ygap=1, hovertemplate='layer %{y}, '+kind+' %{x}: %{z} % open<extra></extra>', **picture)
-            fig.update_yaxes(row=r, col=c, autorange='reversed', dtick=1, title_text='layer' if c==1 else None)
-        fig.add_heatmap(z=[[0]], row=r+1, col=1, hovertemplate='channels %{x}: %{z} % open<extra></extra>', **picture)
-        for kind,opacity in (('heads', 1.), ('neurons', .45)):
-            fig.add_bar(x=[], y=[], row=r, col=3, orientation='h', showlegend=False, name=kind, marker=dict(color=TOWER_COLOURS[t], opacity=opacity), hovertemplate='layer %{y}, '+kind+': %{x:.0f} %<extra></extra>')
+    for r, t in zip((2, 4), TOWERS):
+        for c, kind in enumerate(('head', 'neurons'), 1):
+            fig.add_heatmap(
+                z=[[0]],
+                row=r,
+                col=c,
+                xgap=1 if c == 1 else 0,
+                ygap=1,
+                hovertemplate='layer %{y}, ' + kind + ' %{x}: %{z} % open<extra></extra>',
+                **picture,
+            )
+            fig.update_yaxes(
+                row=r, col=c, autorange='reversed', dtick=1, title_text='layer' if c == 1 else None
+            )
+        fig.add_heatmap(
+            z=[[0]],
+            row=r + 1,
+            col=1,
+            hovertemplate='channels %{x}: %{z} % open<extra></extra>',
+            **picture,
+        )
+        for kind, opacity in (('heads', 1.0), ('neurons', 0.45)):
+            fig.add_bar(
+                x=[],
+                y=[],
+                row=r,
+                col=3,
+                orientation='h',
+                showlegend=False,
+                name=kind,
+                marker=dict(color=TOWER_COLOURS[t], opacity=opacity),
+                hovertemplate='layer %{y}, ' + kind + ': %{x:.0f} %<extra></extra>',
+            )
         fig.update_yaxes(row=r, col=3, autorange='reversed', dtick=1)
         fig.update_xaxes(row=r, col=3, range=[0, 102])
-        fig.update_yaxes(row=r+1, col=1, showticklabels=False)
-        for c in (1, 2): fig.update_xaxes(row=r, col=c, showticklabels=False)
-        fig.update_xaxes(row=r+1, col=1, showticklabels=False)
+        fig.update_yaxes(row=r + 1, col=1, showticklabels=False)
+        for c in (1, 2):
+            fig.update_xaxes(row=r, col=c, showticklabels=False)
+        fig.update_xaxes(row=r + 1, col=1, showticklabels=False)
+
 
 def build(
-    plan:Plan, # What there will be
-)->go.Figure: # All traces, empty; `state` fills them
+    plan: Plan,  # What there will be
+) -> go.Figure:  # All traces, empty; `state` fills them
     "The figure of a run before it begins"
     panels = dict(loss=1, share=2, score=3) if plan.masks else dict(loss=1, score=2)
     titles = dict(loss='loss by step', share='kept share (%) by step', score='accuracy (%) by step')
-    if len(plan.runs)>1: titles |= dict(share='kept share (%): image solid, text dashed', score='accuracy (%): held out solid, in the batch dotted')
+    if len(plan.runs) > 1:
+        titles |= dict(
+            share='kept share (%): image solid, text dashed',
+            score='accuracy (%): held out solid, in the batch dotted',
+        )
     if plan.masks:
         strip = [dict(colspan=3), None, None]
-        below = [f'{t}: {w}' for t in TOWERS for w in ('heads', 'neurons', 'open in each layer (%)', 'channels')]
-        fig = make_subplots(5, 3, specs=[[{}]*3, [{}]*3, strip, [{}]*3, strip], row_heights=[.36, .25, .035, .25, .035], vertical_spacing=.06, horizontal_spacing=.07, subplot_titles=[titles[p] for p in panels]+below)
-    else: fig = make_subplots(1, 2, horizontal_spacing=.09, subplot_titles=[titles[p] for p in panels])
+        below = [
+            f'{t}: {w}'
+            for t in TOWERS
+            for w in ('heads', 'neurons', 'open in each layer (%)', 'channels')
+        ]
+        fig = make_subplots(
+            5,
+            3,
+            specs=[[{}] * 3, [{}] * 3, strip, [{}] * 3, strip],
+            row_heights=[0.36, 0.25, 0.035, 0.25, 0.035],
+            vertical_spacing=0.06,
+            horizontal_spacing=0.07,
+            subplot_titles=[titles[p] for p in panels] + below,
+        )
+    else:
+        fig = make_subplots(
+            1, 2, horizontal_spacing=0.09, subplot_titles=[titles[p] for p in panels]
+        )
     for c in curves_of(plan):
-        fig.add_scatter(x=[], y=[], name=c.title, mode='lines+markers' if c.keys[-1]=='eval' else 'lines', row=1, col=panels[c.panel],
-                        line=dict(color=c.colour, dash=c.dash, width=2), marker_size=6, showlegend=c.legend, hovertemplate='%{y:.3g}')
-    if plan.masks: mask_traces(fig)
-    for p,col in panels.items(): fig.update_xaxes(row=1, col=col, rangemode='tozero')
-    if plan.masks: fig.update_yaxes(row=1, col=2, range=[0, 105])
+        fig.add_scatter(
+            x=[],
+            y=[],
+            name=c.title,
+            mode='lines+markers' if c.keys[-1] == 'eval' else 'lines',
+            row=1,
+            col=panels[c.panel],
+            line=dict(color=c.colour, dash=c.dash, width=2),
+            marker_size=6,
+            showlegend=c.legend,
+            hovertemplate='%{y:.3g}',
+        )
+    if plan.masks:
+        mask_traces(fig)
+    for p, col in panels.items():
+        fig.update_xaxes(row=1, col=col, rangemode='tozero')
+    if plan.masks:
+        fig.update_yaxes(row=1, col=2, range=[0, 105])
     fig.update_yaxes(row=1, col=panels['score'], range=[0, 103])
-    return fig.update_annotations(font_size=13).update_layout(height=820 if plan.masks else 340, barmode='group', bargap=.25, plot_bgcolor='#fbfcfd', hovermode='closest', uirevision='keep',
-        margin=dict(l=50, r=15, t=70, b=40), legend=dict(orientation='h', y=1.06 if plan.masks else 1.15, yanchor='bottom', x=0), font_size=12)
+    return fig.update_annotations(font_size=13).update_layout(
+        height=820 if plan.masks else 340,
+        barmode='group',
+        bargap=0.25,
+        plot_bgcolor='#fbfcfd',
+        hovermode='closest',
+        uirevision='keep',
+        margin=dict(l=50, r=15, t=70, b=40),
+        legend=dict(orientation='h', y=1.06 if plan.masks else 1.15, yanchor='bottom', x=0),
+        font_size=12,
+    )
 
 # %% ../../nbs/live/01_panels.ipynb #fd4f68e0
 def state(
-    history:History, # What was told so far
-    plan:Plan, # Of the figure
-    step:int|None=None, # What the masks were at a step; now where none is given
-)->list[dict]: # One per trace of `build(plan)`, in its order
+    history: History,  # What was told so far
+    plan: Plan,  # Of the figure
+    step: int | None = None,  # What the masks were at a step; now where none is given
+) -> list[dict]:  # One per trace of `build(plan)`, in its order
     "What every trace of the figure holds"
     out = [points(history.get(c.run), c) for c in curves_of(plan)]
-    if not plan.masks: return out
+    if not plan.masks:
+        return out
     watched = [s for s in history.values() if s.pictures]
     return out + moment(watched[-1].picture(step) if watched else {})
 
+
 def draw(
-    history:History, # Of a run that has told something
-    step:int|None=None, # As in `state`
-)->go.Figure:
+    history: History,  # Of a run that has told something
+    step: int | None = None,  # As in `state`
+) -> go.Figure:
     "The figure of a history"
     plan = plan_of(history)
     fig = build(plan)
-    for trace,values in zip(fig.data, state(history, plan, step)): trace.update(values)
+    for trace, values in zip(fig.data, state(history, plan, step)):
+        trace.update(values)
     return fig
 
 # %% ../../nbs/live/01_panels.ipynb #30e22105
 def facts(
-    history:History, # What was told so far
-    total:int|None=None, # Steps of all runs together, if known
-)->list[tuple]: # (what, value), as text
+    history: History,  # What was told so far
+    total: int | None = None,  # Steps of all runs together, if known
+) -> list[tuple]:  # (what, value), as text
     "Step, loss, accuracy, size, speed, memory and time left, in words"
-    if not history: return []
-    name,s = list(history.items())[-1]
+    if not history:
+        return []
+    name, s = list(history.items())[-1]
     done = sum(o.step for o in history.values())
     out = [('step', f'{done} of {total}' if total else str(done))]
-    if name: out.append(('run', name.replace('-', ' ')))
-    if s.phases[-1][1]: out.append(('phase', s.phases[-1][1]))
+    if name:
+        out.append(('run', name.replace('-', ' ')))
+    if s.phases[-1][1]:
+        out.append(('phase', s.phases[-1][1]))
     shown = dict(loss='loss', pairs_per_s='pairs/s', memory='memory')
-    for key,word in shown.items():
-        if key in s.now: out.append((word, human(float(s.now[key])) + ('B' if key=='memory' else '')))
-    out += [(k[5:], f'{100*v:.1f} %') for k,v in s.now.items() if k.startswith('eval/') and 0<=v<=1][:1]
-    if total and (pace := s.pace()) and done<total: out.append(('left', duration(pace*(total-done))))
+    for key, word in shown.items():
+        if key in s.now:
+            out.append((word, human(float(s.now[key])) + ('B' if key == 'memory' else '')))
+    out += [
+        (k[5:], f'{100 * v:.1f} %')
+        for k, v in s.now.items()
+        if k.startswith('eval/') and 0 <= v <= 1
+    ][:1]
+    if total and (pace := s.pace()) and done < total:
+        out.append(('left', duration(pace * (total - done))))
     return out
 
+
 def duration(
-    seconds:float, # Any
-)->str: # e.g. `'42 s'`, `'3 min'`, `'5.2 h'`
+    seconds: float,  # Any
+) -> str:  # e.g. `'42 s'`, `'3 min'`, `'5.2 h'`
     "A time as a person would say it"
-    return f'{seconds:.0f} s' if seconds<100 else f'{seconds/60:.0f} min' if seconds<5400 else f'{seconds/3600:.1f} h'
+    return (
+        f'{seconds:.0f} s'
+        if seconds < 100
+        else f'{seconds / 60:.0f} min'
+        if seconds < 5400
+        else f'{seconds / 3600:.1f} h'
+    )
 
 # %% ../../nbs/live/01_panels.ipynb #f385e8a7
 def cursors(
-    plan:Plan, # Of the figure
-    step:int, # Where the line stands
-)->list[dict]: # plotly shapes
+    plan: Plan,  # Of the figure
+    step: int,  # Where the line stands
+) -> list[dict]:  # plotly shapes
     "A line through the curves at a step"
-    return [dict(type='line', xref=f'x{i}', yref=f'y{i} domain', x0=step, x1=step, y0=0, y1=1, line=dict(color='#c0392b', width=1.5)) for i in ('', *map(str, range(2, 4 if plan.masks else 3)))]
+    return [
+        dict(
+            type='line',
+            xref=f'x{i}',
+            yref=f'y{i} domain',
+            x0=step,
+            x1=step,
+            y0=0,
+            y1=1,
+            line=dict(color='#c0392b', width=1.5),
+        )
+        for i in ('', *map(str, range(2, 4 if plan.masks else 3)))
+    ]
+
 
 def replay(
-    history:History, # Of a run that has told something
-    frames:int=30, # Steps to stop at, at most
-)->go.Figure:
+    history: History,  # Of a run that has told something
+    frames: int = 30,  # Steps to stop at, at most
+) -> go.Figure:
     "The figure of a history with a slider over its steps"
-    plan,fig,steps = plan_of(history), draw(history), history.steps()
-    if len(steps)>frames: steps = [steps[i*(len(steps)-1)//(frames-1)] for i in range(frames)]
+    plan = plan_of(history)
+    fig = draw(history)
+    steps = history.steps()
+    if len(steps) > frames:
+        steps = [steps[i * (len(steps) - 1) // (frames - 1)] for i in range(frames)]
     lines = len(curves_of(plan))
-    fig.frames = [go.Frame(name=str(s), traces=list(range(lines, len(fig.data))), data=[go.Bar(v) if 'x' in v else go.Heatmap(v) for v in state(history, plan, s)[lines:]], layout=dict(shapes=cursors(plan, s))) for s in steps]
-    go_on = dict(frame=dict(duration=120, redraw=True), transition=dict(duration=0), mode='immediate')
+    fig.frames = [
+        go.Frame(
+            name=str(s),
+            traces=list(range(lines, len(fig.data))),
+            data=[
+                go.Bar(v) if 'x' in v else go.Heatmap(v) for v in state(history, plan, s)[lines:]
+            ],
+            layout=dict(shapes=cursors(plan, s)),
+        )
+        for s in steps
+    ]
+    go_on = dict(
+        frame=dict(duration=120, redraw=True), transition=dict(duration=0), mode='immediate'
+    )
     stand = go_on | dict(frame=dict(duration=0, redraw=True))
-    button = lambda label,args: dict(label=label, method='animate', args=args)
-    fig.update_layout(shapes=cursors(plan, steps[-1]), height=fig.layout.height+70, margin_b=100,
-        sliders=[dict(active=len(steps)-1, x=.14, len=.86, y=0, pad=dict(t=38), currentvalue=dict(prefix='step ', xanchor='left'), steps=[dict(label=str(s), method='animate', args=[[str(s)], stand]) for s in steps])],
-        updatemenus=[dict(type='buttons', direction='left', showactive=False, x=0, xanchor='left', y=0, yanchor='top', pad=dict(t=52), buttons=[button('▶', [None, go_on | dict(fromcurrent=True)]), button('❚❚', [[None], stand])])])
+
+    def button(label, args):
+        return dict(label=label, method='animate', args=args)
+
+    fig.update_layout(
+        shapes=cursors(plan, steps[-1]),
+        height=fig.layout.height + 70,
+        margin_b=100,
+        sliders=[
+            dict(
+                active=len(steps) - 1,
+                x=0.14,
+                len=0.86,
+                y=0,
+                pad=dict(t=38),
+                currentvalue=dict(prefix='step ', xanchor='left'),
+                steps=[dict(label=str(s), method='animate', args=[[str(s)], stand]) for s in steps],
+            )
+        ],
+        updatemenus=[
+            dict(
+                type='buttons',
+                direction='left',
+                showactive=False,
+                x=0,
+                xanchor='left',
+                y=0,
+                yanchor='top',
+                pad=dict(t=52),
+                buttons=[
+                    button('▶', [None, go_on | dict(fromcurrent=True)]),
+                    button('❚❚', [[None], stand]),
+                ],
+            )
+        ],
+    )
     return fig
 
 # %% ../../nbs/live/01_panels.ipynb #0f956041
@@ -226,48 +451,493 @@ PAGE = '''<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport c
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:1180px;margin:2rem auto;padding:0 1rem;color:#1b1f24;background:#fff}}h1{{margin-bottom:.2rem}}.facts{{display:flex;flex-wrap:wrap;gap:.4rem 2rem;color:#57606a}}.facts b{{color:#1b1f24}}</style>
 <h1>{title}</h1><p class=facts>{facts}</p>{figure}</html>'''
 
+
 def write_replay(
-    run, # A `History`, or the folder of a run, a compression, or several of them
-    path, # The page
-    title:str='A run, replayed', # Its heading
-)->Path: # One HTML file that needs no network
+    run,  # A `History`, or the folder of a run, a compression, or several of them
+    path,  # The page
+    title: str = 'A run, replayed',  # Its heading
+) -> Path:  # One HTML file that needs no network
     "Export a run as a page to scrub through"
     history = run if isinstance(run, History) else History(told(run))
-    figure = replay(history).to_html(full_html=False, include_plotlyjs=True, auto_play=False, config=dict(displayModeBar=False))
-    said = ''.join(f'<span>{html.escape(k)} <b>{html.escape(v)}</b></span>' for k,v in facts(history))
-    with atomic_path(path) as tmp: tmp.write_text(PAGE.format(title=html.escape(title), facts=said, figure=figure), encoding='utf-8')
+    figure = replay(history).to_html(
+        full_html=False, include_plotlyjs=True, auto_play=False, config=dict(displayModeBar=False)
+    )
+    said = ''.join(
+        f'<span>{html.escape(k)} <b>{html.escape(v)}</b></span>' for k, v in facts(history)
+    )
+    with atomic_path(path) as tmp:
+        tmp.write_text(
+            PAGE.format(title=html.escape(title), facts=said, figure=figure), encoding='utf-8'
+        )
     return Path(path)
 
 # %% ../../nbs/live/01_panels.ipynb #e27f7ed9
 def still(
-    history:History, # What was told so far
-    plan:Plan, # What to show
-    total:int|None=None, # As in `facts`
-)->str: # HTML without scripts
+    history: History,  # What was told so far
+    plan: Plan,  # What to show
+    total: int | None = None,  # As in `facts`
+) -> str:  # HTML without scripts
     "The panels as a picture"
-    said = ' · '.join(f'{html.escape(k)} <b>{html.escape(v)}</b>' for k,v in facts(history, total)) or 'waiting for the first step'
-    lines = {p:[(c, points(history.get(c.run), c)) for c in curves_of(plan) if c.panel==p] for p in ('loss', 'share', 'score')}
-    drawn = ''.join(f'<figure style="margin:0;display:inline-block"><figcaption>{p}</figcaption>{polylines(l)}</figure> ' for p,l in lines.items() if any(len(d['x']) for _,d in l))
+    said = (
+        ' · '.join(f'{html.escape(k)} <b>{html.escape(v)}</b>' for k, v in facts(history, total))
+        or 'waiting for the first step'
+    )
+    lines = {
+        p: [(c, points(history.get(c.run), c)) for c in curves_of(plan) if c.panel == p]
+        for p in ('loss', 'share', 'score')
+    }
+    drawn = ''.join(
+        (
+            '<figure '
+            f'style="margin:0;display:inline-block"><figcaption>{p}</figcaption>{polylines(l)}</figure> '
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+        )
+        for p, l in lines.items()
+        if any(len(d['x']) for _, d in l)
+    )
     watched = [s for s in history.values() if s.pictures] if plan.masks else []
-    maps = ''.join(f'<tr><td>{t}</td>' + ''.join(f'<td><img alt="{t} {k}" style="image-rendering:pixelated;width:{w}px;height:90px" src="{grey(matrix(watched[-1].picture(), t, k))}"></td>' for k,w in (('heads', 120), ('ffn', 360))) + '</tr>' for t in TOWERS) if watched else ''
-    return f'<div>{said}</div>{drawn}' + (f'<table><tr><td></td><td>heads</td><td>neurons</td></tr>{maps}</table>' if maps else '')
+    maps = (
+        ''.join(
+            f'<tr><td>{t}</td>'
+            + ''.join(
+                f'<td><img alt="{t} {k}" style="image-rendering:pixelated;width:{w}px;height:90px" src="{grey(matrix(watched[-1].picture(), t, k))}"></td>'
+                for k, w in (('heads', 120), ('ffn', 360))
+            )
+            + '</tr>'
+            for t in TOWERS
+        )
+        if watched
+        else ''
+    )
+    return f'<div>{said}</div>{drawn}' + (
+        f'<table><tr><td></td><td>heads</td><td>neurons</td></tr>{maps}</table>' if maps else ''
+    )
+
 
 def polylines(
-    lines, # Pairs of a `Curve` and its points
-    wide=280, high=120, # Pixels
-)->str: # SVG
+    lines,  # Pairs of a `Curve` and its points
+    wide=280,
+    high=120,  # Pixels
+) -> str:  # SVG
     "Curves without axes: top and bottom stand beside them"
-    there = [(c, d) for c,d in lines if len(d['x'])]
-    top,far = (max(max(d[k]) for _,d in there) for k in 'yx')
-    low,top = min(0., *(min(d['y']) for _,d in there)), 100. if there[0][0].factor==100 else top
-    place = lambda x,y: f'{wide*x/max(far, 1):.1f},{high-(high-4)*(y-low)/((top-low) or 1)-2:.1f}'
-    body = ''.join(f'<polyline fill="none" stroke="{c.colour}" stroke-width="2"{"" if c.dash=="solid" else " stroke-dasharray=3"} points="{" ".join(map(place, d["x"], d["y"]))}"/>' for c,d in there)
-    return f'<svg width="{wide+50}" height="{high}" role="img">{body}<text x="{wide+4}" y="12" font-size="11" fill="gray">{top:.3g}</text><text x="{wide+4}" y="{high-3}" font-size="11" fill="gray">{low:.3g}</text></svg>'
+    there = [(c, d) for c, d in lines if len(d['x'])]
+    top, far = (max(max(d[k]) for _, d in there) for k in 'yx')
+    low = min(0.0, *(min(d['y']) for _, d in there))
+    top = 100.0 if there[0][0].factor == 100 else top
+
+    def place(x, y):
+        return f'{wide * x / max(far, 1):.1f},{high - (high - 4) * (y - low) / ((top - low) or 1) - 2:.1f}'
+
+    body = ''.join(
+        f'<polyline fill="none" stroke="{c.colour}" stroke-width="2"{"" if c.dash == "solid" else " stroke-dasharray=3"} points="{" ".join(map(place, d["x"], d["y"]))}"/>'
+        for c, d in there
+    )
+    return f'<svg width="{wide + 50}" height="{high}" role="img">{body}<text x="{wide + 4}" y="12" font-size="11" fill="gray">{top:.3g}</text><text x="{wide + 4}" y="{high - 3}" font-size="11" fill="gray">{low:.3g}</text></svg>'
+
 
 def grey(
-    z:np.ndarray, # (rows, columns) uint8, per cent
-)->str: # A data URL
+    z: np.ndarray,  # (rows, columns) uint8, per cent
+) -> str:  # A data URL
     "A matrix as an image: dark is open"
     f = io.BytesIO()
-    Image.fromarray((240-z.astype('f4')*2).astype('u1')).save(f, 'PNG')
+    Image.fromarray((240 - z.astype('f4') * 2).astype('u1')).save(f, 'PNG')
     return 'data:image/png;base64,' + base64.b64encode(f.getvalue()).decode()

@@ -6,24 +6,32 @@
 __all__ = ['LOADER', 'this_kernel', 'has_kernel', 'can_show_widgets', 'Canvas', 'widen', 'mirror', 'red', 'words', 'close_all']
 
 # %% ../../nbs/live/02_widgets.ipynb #38b45e2f
-import html, importlib.util, traceback
+import html
+import importlib.util
+import traceback
 from copy import deepcopy
+
 import plotly.graph_objects as go
-from ..core import TinyclipError
 from traitlets import Unicode
 
+from ..core import TinyclipError
+
 # %% ../../nbs/live/02_widgets.ipynb #55c41768
-def this_kernel(): # Of ipykernel; None in a script
+def this_kernel():  # Of ipykernel; None in a script
     "The Jupyter kernel that this is"
-    try: from IPython import get_ipython
-    except ImportError: return None
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return None
     return getattr(get_ipython(), 'kernel', None)
 
-def has_kernel()->bool:
+
+def has_kernel() -> bool:
     "Whether this is a Jupyter kernel, with a front end that may show widgets"
     return this_kernel() is not None
 
-def can_show_widgets()->bool:
+
+def can_show_widgets() -> bool:
     "Whether what widgets need is installed: ipywidgets, and anywidget for plotly's figures"
     return all(importlib.util.find_spec(m) for m in ('ipywidgets', 'anywidget'))
 
@@ -49,52 +57,70 @@ export default () => {
   }
 }'''
 
+
 class Canvas(go.FigureWidget):
-    "A figure widget that begins at once, and does not listen to what the browser made of its traces; zooms and clicks are heard"
-    _esm,_plotly = LOADER, Unicode(str(getattr(go.FigureWidget, '_esm', ''))).tag(sync=True)
-    def _handler_js2py_traceDeltas(self, change): pass
+    """A figure widget that begins at once, and does not listen to what the browser made of its
+    traces; zooms and clicks are heard"""
+
+    _esm = LOADER
+    _plotly = Unicode(str(getattr(go.FigureWidget, '_esm', ''))).tag(sync=True)
+
+    def _handler_js2py_traceDeltas(self, change):
+        pass
 
 # %% ../../nbs/live/02_widgets.ipynb #2194f476
 def widen(
-    fig, # A `Canvas` that is shown
+    fig,  # A `Canvas` that is shown
 ):
     "As wide as the page, also when the window changes"
-    if fig.layout.width: return
-    if hasattr(fig, '_config'): fig._config = fig._config | dict(responsive=True)
+    if fig.layout.width:
+        return
+    if hasattr(fig, '_config'):
+        fig._config = fig._config | dict(responsive=True)
     fig.layout.autosize = None
     fig.layout.autosize = True
 
+
 def mirror(
-    fig, # A `Canvas` that was changed
+    fig,  # A `Canvas` that was changed
 ):
     "Let a page that is loaded again show what is shown now"
-    if hasattr(fig, '_widget_data'): fig._widget_data[:] = deepcopy(fig._data)
+    if hasattr(fig, '_widget_data'):
+        fig._widget_data[:] = deepcopy(fig._data)
     if hasattr(fig, '_widget_layout'):
         fig._widget_layout.clear()
         fig._widget_layout.update(deepcopy(fig._layout))
 
 # %% ../../nbs/live/02_widgets.ipynb #cfe33e62
 def red(
-    error, # An exception, or a sentence
-    trace:str='', # Its frames, if known
-)->str: # HTML
+    error,  # An exception, or a sentence
+    trace: str = '',  # Its frames, if known
+) -> str:  # HTML
     "What went wrong: a sentence for the user's mistakes, frames for everything else"
-    if isinstance(error, Exception) and not isinstance(error, TinyclipError): error = trace or ''.join(traceback.format_exception(error))
+    if isinstance(error, Exception) and not isinstance(error, TinyclipError):
+        error = trace or ''.join(traceback.format_exception(error))
     return f'<span style="color:#c0392b">{words(str(error))}</span>'
 
+
 def words(
-    text:str, # Anything
-)->str: # HTML
+    text: str,  # Anything
+) -> str:  # HTML
     "Text as it is; several lines keep their breaks"
-    return f'<pre style="line-height:1.3;font-size:85%">{html.escape(text)}</pre>' if '\n' in text else html.escape(text)
+    return (
+        f'<pre style="line-height:1.3;font-size:85%">{html.escape(text)}</pre>'
+        if '\n' in text
+        else html.escape(text)
+    )
 
 # %% ../../nbs/live/02_widgets.ipynb #a9891819
 def close_all(
-    widget, # Of ipywidgets
+    widget,  # Of ipywidgets
 ):
     "Close a widget and everything in it"
-    for w in getattr(widget, 'children', ()): close_all(w)
+    for w in getattr(widget, 'children', ()):
+        close_all(w)
     for t in ('layout', 'style'):
         part = getattr(widget, t, None)
-        if hasattr(part, 'close'): part.close()
+        if hasattr(part, 'close'):
+            part.close()
     widget.close()

@@ -9,28 +9,30 @@ __all__ = ['gather', 'sum_of_all', 'share', 'mean_of_all']
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
 from ..core import processes
 
 # %% ../../nbs/losses/01_distributed.ipynb #e49f5a96
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        out = x.new_empty(processes()[1]*len(x), *x.shape[1:])
+        out = x.new_empty(processes()[1] * len(x), *x.shape[1:])
         dist.all_gather_into_tensor(out, x.contiguous())
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        out = g.new_empty(len(g)//processes()[1], *g.shape[1:])
+        out = g.new_empty(len(g) // processes()[1], *g.shape[1:])
         dist.reduce_scatter_tensor(out, g.contiguous())
         return out
 
+
 def gather(
-    x:Tensor, # Features of this process `(n, d)`, as many as every other has
-)->Tensor: # Of all processes `(W*n, d)`, in order of rank; gradients flow back
+    x: Tensor,  # Features of this process `(n, d)`, as many as every other has
+) -> Tensor:  # Of all processes `(W*n, d)`, in order of rank; gradients flow back
     "All processes' rows; the identity where there is one process"
-    return x if processes()[1]==1 else _Gather.apply(x)
+    return x if processes()[1] == 1 else _Gather.apply(x)
 
 # %% ../../nbs/losses/01_distributed.ipynb #df78f7d2
 class _Sum(torch.autograd.Function):
@@ -47,29 +49,30 @@ class _Sum(torch.autograd.Function):
         dist.all_reduce(g)
         return g
 
+
 def sum_of_all(
-    x:Tensor, # Of this process, any shape
-)->Tensor: # The same on every process; gradients flow back
+    x: Tensor,  # Of this process, any shape
+) -> Tensor:  # The same on every process; gradients flow back
     "The sum over processes; the identity where there is one"
-    return x if processes()[1]==1 else _Sum.apply(x)
+    return x if processes()[1] == 1 else _Sum.apply(x)
 
 # %% ../../nbs/losses/01_distributed.ipynb #eb2a7967
 def share(
-    n:int, # Rows of the whole batch
-    rank:int|None=None, # Of this process if not given
-    world:int|None=None, # Number of processes; those there are if not given
-)->slice:
+    n: int,  # Rows of the whole batch
+    rank: int | None = None,  # Of this process if not given
+    world: int | None = None,  # Number of processes; those there are if not given
+) -> slice:
     "The rows that a process takes"
-    mine,there = processes()
+    mine, there = processes()
     world = world or there
     rank = mine if rank is None else rank
-    return slice(n*rank//world, n*(rank+1)//world)
+    return slice(n * rank // world, n * (rank + 1) // world)
 
 # %% ../../nbs/losses/01_distributed.ipynb #a91a8b65
 def mean_of_all(
-    rows:Tensor, # What the rows of this process pay
-    n:int, # Rows of all processes
-    shared:bool=False, # Whether other processes have the other rows
-)->Tensor: # A scalar, the same on every process
+    rows: Tensor,  # What the rows of this process pay
+    n: int,  # Rows of all processes
+    shared: bool = False,  # Whether other processes have the other rows
+) -> Tensor:  # A scalar, the same on every process
     "The mean over the rows of all processes, through which gradients flow"
-    return (sum_of_all(rows.sum()) if shared else rows.sum())/n
+    return (sum_of_all(rows.sum()) if shared else rows.sum()) / n

@@ -11,217 +11,395 @@ __all__ = ['LOSSES', 'check_rows', 'at_least_float32', 'logits', 'affinity', 'so
 import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
 from ..core import TinyclipError, unknown
-from .distributed import gather, mean_of_all, share # `gather` is offered here, too
+from .distributed import mean_of_all, share  # `gather` is offered here, too
 from .tiled import tile_size, tiled_cross_entropy, tiled_log_sum_exp
 
 # %% ../../nbs/losses/03_mimicking.ipynb #08f085f7
 def check_rows(
-    **features:Tensor, # name -> what should be `(n, d)`, the same n for all
+    **features: Tensor,  # name -> what should be `(n, d)`, the same n for all
 ):
-    "Refuse features that are not matrices with equally many rows, of one width for the images and texts of one model"
-    shapes = {k:tuple(f.shape) for k,f in features.items()}
-    flat = next((k for k,s in shapes.items() if len(s)!=2), None)
-    if flat: raise TinyclipError(f'{flat} has shape {shapes[flat]}; features are matrices (n, d), one unit row per image or text.')
-    if len({s[0] for s in shapes.values()})>1:
-        raise TinyclipError('Row i of all features must belong to pair i, but there are ' + ', '.join(f'{s[0]} rows in {k}' for k,s in shapes.items()) + '.')
-    for k,t in ((k, k.replace('image', 'text')) for k in shapes):
-        if t in shapes and shapes[k][1]!=shapes[t][1]:
-            raise TinyclipError(f'{k} has width {shapes[k][1]} and {t} has width {shapes[t][1]}; both must come from one model.')
+    """Refuse features that are not matrices with equally many rows, of one width for the images
+    and texts of one model"""
+    shapes = {k: tuple(f.shape) for k, f in features.items()}
+    flat = next((k for k, s in shapes.items() if len(s) != 2), None)
+    if flat:
+        raise TinyclipError(
+            f'{flat} has shape {shapes[flat]}; features are matrices (n, d), one unit row '
+            'per image or text.'
+        )
+    if len({s[0] for s in shapes.values()}) > 1:
+        raise TinyclipError(
+            'Row i of all features must belong to pair i, but there are '
+            + ', '.join(f'{s[0]} rows in {k}' for k, s in shapes.items())
+            + '.'
+        )
+    for k, t in ((k, k.replace('image', 'text')) for k in shapes):
+        if t in shapes and shapes[k][1] != shapes[t][1]:
+            raise TinyclipError(
+                f'{k} has width {shapes[k][1]} and {t} has width {shapes[t][1]}; both must '
+                'come from one model.'
+            )
 
 # %% ../../nbs/losses/03_mimicking.ipynb #9e8ee166
-def at_least_float32(x:Tensor)->Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     "Half precision becomes float32; float64 stays"
-    return x if x.dtype==torch.float64 else x.float()
+    return x if x.dtype == torch.float64 else x.float()
+
 
 def logits(
-    a:Tensor, # Unit rows `(n, d)`
-    b:Tensor, # Unit rows `(m, d)`
-    scale:float|Tensor, # Inverse temperature
-)->Tensor: # `(n, m)`, float32 or better
+    a: Tensor,  # Unit rows `(n, d)`
+    b: Tensor,  # Unit rows `(m, d)`
+    scale: float | Tensor,  # Inverse temperature
+) -> Tensor:  # `(n, m)`, float32 or better
     "Scaled cosines, untouched by autocast"
-    with torch.autocast(a.device.type, enabled=False): return scale * (at_least_float32(a) @ at_least_float32(b).T)
+    with torch.autocast(a.device.type, enabled=False):
+        return scale * (at_least_float32(a) @ at_least_float32(b).T)
 
 # %% ../../nbs/losses/03_mimicking.ipynb #0d7fad33
 def affinity(
-    a:Tensor, # Unit rows `(n, d)`
-    b:Tensor, # Unit rows `(m, d)`
-    scale:float|Tensor=50., # Inverse temperature: larger is sharper
-)->Tensor: # Log-probabilities `(n, m)` in float32 or better; each row sums to one once exponentiated
+    a: Tensor,  # Unit rows `(n, d)`
+    b: Tensor,  # Unit rows `(m, d)`
+    scale: float | Tensor = 50.0,  # Inverse temperature: larger is sharper
+) -> (
+    Tensor
+):  # Log-probabilities `(n, m)` in float32 or better; each row sums to one once exponentiated
     "How row `i` of `a` spreads its belief over the rows of `b` (TinyCLIP, section 3.1)"
-    if a.ndim!=2 or b.ndim!=2 or a.shape[1]!=b.shape[1]:
-        raise TinyclipError(f'a has shape {tuple(a.shape)} and b has shape {tuple(b.shape)}; both must be matrices of unit rows, of one width.')
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise TinyclipError(
+            f'a has shape {tuple(a.shape)} and b has shape {tuple(b.shape)}; both must be '
+            'matrices of unit rows, of one width.'
+        )
     return logits(a, b, scale).log_softmax(-1)
 
 # %% ../../nbs/losses/03_mimicking.ipynb #9457f83a
 def soft_cross_entropy(
-    student:Tensor, # Log-probabilities `(n, m)`
-    teacher:Tensor, # Log-probabilities `(n, m)`
-)->Tensor: # Mean over the rows, a scalar
+    student: Tensor,  # Log-probabilities `(n, m)`
+    teacher: Tensor,  # Log-probabilities `(n, m)`
+) -> Tensor:  # Mean over the rows, a scalar
     "What the student pays for not sharing the teacher's beliefs"
-    if student.shape!=teacher.shape: raise TinyclipError(f'Beliefs of shape {tuple(student.shape)} and {tuple(teacher.shape)} cannot be compared.')
+    if student.shape != teacher.shape:
+        raise TinyclipError(
+            f'Beliefs of shape {tuple(student.shape)} and {tuple(teacher.shape)} cannot be '
+            'compared.'
+        )
     return -(teacher.exp() * student).sum(-1).mean()
 
 # %% ../../nbs/losses/03_mimicking.ipynb #db76926a
 def affinity_mimicking(
-    student_image:Tensor, # Unit rows `(n, d)`
-    student_text:Tensor, # Unit rows `(n, d)`
-    teacher_image:Tensor, # Unit rows `(n, e)`; `e` may differ from `d`
-    teacher_text:Tensor, # Unit rows `(n, e)`
-    student_scale:float|Tensor=50., # Inverse temperature of the student
-    teacher_scale:float|Tensor=50., # Inverse temperature of the teacher
-    tile:int|str|None='auto', # Tiles of so many rows and columns; None for whole tables; `'auto'` for tiles where tables are large
-    shared:bool=False, # The features were gathered and are the same on every process: each takes its share of the tiles
-)->tuple: # `(i2t, t2i)`, two scalars; their sum is the loss
+    student_image: Tensor,  # Unit rows `(n, d)`
+    student_text: Tensor,  # Unit rows `(n, d)`
+    teacher_image: Tensor,  # Unit rows `(n, e)`; `e` may differ from `d`
+    teacher_text: Tensor,  # Unit rows `(n, e)`
+    student_scale: float | Tensor = 50.0,  # Inverse temperature of the student
+    teacher_scale: float | Tensor = 50.0,  # Inverse temperature of the teacher
+    tile: int
+    | str
+    # Tiles of so many rows and columns; None for whole tables; `'auto'` for tiles where tables are
+    # large
+    | None = 'auto',
+    # The features were gathered and are the same on every process: each takes its share of the
+    # tiles
+    shared: bool = False,
+) -> tuple:  # `(i2t, t2i)`, two scalars; their sum is the loss
     "Match the teacher's image-to-text and text-to-image beliefs (TinyCLIP, section 3.1)"
-    check_rows(student_image=student_image, student_text=student_text, teacher_image=teacher_image, teacher_text=teacher_text)
+    check_rows(
+        student_image=student_image,
+        student_text=student_text,
+        teacher_image=teacher_image,
+        teacher_text=teacher_text,
+    )
     n = len(student_image)
     if tile := tile_size(n, n, tile, student_image.device):
         own = share(n) if shared else slice(n)
-        i2t,t2i = tiled_cross_entropy(student_image[own], student_text, teacher_image[own], teacher_text, student_scale, teacher_scale, tile, shared=shared)
+        i2t, t2i = tiled_cross_entropy(
+            student_image[own],
+            student_text,
+            teacher_image[own],
+            teacher_text,
+            student_scale,
+            teacher_scale,
+            tile,
+            shared=shared,
+        )
         return mean_of_all(i2t, n, shared), t2i.mean()
-    s,t = logits(student_image, student_text, student_scale), logits(teacher_image, teacher_text, teacher_scale)
-    return soft_cross_entropy(s.log_softmax(1), t.log_softmax(1)), soft_cross_entropy(s.log_softmax(0).T, t.log_softmax(0).T)
+    s = logits(student_image, student_text, student_scale)
+    t = logits(teacher_image, teacher_text, teacher_scale)
+    return soft_cross_entropy(s.log_softmax(1), t.log_softmax(1)), soft_cross_entropy(
+        s.log_softmax(0).T, t.log_softmax(0).T
+    )
 
 # %% ../../nbs/losses/03_mimicking.ipynb #b1ce1dac
 def contrastive(
-    image:Tensor, # Unit rows `(n, d)`
-    text:Tensor, # Unit rows `(n, d)`; row i belongs to image i
-    scale:float|Tensor, # Inverse temperature, usually the model's own
-    tile:int|str|None='auto', # As in `affinity_mimicking`
-    shared:bool=False, # As in `affinity_mimicking`
-)->Tensor: # Mean of both directions, a scalar
-    "CLIP's loss: every image should find its caption among all, and the reverse (Radford et al., 2021)"
+    image: Tensor,  # Unit rows `(n, d)`
+    text: Tensor,  # Unit rows `(n, d)`; row i belongs to image i
+    scale: float | Tensor,  # Inverse temperature, usually the model's own
+    tile: int | str | None = 'auto',  # As in `affinity_mimicking`
+    shared: bool = False,  # As in `affinity_mimicking`
+) -> Tensor:  # Mean of both directions, a scalar
+    """CLIP's loss: every image should find its caption among all, and the reverse (Radford et
+    al., 2021)"""
     check_rows(image=image, text=text)
     n = len(image)
     if tile := tile_size(n, n, tile, image.device):
-        i2t,t2i = tiled_log_sum_exp(image[share(n) if shared else slice(n)], text, scale, tile=tile, shared=shared)
-        own = scale*(at_least_float32(image)*at_least_float32(text)).sum(1).mean() # the logit of the pair
-        return (mean_of_all(i2t, n, shared) + t2i.mean())/2 - own
+        i2t, t2i = tiled_log_sum_exp(
+            image[share(n) if shared else slice(n)], text, scale, tile=tile, shared=shared
+        )
+        own = (
+            scale * (at_least_float32(image) * at_least_float32(text)).sum(1).mean()
+        )  # the logit of the pair
+        return (mean_of_all(i2t, n, shared) + t2i.mean()) / 2 - own
     z = logits(image, text, scale)
-    return -(z.log_softmax(1).diagonal().mean() + z.log_softmax(0).diagonal().mean())/2
+    return -(z.log_softmax(1).diagonal().mean() + z.log_softmax(0).diagonal().mean()) / 2
 
 # %% ../../nbs/losses/03_mimicking.ipynb #c9c41064
 def cross_modal(
-    student_image:Tensor, # Unit rows `(n, d)`
-    student_text:Tensor, # Unit rows `(n, d)`
-    teacher_image:Tensor, # Unit rows `(n, d)`
-    teacher_text:Tensor, # Unit rows `(n, d)`
-    student_scale:float|Tensor=50., # Inverse temperature where the student takes part
-    teacher_scale:float|Tensor=50., # Inverse temperature of the teacher
-    tile:int|str|None='auto', # As in `affinity_mimicking`
-    shared:bool=False, # As in `affinity_mimicking`
-)->tuple: # `(image, text)`, two scalars
+    student_image: Tensor,  # Unit rows `(n, d)`
+    student_text: Tensor,  # Unit rows `(n, d)`
+    teacher_image: Tensor,  # Unit rows `(n, d)`
+    teacher_text: Tensor,  # Unit rows `(n, d)`
+    student_scale: float | Tensor = 50.0,  # Inverse temperature where the student takes part
+    teacher_scale: float | Tensor = 50.0,  # Inverse temperature of the teacher
+    tile: int | str | None = 'auto',  # As in `affinity_mimicking`
+    shared: bool = False,  # As in `affinity_mimicking`
+) -> tuple:  # `(image, text)`, two scalars
     "Student images against teacher texts, and student texts against teacher images"
-    check_rows(student_image=student_image, student_text=student_text, teacher_image=teacher_image, teacher_text=teacher_text)
+    check_rows(
+        student_image=student_image,
+        student_text=student_text,
+        teacher_image=teacher_image,
+        teacher_text=teacher_text,
+    )
     same_width(student_image, teacher_image, 'cross_modal')
-    return tuple(_one_way(s, to, t, to, student_scale, teacher_scale, tile, shared) for s,t,to in ((student_image, teacher_image, teacher_text), (student_text, teacher_text, teacher_image)))
+    return tuple(
+        _one_way(s, to, t, to, student_scale, teacher_scale, tile, shared)
+        for s, t, to in (
+            (student_image, teacher_image, teacher_text),
+            (student_text, teacher_text, teacher_image),
+        )
+    )
 
-def _one_way(a, b, c, d, student_scale, teacher_scale, tile, shared, apart=False)->Tensor:
+
+def _one_way(a, b, c, d, student_scale, teacher_scale, tile, shared, apart=False) -> Tensor:
     "What rows pay, without the columns; `apart` leaves the diagonal out"
     n = len(a)
     if tile := tile_size(n, n, tile, a.device):
         own = share(n) if shared else slice(0, n)
-        rows,_ = tiled_cross_entropy(a[own], b, c[own], d, student_scale, teacher_scale, tile, False, own.start if apart else None, shared)
+        rows, _ = tiled_cross_entropy(
+            a[own],
+            b,
+            c[own],
+            d,
+            student_scale,
+            teacher_scale,
+            tile,
+            False,
+            own.start if apart else None,
+            shared,
+        )
         return mean_of_all(rows, n, shared)
-    if apart: return soft_cross_entropy(others(a, student_scale), others(c, teacher_scale))
+    if apart:
+        return soft_cross_entropy(others(a, student_scale), others(c, teacher_scale))
     return soft_cross_entropy(affinity(a, b, student_scale), affinity(c, d, teacher_scale))
+
 
 def same_width(student, teacher, loss):
     "Refuse a loss that needs one embedding width for both"
-    if student.shape[-1]!=teacher.shape[-1]:
-        raise TinyclipError(f'The loss {loss!r} compares features of the student (width {student.shape[-1]}) with features of the teacher (width {teacher.shape[-1]}), which needs '
-                            "equal widths. 'affinity', 'uni_modal' and 'contrastive' work with any.")
+    if student.shape[-1] != teacher.shape[-1]:
+        raise TinyclipError(
+            f'The loss {loss!r} compares features of the student (width {student.shape[-1]}) '
+            f'with features of the teacher (width {teacher.shape[-1]}), which needs '
+            "equal widths. 'affinity', 'uni_modal' and 'contrastive' work with any."
+        )
 
 # %% ../../nbs/losses/03_mimicking.ipynb #11a0e4db
 def uni_modal(
-    student_image:Tensor, # Unit rows `(n, d)`
-    student_text:Tensor, # Unit rows `(n, d)`
-    teacher_image:Tensor, # Unit rows `(n, e)`
-    teacher_text:Tensor, # Unit rows `(n, e)`
-    student_scale:float|Tensor=50., # Inverse temperature of the student
-    teacher_scale:float|Tensor=50., # Inverse temperature of the teacher
-    tile:int|str|None='auto', # As in `affinity_mimicking`
-    shared:bool=False, # As in `affinity_mimicking`
-)->tuple: # `(image, text)`, two scalars
+    student_image: Tensor,  # Unit rows `(n, d)`
+    student_text: Tensor,  # Unit rows `(n, d)`
+    teacher_image: Tensor,  # Unit rows `(n, e)`
+    teacher_text: Tensor,  # Unit rows `(n, e)`
+    student_scale: float | Tensor = 50.0,  # Inverse temperature of the student
+    teacher_scale: float | Tensor = 50.0,  # Inverse temperature of the teacher
+    tile: int | str | None = 'auto',  # As in `affinity_mimicking`
+    shared: bool = False,  # As in `affinity_mimicking`
+) -> tuple:  # `(image, text)`, two scalars
     "Match the teacher's beliefs among images and among texts"
-    check_rows(student_image=student_image, student_text=student_text, teacher_image=teacher_image, teacher_text=teacher_text)
-    if len(student_image)<2: raise TinyclipError('Affinity among images or among texts needs at least 2 rows; use a larger batch.')
-    return tuple(_one_way(s, s, t, t, student_scale, teacher_scale, tile, shared, apart=True) for s,t in ((student_image, teacher_image), (student_text, teacher_text)))
+    check_rows(
+        student_image=student_image,
+        student_text=student_text,
+        teacher_image=teacher_image,
+        teacher_text=teacher_text,
+    )
+    if len(student_image) < 2:
+        raise TinyclipError(
+            'Affinity among images or among texts needs at least 2 rows; use a larger batch.'
+        )
+    return tuple(
+        _one_way(s, s, t, t, student_scale, teacher_scale, tile, shared, apart=True)
+        for s, t in ((student_image, teacher_image), (student_text, teacher_text))
+    )
 
-def others(x, scale)->Tensor: # Log-probabilities `(n, n-1)`
+
+def others(x, scale) -> Tensor:  # Log-probabilities `(n, n-1)`
     "How each row spreads its belief over the other rows"
     n = len(x)
-    return logits(x, x, scale).flatten()[1:].view(n-1, n+1)[:,:-1].reshape(n, n-1).log_softmax(-1) # all but the diagonal
+    return (
+        logits(x, x, scale)
+        .flatten()[1:]
+        .view(n - 1, n + 1)[:, :-1]
+        .reshape(n, n - 1)
+        .log_softmax(-1)
+    )  # all but the diagonal
 
 # %% ../../nbs/losses/03_mimicking.ipynb #07f03059
 def feature(
-    student_image:Tensor, # Unit rows `(n, d)`
-    student_text:Tensor, # Unit rows `(n, d)`
-    teacher_image:Tensor, # Unit rows `(n, d)`
-    teacher_text:Tensor, # Unit rows `(n, d)`
-)->tuple: # `(image, text)`, two scalars from 0 (equal) to 4 (opposite)
+    student_image: Tensor,  # Unit rows `(n, d)`
+    student_text: Tensor,  # Unit rows `(n, d)`
+    teacher_image: Tensor,  # Unit rows `(n, d)`
+    teacher_text: Tensor,  # Unit rows `(n, d)`
+) -> tuple:  # `(image, text)`, two scalars from 0 (equal) to 4 (opposite)
     "Squared distance between the student's and the teacher's unit features, mean over the rows"
-    check_rows(student_image=student_image, student_text=student_text, teacher_image=teacher_image, teacher_text=teacher_text)
+    check_rows(
+        student_image=student_image,
+        student_text=student_text,
+        teacher_image=teacher_image,
+        teacher_text=teacher_text,
+    )
     same_width(student_image, teacher_image, 'feature')
-    return tuple((at_least_float32(s)-at_least_float32(t)).square().sum(-1).mean() for s,t in ((student_image, teacher_image), (student_text, teacher_text)))
+    return tuple(
+        (at_least_float32(s) - at_least_float32(t)).square().sum(-1).mean()
+        for s, t in ((student_image, teacher_image), (student_text, teacher_text))
+    )
 
 # %% ../../nbs/losses/03_mimicking.ipynb #e0ed171b
 class Features(NamedTuple):
     "What a model makes of a batch"
-    image:Tensor # Unit rows `(n, d)`
-    text:Tensor # Unit rows `(n, d)`
-    scale:Tensor|float # The model's own inverse temperature
+
+    image: Tensor  # Unit rows `(n, d)`
+    text: Tensor  # Unit rows `(n, d)`
+    scale: Tensor | float  # The model's own inverse temperature
+
 
 class Loss(NamedTuple):
     "An entry of `LOSSES`"
-    parts:Callable # (student, teacher, student_scale, teacher_scale) -> one scalar or a pair
-    pick:int|None = None # Only this part of a pair
-    needs_teacher:bool = True
-    tiles:bool = True # Whether `parts` takes `tile` and `shared`, too
 
-def _affinity(s, t, *scales, **how): return affinity_mimicking(s.image, s.text, t.image, t.text, *scales, **how)
-def _cross(s, t, *scales, **how): return cross_modal(s.image, s.text, t.image, t.text, *scales, **how)
-def _uni(s, t, *scales, **how): return uni_modal(s.image, s.text, t.image, t.text, *scales, **how)
-def _feature(s, t, *scales): return feature(s.image, s.text, t.image, t.text)
-def _contrastive(s, t, *scales, **how): return contrastive(s.image, s.text, s.scale, **how)
+    parts: Callable  # (student, teacher, student_scale, teacher_scale) -> one scalar or a pair
+    pick: int | None = None  # Only this part of a pair
+    needs_teacher: bool = True
+    tiles: bool = True  # Whether `parts` takes `tile` and `shared`, too
 
-LOSSES = dict(affinity=Loss(_affinity), affinity_i2t=Loss(_affinity, 0), affinity_t2i=Loss(_affinity, 1), contrastive=Loss(_contrastive, needs_teacher=False),
-              cross_modal=Loss(_cross), uni_modal=Loss(_uni), feature=Loss(_feature, tiles=False))
+
+def _affinity(s, t, *scales, **how):
+    return affinity_mimicking(s.image, s.text, t.image, t.text, *scales, **how)
+
+
+def _cross(s, t, *scales, **how):
+    return cross_modal(s.image, s.text, t.image, t.text, *scales, **how)
+
+
+def _uni(s, t, *scales, **how):
+    return uni_modal(s.image, s.text, t.image, t.text, *scales, **how)
+
+
+def _feature(s, t, *scales):
+    return feature(s.image, s.text, t.image, t.text)
+
+
+def _contrastive(s, t, *scales, **how):
+    return contrastive(s.image, s.text, s.scale, **how)
+
+
+LOSSES = dict(
+    affinity=Loss(_affinity),
+    affinity_i2t=Loss(_affinity, 0),
+    affinity_t2i=Loss(_affinity, 1),
+    contrastive=Loss(_contrastive, needs_teacher=False),
+    cross_modal=Loss(_cross),
+    uni_modal=Loss(_uni),
+    feature=Loss(_feature, tiles=False),
+)
 
 # %% ../../nbs/losses/03_mimicking.ipynb #e732f79e
 class Objective:
     "A weighted sum of named losses; called with what student and teacher make of a batch"
-    def __init__(self,
-        spec='affinity', # A name of `LOSSES`, a list of names (weight 1 each), or name -> weight
-        student_scale:float|str=50., # Inverse temperature of the student in the teacher's losses; `'own'` for its (learned) logit scale
-        teacher_scale:float|str=50., # Inverse temperature of the teacher; `'own'` for its logit scale
-        tile:int|str|None='auto', # As in `affinity_mimicking`
+
+    def __init__(
+        self,
+        spec='affinity',  # A name of `LOSSES`, a list of names (weight 1 each), or name -> weight
+        student_scale: float
+        # Inverse temperature of the student in the teacher's losses; `'own'` for its (learned)
+        # logit scale
+        | str = 50.0,
+        teacher_scale: float
+        | str = 50.0,  # Inverse temperature of the teacher; `'own'` for its logit scale
+        tile: int | str | None = 'auto',  # As in `affinity_mimicking`
     ):
-        self.weights = {spec:1.} if isinstance(spec, str) else {k:float(v) for k,v in spec.items()} if isinstance(spec, Mapping) else {k:1. for k in spec}
-        if len(self.weights)!=(1 if isinstance(spec, str) else len(spec)): raise TinyclipError(f'{spec} names a loss twice; give it a weight instead.')
-        if not self.weights: raise TinyclipError(f'An objective needs at least one loss. Known: {", ".join(LOSSES)}.')
-        for name,w in self.weights.items():
-            if name not in LOSSES: raise unknown('loss', name, LOSSES)
-            if not (math.isfinite(w) and w>0): raise TinyclipError(f'The weight of {name!r} is {w}; give a positive number, or leave the loss out.')
-        for n,v in (('student_scale', student_scale), ('teacher_scale', teacher_scale)):
-            if v!='own' and (isinstance(v, str) or not v>0): raise TinyclipError(f"{n}={v!r}: give a positive number (one over the temperature), or 'own' for the model's logit scale.")
-        tile_size(1, 1, tile) # refuses what is no tile
-        self.student_scale,self.teacher_scale,self.tile = student_scale, teacher_scale, tile
+        self.weights = (
+            {spec: 1.0}
+            if isinstance(spec, str)
+            else {k: float(v) for k, v in spec.items()}
+            if isinstance(spec, Mapping)
+            else {k: 1.0 for k in spec}
+        )
+        if len(self.weights) != (1 if isinstance(spec, str) else len(spec)):
+            raise TinyclipError(f'{spec} names a loss twice; give it a weight instead.')
+        if not self.weights:
+            raise TinyclipError(
+                f'An objective needs at least one loss. Known: {", ".join(LOSSES)}.'
+            )
+        for name, w in self.weights.items():
+            if name not in LOSSES:
+                raise unknown('loss', name, LOSSES)
+            if not (math.isfinite(w) and w > 0):
+                raise TinyclipError(
+                    f'The weight of {name!r} is {w}; give a positive number, or leave the loss out.'
+                )
+        for n, v in (('student_scale', student_scale), ('teacher_scale', teacher_scale)):
+            if v != 'own' and (isinstance(v, str) or not v > 0):
+                raise TinyclipError(
+                    f"{n}={v!r}: give a positive number (one over the temperature), or 'own' "
+                    "for the model's logit scale."
+                )
+        tile_size(1, 1, tile)  # refuses what is no tile
+        self.student_scale = student_scale
+        self.teacher_scale = teacher_scale
+        self.tile = tile
         self.needs_teacher = any(LOSSES[n].needs_teacher for n in self.weights)
 
-    def __call__(self, student:Features, teacher:Features|None=None, shared:bool=False)->dict:
-        "Every loss by name, unweighted, and `'loss'`, their weighted sum; `shared` as in `affinity_mimicking`"
-        if self.needs_teacher and teacher is None: raise TinyclipError(f'The objective {self} compares with a teacher; give one.')
-        scales = [f.scale if v=='own' and f else v for v,f in ((self.student_scale, student), (self.teacher_scale, teacher))]
-        done,out = {}, {}
+    def __call__(
+        self, student: Features, teacher: Features | None = None, shared: bool = False
+    ) -> dict:
+        """Every loss by name, unweighted, and `'loss'`, their weighted sum; `shared` as in
+        `affinity_mimicking`"""
+        if self.needs_teacher and teacher is None:
+            raise TinyclipError(f'The objective {self} compares with a teacher; give one.')
+        scales = [
+            f.scale if v == 'own' and f else v
+            for v, f in ((self.student_scale, student), (self.teacher_scale, teacher))
+        ]
+        done, out = {}, {}
         for name in self.weights:
-            parts,pick,_,tiles = LOSSES[name]
-            if parts not in done: done[parts] = parts(student, teacher, *scales, **(dict(tile=self.tile, shared=shared) if tiles else {}))
+            parts, pick, _, tiles = LOSSES[name]
+            if parts not in done:
+                done[parts] = parts(
+                    student,
+                    teacher,
+                    *scales,
+                    **(dict(tile=self.tile, shared=shared) if tiles else {}),
+                )
             value = done[parts]
-            out[name] = value[pick] if pick is not None else sum(value) if isinstance(value, tuple) else value
-        return {'loss':sum(w*out[n] for n,w in self.weights.items()), **out}
+            out[name] = (
+                value[pick]
+                if pick is not None
+                else sum(value)
+                if isinstance(value, tuple)
+                else value
+            )
+        return {'loss': sum(w * out[n] for n, w in self.weights.items()), **out}
 
-    def __repr__(self): return ' + '.join(n if w==1 else f'{w:g} {n}' for n,w in self.weights.items())
+    def __repr__(self):
+        return ' + '.join(n if w == 1 else f'{w:g} {n}' for n, w in self.weights.items())

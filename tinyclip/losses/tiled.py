@@ -7,98 +7,136 @@ __all__ = ['SMALL', 'tile_size', 'summary', 'log_sum_exp', 'pays', 'merge', 'slo
            'tiled_cross_entropy', 'tiled_log_sum_exp']
 
 # %% ../../nbs/losses/02_tiled.ipynb #92249214
-import contextlib, contextvars, functools
+import contextlib
+import contextvars
+import functools
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
 from ..core import TinyclipError, filled, processes
 
 # %% ../../nbs/losses/02_tiled.ipynb #dfc7aa15
-SMALL = 2**22 # Entries of a table that is still held whole: 2,048 x 2,048. Plain torch then takes less than 256 MB.
+SMALL = (
+    2**22
+)  # Entries of a table that is still held whole: 2,048 x 2,048. Plain torch then takes less than 256 MB.
+
 
 def tile_size(
-    n:int, # Rows of the table
-    m:int, # Columns
-    tile:int|str|None='auto', # `'auto'`, a number of rows and columns, or None for never
-    device:torch.device|str='cpu', # Where the features are
-)->int|None: # None where the table should be held whole
+    n: int,  # Rows of the table
+    m: int,  # Columns
+    tile: int | str | None = 'auto',  # `'auto'`, a number of rows and columns, or None for never
+    device: torch.device | str = 'cpu',  # Where the features are
+) -> int | None:  # None where the table should be held whole
     "How large the tiles of a table should be"
-    if tile=='auto': return None if n*m<=SMALL else 1024 if torch.device(device).type=='cpu' else 4096
-    if tile is None or isinstance(tile, int) and not isinstance(tile, bool) and tile>0: return tile
-    raise TinyclipError(f"tile={tile!r}: give 'auto', a positive number of rows and columns, or None to hold the whole table.")
+    if tile == 'auto':
+        return None if n * m <= SMALL else 1024 if torch.device(device).type == 'cpu' else 4096
+    if tile is None or isinstance(tile, int) and not isinstance(tile, bool) and tile > 0:
+        return tile
+    raise TinyclipError(
+        f"tile={tile!r}: give 'auto', a positive number of rows and columns, or None to hold "
+        "the whole table."
+    )
 
 # %% ../../nbs/losses/02_tiled.ipynb #2600b4c5
 def summary(
-    S:Tensor, # Student's logits `(p, q)`
-    T:Tensor|None=None, # Teacher's
-    dim:int=1, # 1 sums rows up, 0 columns
-)->Tensor: # `(5, p)` or `(5, q)`: top, mass, teacher's top, teacher's mass, mean below the top; without a teacher the first two
+    S: Tensor,  # Student's logits `(p, q)`
+    T: Tensor | None = None,  # Teacher's
+    dim: int = 1,  # 1 sums rows up, 0 columns
+) -> Tensor:  # `(5, p)` or `(5, q)`: top, mass, teacher's top, teacher's mass, mean below the top; without a teacher the first two
     "What a loss needs to know about the rows or columns of a tile"
     top = S.amax(dim, keepdim=True)
-    below = S-top
+    below = S - top
     out = [top.squeeze(dim), below.exp().sum(dim)]
-    if T is None: return torch.stack(out)
+    if T is None:
+        return torch.stack(out)
     top = T.amax(dim, keepdim=True)
-    w = (T-top).exp_()
+    w = (T - top).exp_()
     mass = w.sum(dim)
-    return torch.stack([*out, top.squeeze(dim), mass, w.mul_(below).sum(dim)/mass])
+    return torch.stack([*out, top.squeeze(dim), mass, w.mul_(below).sum(dim) / mass])
 
-def log_sum_exp(x:Tensor)->Tensor:
+
+def log_sum_exp(x: Tensor) -> Tensor:
     "Of the student's logits, from their summary"
     return x[0] + x[1].log()
 
-def pays(x:Tensor)->Tensor:
-    "The cross-entropy of rows or columns, from their summary; their log-sum-exp where there is no teacher"
-    return x[1].log()-x[4] if len(x)>2 else log_sum_exp(x)
+
+def pays(x: Tensor) -> Tensor:
+    """The cross-entropy of rows or columns, from their summary; their log-sum-exp where there is
+    no teacher"""
+    return x[1].log() - x[4] if len(x) > 2 else log_sum_exp(x)
 
 # %% ../../nbs/losses/02_tiled.ipynb #bb28e0c0
 def merge(
-    a:Tensor, # A `summary` of some columns
-    b:Tensor, # Of others, for the same rows
-)->Tensor: # Of both
+    a: Tensor,  # A `summary` of some columns
+    b: Tensor,  # Of others, for the same rows
+) -> Tensor:  # Of both
     "Two summaries make one"
     tops = torch.maximum(a[:4:2], b[:4:2])
     return _finish(tops, _seen_from(tops, a) + _seen_from(tops, b))
 
-def _seen_from(tops, x): # Masses, and the teacher's mass times the mean
-    mass = x[1:4:2]*(x[:4:2]-tops).exp()
-    return mass if len(x)==2 else torch.cat([mass, mass[1:]*(x[4:]+x[:1]-tops[:1])])
 
-def _finish(tops, out): return torch.cat([tops, out]) if len(out)==1 else torch.stack([tops[0], out[0], tops[1], out[1], out[2]/out[1]])
+def _seen_from(tops, x):  # Masses, and the teacher's mass times the mean
+    mass = x[1:4:2] * (x[:4:2] - tops).exp()
+    return mass if len(x) == 2 else torch.cat([mass, mass[1:] * (x[4:] + x[:1] - tops[:1])])
+
+
+def _finish(tops, out):
+    return (
+        torch.cat([tops, out])
+        if len(out) == 1
+        else torch.stack([tops[0], out[0], tops[1], out[1], out[2] / out[1]])
+    )
 
 # %% ../../nbs/losses/02_tiled.ipynb #5b96b7b4
 def slope(
-    S:Tensor, # Student's logits `(p, q)`
-    T:Tensor|None, # Teacher's
-    rows:tuple|None, # How much each row counts `(p,)`, and the whole rows' summary; None where they do not count
-    columns:tuple|None, # The same of columns
-)->Tensor: # `(p, q)`
+    S: Tensor,  # Student's logits `(p, q)`
+    T: Tensor | None,  # Teacher's
+    rows: tuple
+    # How much each row counts `(p,)`, and the whole rows' summary; None where they do not count
+    | None,
+    columns: tuple | None,  # The same of columns
+) -> Tensor:  # `(p, q)`
     "Derivative by the student's logits of what rows and columns pay"
     out = None
-    for dim,(g,x) in ((d, w) for d,w in ((1, rows), (0, columns)) if w is not None):
+    for dim, (g, x) in ((d, w) for d, w in ((1, rows), (0, columns)) if w is not None):
         d = _probabilities(S, x[:2], g, dim)
-        if T is not None: d -= _probabilities(T, x[2:4], g, dim)
+        if T is not None:
+            d -= _probabilities(T, x[2:4], g, dim)
         out = d if out is None else out.add_(d)
     return out
 
-def _probabilities(X, x, g, dim): return (X-x[0].unsqueeze(dim)).exp_().mul_((g/x[1]).unsqueeze(dim))
 
-def teacher_slope(S, T, rows, columns)->Tensor:
+def _probabilities(X, x, g, dim):
+    return (X - x[0].unsqueeze(dim)).exp_().mul_((g / x[1]).unsqueeze(dim))
+
+
+def teacher_slope(S, T, rows, columns) -> Tensor:
     "Derivative by the teacher's logits; as `slope`"
-    return sum(_probabilities(T, x[2:4], g, dim)*((x[0]+x[4]).unsqueeze(dim)-S) for dim,(g,x) in ((d, w) for d,w in ((1, rows), (0, columns)) if w is not None))
+    return sum(
+        _probabilities(T, x[2:4], g, dim) * ((x[0] + x[4]).unsqueeze(dim) - S)
+        for dim, (g, x) in ((d, w) for d, w in ((1, rows), (0, columns)) if w is not None)
+    )
 
 # %% ../../nbs/losses/02_tiled.ipynb #59b9a161
 def _tiles(a, b, c, d, s, t, tile, apart):
-    "Row slice, column slice, student's and teacher's logits, scaled rows and columns that made them"
-    up = lambda x,I: x[I].to(s.dtype)
-    for I in (slice(i, min(i+tile, len(a))) for i in range(0, len(a), tile)):
-        A,C = up(a, I)*s, None if c is None else up(c, I)*t
-        for J in (slice(j, min(j+tile, len(b))) for j in range(0, len(b), tile)):
-            B,D = up(b, J), None if d is None else up(d, J)
-            S,T = A @ B.T, None if c is None else C @ D.T
-            if apart is not None and -len(S) < (k := I.start+apart-J.start) < S.shape[1]:
-                for X in (S,) if T is None else (S, T): X.diagonal(k).fill_(-1e30) # finite, so that nothing times it is nan
+    """Row slice, column slice, student's and teacher's logits, scaled rows and columns that made
+    them"""
+
+    def up(x, I):
+        return x[I].to(s.dtype)
+
+    for I in (slice(i, min(i + tile, len(a))) for i in range(0, len(a), tile)):
+        A, C = up(a, I) * s, None if c is None else up(c, I) * t
+        for J in (slice(j, min(j + tile, len(b))) for j in range(0, len(b), tile)):
+            B, D = up(b, J), None if d is None else up(d, J)
+            S, T = A @ B.T, None if c is None else C @ D.T
+            if apart is not None and -len(S) < (k := I.start + apart - J.start) < S.shape[1]:
+                for X in (S,) if T is None else (S, T):
+                    X.diagonal(k).fill_(-1e30)  # finite, so that nothing times it is nan
             yield I, J, S, T, A, B, C, D
+
 
 def _of_all(x):
     "The summary over all processes, of one that each has made of its own rows"
@@ -108,16 +146,25 @@ def _of_all(x):
     dist.all_reduce(out)
     return _finish(tops, out)
 
+
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b, c, d, s, t, tile, columns, apart, shared, fuse):
-        def empty(n): return filled([-1e30, 0.] if c is None else [-1e30, 0., -1e30, 0., 0.], s)[:,None].repeat(1, n) # a top that any other tops
-        row,col,sum_up = empty(len(a)), empty(len(b)) if columns else None, fuse(summary)
+        def empty(n):
+            return filled([-1e30, 0.0] if c is None else [-1e30, 0.0, -1e30, 0.0, 0.0], s)[
+                :, None
+            ].repeat(1, n)  # a top that any other tops
+
+        row = empty(len(a))
+        col = empty(len(b)) if columns else None
+        sum_up = fuse(summary)
         with torch.autocast(a.device.type, enabled=False):
-            for I,J,S,T,*_ in _tiles(a, b, c, d, s, t, tile, apart):
-                row[:,I] = merge(row[:,I], sum_up(S, T, 1))
-                if columns: col[:,J] = merge(col[:,J], sum_up(S, T, 0))
-        if columns and shared: col = _of_all(col)
+            for I, J, S, T, *_ in _tiles(a, b, c, d, s, t, tile, apart):
+                row[:, I] = merge(row[:, I], sum_up(S, T, 1))
+                if columns:
+                    col[:, J] = merge(col[:, J], sum_up(S, T, 0))
+        if columns and shared:
+            col = _of_all(col)
         ctx.save_for_backward(a, b, c, d, s, t, row, col)
         ctx.how = tile, apart, shared, fuse
         ctx.set_materialize_grads(False)
@@ -125,75 +172,149 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, h):
-        if torch.is_grad_enabled(): raise TinyclipError('Tiles have no second derivative: drop create_graph=True, or hold whole tables with tile=None.')
-        *x,s,t,row,col = ctx.saved_tensors
-        tile,apart,shared,fuse = ctx.how
-        if h is not None and shared: h = h.clone(); dist.all_reduce(h) # every process hands out these columns
+        if torch.is_grad_enabled():
+            raise TinyclipError(
+                'Tiles have no second derivative: drop create_graph=True, or hold whole '
+                'tables with tile=None.'
+            )
+        *x, s, t, row, col = ctx.saved_tensors
+        tile, apart, shared, fuse = ctx.how
+        if h is not None and shared:
+            h = h.clone()
+            dist.all_reduce(h)  # every process hands out these columns
         want = [*ctx.needs_input_grad[:4]]
-        for i,scale in ((0, 4), (2, 5)): want[i] |= ctx.needs_input_grad[scale]
-        out = [torch.zeros(f.shape, dtype=s.dtype, device=f.device) if w else None for f,w in zip(x, want)]
-        part = lambda w,y,K: None if w is None else (w[K], y[:,K])
+        for i, scale in ((0, 4), (2, 5)):
+            want[i] |= ctx.needs_input_grad[scale]
+        out = [
+            torch.zeros(f.shape, dtype=s.dtype, device=f.device) if w else None
+            for f, w in zip(x, want)
+        ]
+
+        def part(w, y, K):
+            return None if w is None else (w[K], y[:, K])
+
         with torch.autocast(s.device.type, enabled=False):
-            for I,J,S,T,*rows in _tiles(*x, s, t, tile, apart):
+            for I, J, S, T, *rows in _tiles(*x, s, t, tile, apart):
                 ways = part(g, row, I), part(h, col, J)
-                for i,f in ((0, slope), (2, teacher_slope)):
-                    if out[i] is None and out[i+1] is None: continue
+                for i, f in ((0, slope), (2, teacher_slope)):
+                    if out[i] is None and out[i + 1] is None:
+                        continue
                     G = fuse(f)(S, T, *ways)
-                    if out[i] is not None: out[i][I].addmm_(G, rows[i+1])
-                    if out[i+1] is not None: out[i+1][J].addmm_(G.T, rows[i])
-        scales = [(x[i].to(s.dtype)*out[i]).sum() if n else None for i,n in ((0, ctx.needs_input_grad[4]), (2, ctx.needs_input_grad[5]))]
-        for i,v in ((0, s), (2, t)):
-            if out[i] is not None: out[i] *= v
-        return *(o if o is None else o.to(f.dtype) for o,f in zip(out, x)), *scales, None, None, None, None, None
+                    if out[i] is not None:
+                        out[i][I].addmm_(G, rows[i + 1])
+                    if out[i + 1] is not None:
+                        out[i + 1][J].addmm_(G.T, rows[i])
+        scales = [
+            (x[i].to(s.dtype) * out[i]).sum() if n else None
+            for i, n in ((0, ctx.needs_input_grad[4]), (2, ctx.needs_input_grad[5]))
+        ]
+        for i, v in ((0, s), (2, t)):
+            if out[i] is not None:
+                out[i] *= v
+        return (
+            *(o if o is None else o.to(f.dtype) for o, f in zip(out, x)),
+            *scales,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 # %% ../../nbs/losses/02_tiled.ipynb #d01ac88c
 _FUSE = contextvars.ContextVar('fuse', default=False)
 
+
 @contextlib.contextmanager
 def fused_tiles(
-    on:bool=True, # False: nothing changes
+    on: bool = True,  # False: nothing changes
 ):
-    "Losses within let `torch.compile` fuse what happens to a tile; their gradients do, too, whenever they are taken"
+    """Losses within let `torch.compile` fuse what happens to a tile; their gradients do, too,
+    whenever they are taken"""
     token = _FUSE.set(on or _FUSE.get())
-    try: yield
-    finally: _FUSE.reset(token)
+    try:
+        yield
+    finally:
+        _FUSE.reset(token)
 
 # %% ../../nbs/losses/02_tiled.ipynb #ffb25f9d
 def tiled_cross_entropy(
-    a:Tensor, # Student's unit rows `(n, d)`
-    b:Tensor, # Student's unit rows `(m, d)`
-    teacher_a:Tensor|None=None, # Teacher's unit rows `(n, e)`; None for log-sum-exps in place of cross-entropies
-    teacher_b:Tensor|None=None, # Teacher's unit rows `(m, e)`
-    scale:float|Tensor=50., # Inverse temperature of the student
-    teacher_scale:float|Tensor=50., # Inverse temperature of the teacher
-    tile:int|str|None='auto', # As in `tile_size`; None for one tile
-    columns:bool=True, # Whether columns are wanted, too
-    apart:int|None=None, # Row i leaves column `i+apart` out
-    shared:bool=False, # `a` and `teacher_a` are the rows of this process only, and columns belong to all processes
-    compiled:bool|None=None, # Let `torch.compile` fuse what happens to a tile; None: within `fused_tiles` only
-)->tuple: # What each row pays `(n,)` and each column `(m,)`, in float32 or better; None for columns that are not wanted
-    "Soft cross-entropies between two tables that are never held: rows against rows and columns against columns"
+    a: Tensor,  # Student's unit rows `(n, d)`
+    b: Tensor,  # Student's unit rows `(m, d)`
+    teacher_a: Tensor
+    # Teacher's unit rows `(n, e)`; None for log-sum-exps in place of cross-entropies
+    | None = None,
+    teacher_b: Tensor | None = None,  # Teacher's unit rows `(m, e)`
+    scale: float | Tensor = 50.0,  # Inverse temperature of the student
+    teacher_scale: float | Tensor = 50.0,  # Inverse temperature of the teacher
+    tile: int | str | None = 'auto',  # As in `tile_size`; None for one tile
+    columns: bool = True,  # Whether columns are wanted, too
+    apart: int | None = None,  # Row i leaves column `i+apart` out
+    # `a` and `teacher_a` are the rows of this process only, and columns belong to all processes
+    shared: bool = False,
+    compiled: bool
+    # Let `torch.compile` fuse what happens to a tile; None: within `fused_tiles` only
+    | None = None,
+) -> tuple:  # What each row pays `(n,)` and each column `(m,)`, in float32 or better; None for columns that are not wanted
+    """Soft cross-entropies between two tables that are never held: rows against rows and columns
+    against columns"""
     both = [f for f in (a, b, teacher_a, teacher_b) if f is not None]
-    if len(both)==3: raise TinyclipError('A teacher needs rows for both sides: give teacher_a and teacher_b, or neither.')
-    if any(f.ndim!=2 for f in both) or any(x.shape[1]!=y.shape[1] for x,y in zip(both[::2], both[1::2])) or any((len(x), len(y))!=(len(a), len(b)) for x,y in zip(both[::2], both[1::2])):
-        raise TinyclipError(f'The rows have shapes {", ".join(str(tuple(f.shape)) for f in both)}; expected (n, d), (m, d), and for a teacher (n, e), (m, e).')
-    if not len(b) or not (len(a) or shared): raise TinyclipError('There are no rows to compare; give at least one on each side.')
+    if len(both) == 3:
+        raise TinyclipError(
+            'A teacher needs rows for both sides: give teacher_a and teacher_b, or neither.'
+        )
+    if (
+        any(f.ndim != 2 for f in both)
+        or any(x.shape[1] != y.shape[1] for x, y in zip(both[::2], both[1::2]))
+        or any((len(x), len(y)) != (len(a), len(b)) for x, y in zip(both[::2], both[1::2]))
+    ):
+        raise TinyclipError(
+            f'The rows have shapes {", ".join(str(tuple(f.shape)) for f in both)}; expected '
+            '(n, d), (m, d), and for a teacher (n, e), (m, e).'
+        )
+    if not len(b) or not (len(a) or shared):
+        raise TinyclipError('There are no rows to compare; give at least one on each side.')
     tile = tile_size(len(a), len(b), tile, a.device) or max(len(a), len(b))
-    kind = torch.float64 if any(f.dtype==torch.float64 for f in both) else torch.float32
-    number = lambda v: v.to(a.device, kind) if isinstance(v, Tensor) else torch.full((), float(v), dtype=kind, device=a.device)
-    scales = [number(v) for v in (scale, 1. if teacher_a is None else teacher_scale)]
-    if any(v.numel()!=1 for v in scales): raise TinyclipError('A scale is one number (one over the temperature), not a table of them.')
-    return _Tiled.apply(a, b, teacher_a, teacher_b, *(v.reshape(()) for v in scales), tile, columns, apart, shared and processes()[1]>1, _fused if (_FUSE.get() if compiled is None else compiled) else _eager)
+    kind = torch.float64 if any(f.dtype == torch.float64 for f in both) else torch.float32
 
-def _eager(f): return f
+    def number(v):
+        return (
+            v.to(a.device, kind)
+            if isinstance(v, Tensor)
+            else torch.full((), float(v), dtype=kind, device=a.device)
+        )
+
+    scales = [number(v) for v in (scale, 1.0 if teacher_a is None else teacher_scale)]
+    if any(v.numel() != 1 for v in scales):
+        raise TinyclipError(
+            'A scale is one number (one over the temperature), not a table of them.'
+        )
+    return _Tiled.apply(
+        a,
+        b,
+        teacher_a,
+        teacher_b,
+        *(v.reshape(()) for v in scales),
+        tile,
+        columns,
+        apart,
+        shared and processes()[1] > 1,
+        _fused if (_FUSE.get() if compiled is None else compiled) else _eager,
+    )
+
+
+def _eager(f):
+    return f
+
+
 _fused = functools.cache(functools.partial(torch.compile, dynamic=True))
 
 # %% ../../nbs/losses/02_tiled.ipynb #275cc099
 def tiled_log_sum_exp(
-    a:Tensor, # Unit rows `(n, d)`
-    b:Tensor, # Unit rows `(m, d)`
-    scale:float|Tensor=50., # Inverse temperature
-    **how, # `tile`, `columns`, `apart`, `shared`, `compiled`: as in `tiled_cross_entropy`
-)->tuple: # Of each row `(n,)` and each column `(m,)`
+    a: Tensor,  # Unit rows `(n, d)`
+    b: Tensor,  # Unit rows `(m, d)`
+    scale: float | Tensor = 50.0,  # Inverse temperature
+    **how,  # `tile`, `columns`, `apart`, `shared`, `compiled`: as in `tiled_cross_entropy`
+) -> tuple:  # Of each row `(n,)` and each column `(m,)`
     "Log-sum-exps of a table that is never held"
     return tiled_cross_entropy(a, b, scale=scale, **how)

@@ -9,165 +9,271 @@ __all__ = ['CONFIGS', 'transformer_cfg', 'block_cfg', 'norm_cfg', 'vit_cfg', 're
 # %% ../../nbs/towers/02_architecture.ipynb #747010c7
 import json
 from pathlib import Path
+
 import open_clip
 import torch
-from torch import nn
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import QuickGELU, VisionTransformer
+from torch import nn
+
 from ..core import TinyclipError, unknown
 from .layout import HIERARCHICAL, Layout, has_attention, has_mlp, layout
 
 # %% ../../nbs/towers/02_architecture.ipynb #97dab634
 def transformer_cfg(
-    sizes:dict, # Axis -> size, as in `Layout.sizes`
-    tower:str, # `'image'` or `'text'`
-    head_dim:int, # Channels per head
-): # (fields of open_clip's tower configuration, heads and neurons per layer where that schema cannot hold them, else None)
+    sizes: dict,  # Axis -> size, as in `Layout.sizes`
+    tower: str,  # `'image'` or `'text'`
+    head_dim: int,  # Channels per head
+):  # (fields of open_clip's tower configuration, heads and neurons per layer where that schema cannot hold them, else None)
     "Sizes of a transformer as configuration"
-    width,layers = sizes[f'{tower}.width'], sizes[f'{tower}.layers']
-    heads,ffn = ([sizes.get(f'{tower}.layers.{i}.{k}', 0) for i in range(layers)] for k in ('heads', 'ffn'))
-    ratio = ffn[0]/width
-    plain = len(set(heads))==len(set(ffn))==1 and heads[0]*head_dim==width and ffn[0] and int(width*ratio)==ffn[0]
-    if not plain: ratio = 1.
-    cfg = dict(layers=layers, width=width) | ({} if ratio==4 else dict(mlp_ratio=ratio))
-    if tower=='image': cfg['head_width'] = head_dim if plain else width
-    else: cfg['heads'] = width//head_dim if plain else 1
+    width, layers = sizes[f'{tower}.width'], sizes[f'{tower}.layers']
+    heads, ffn = (
+        [sizes.get(f'{tower}.layers.{i}.{k}', 0) for i in range(layers)] for k in ('heads', 'ffn')
+    )
+    ratio = ffn[0] / width
+    plain = (
+        len(set(heads)) == len(set(ffn)) == 1
+        and heads[0] * head_dim == width
+        and ffn[0]
+        and int(width * ratio) == ffn[0]
+    )
+    if not plain:
+        ratio = 1.0
+    cfg = dict(layers=layers, width=width) | ({} if ratio == 4 else dict(mlp_ratio=ratio))
+    if tower == 'image':
+        cfg['head_width'] = head_dim if plain else width
+    else:
+        cfg['heads'] = width // head_dim if plain else 1
     return cfg, None if plain else dict(head_dim=head_dim, heads=heads, ffn=ffn)
 
 # %% ../../nbs/towers/02_architecture.ipynb #637fe71e
-def block_cfg(blocks)->dict: # Fields shared by image and text configuration, plus `head_dim` and `quick_gelu`
+def block_cfg(
+    blocks,
+) -> dict:  # Fields shared by image and text configuration, plus `head_dim` and `quick_gelu`
     "What the residual blocks of a transformer are made of"
-    cfg = dict(head_dim=next((b.attn.head_dim for b in blocks if has_attention(b)), getattr(blocks[0], 'head_dim', 64)))
+    cfg = dict(
+        head_dim=next(
+            (b.attn.head_dim for b in blocks if has_attention(b)),
+            getattr(blocks[0], 'head_dim', 64),
+        )
+    )
     act = next((b.mlp.gelu for b in blocks if has_mlp(b)), None)
-    cfg['quick_gelu'] = None if act is None else isinstance(act, QuickGELU) # unknown when no MLP is left
-    if isinstance(act, nn.GELU) and act.approximate!='none': cfg['act_kwargs'] = dict(approximate=act.approximate)
-    scales = [getattr(b, n) for b in blocks for n in ('ls_1', 'ls_2') if hasattr(getattr(b, n, None), 'gamma')]
-    if scales: cfg['ls_init_value'] = 1e-5
+    cfg['quick_gelu'] = (
+        None if act is None else isinstance(act, QuickGELU)
+    )  # unknown when no MLP is left
+    if isinstance(act, nn.GELU) and act.approximate != 'none':
+        cfg['act_kwargs'] = dict(approximate=act.approximate)
+    scales = [
+        getattr(b, n)
+        for b in blocks
+        for n in ('ls_1', 'ls_2')
+        if hasattr(getattr(b, n, None), 'gamma')
+    ]
+    if scales:
+        cfg['ls_init_value'] = 1e-5
     return cfg
 
-def norm_cfg(norm)->dict: # Empty for the usual eps
-    "A LayerNorm's eps where it differs from torch's default"
-    return {} if norm.eps==1e-5 else dict(norm_kwargs=dict(eps=norm.eps))
 
-def vit_cfg(visual)->dict: # Everything but sizes
+def norm_cfg(norm) -> dict:  # Empty for the usual eps
+    "A LayerNorm's eps where it differs from torch's default"
+    return {} if norm.eps == 1e-5 else dict(norm_kwargs=dict(eps=norm.eps))
+
+
+def vit_cfg(visual) -> dict:  # Everything but sizes
     "What no cut changes in a VisionTransformer"
-    one = lambda t: t[0] if t[0]==t[1] else list(t)
-    cfg = dict(image_size=one(visual.image_size), patch_size=one(visual.patch_size)) | block_cfg(visual.transformer.resblocks) | norm_cfg(visual.ln_post)
-    if not isinstance(visual.ln_pre, nn.LayerNorm): cfg['no_ln_pre'] = True
-    if visual.pool_type!='tok': cfg['pool_type'] = visual.pool_type
+
+    def one(t):
+        return t[0] if t[0] == t[1] else list(t)
+
+    cfg = (
+        dict(image_size=one(visual.image_size), patch_size=one(visual.patch_size))
+        | block_cfg(visual.transformer.resblocks)
+        | norm_cfg(visual.ln_post)
+    )
+    if not isinstance(visual.ln_pre, nn.LayerNorm):
+        cfg['no_ln_pre'] = True
+    if visual.pool_type != 'tok':
+        cfg['pool_type'] = visual.pool_type
     for n in ('final_ln_after_pool', 'output_tokens'):
-        if getattr(visual, n): cfg[n] = True
+        if getattr(visual, n):
+            cfg[n] = True
     return cfg
 
 # %% ../../nbs/towers/02_architecture.ipynb #c57cb0d9
-def resnet_cfg(visual)->dict:
+def resnet_cfg(visual) -> dict:
     "What no cut changes in a ModifiedResNet"
     size = visual.image_size
-    return dict(image_size=size if isinstance(size, int) else size[0], patch_size=None,
-                head_width=visual.attnpool.q_proj.out_features//visual.attnpool.num_heads)
+    return dict(
+        image_size=size if isinstance(size, int) else size[0],
+        patch_size=None,
+        head_width=visual.attnpool.q_proj.out_features // visual.attnpool.num_heads,
+    )
 
-def timm_cfg(visual)->dict:
+
+def timm_cfg(visual) -> dict:
     "What no cut changes in a timm tower"
     size = visual.image_size
-    return dict(image_size=size[0] if size[0]==size[1] else list(size), timm_model_name=visual.trunk.pretrained_cfg['architecture'],
-                timm_pool=visual.trunk.head.global_pool.pool_type)
+    return dict(
+        image_size=size[0] if size[0] == size[1] else list(size),
+        timm_model_name=visual.trunk.pretrained_cfg['architecture'],
+        timm_pool=visual.trunk.head.global_pool.pool_type,
+    )
 
-def text_cfg(text)->dict:
+
+def text_cfg(text) -> dict:
     "What no cut changes in a text tower"
-    cfg = dict(context_length=text.context_length, vocab_size=text.vocab_size) | block_cfg(text.transformer.resblocks) | norm_cfg(text.ln_final)
+    cfg = (
+        dict(context_length=text.context_length, vocab_size=text.vocab_size)
+        | block_cfg(text.transformer.resblocks)
+        | norm_cfg(text.ln_final)
+    )
     pool = text.text_pool_type if hasattr(text, 'text_pool_type') else text.pool_type
-    if pool!='argmax': cfg |= dict(pool_type=pool, eos_id=text.text_eos_id if hasattr(text, 'text_eos_id') else text.eos_id)
-    if text.attn_mask is None: cfg['no_causal_mask'] = True
-    if isinstance(text.text_projection, nn.Linear): cfg['proj_bias'] = True
-    if getattr(text, 'pad_id', 0): cfg['pad_id'] = text.pad_id
+    if pool != 'argmax':
+        cfg |= dict(
+            pool_type=pool, eos_id=text.text_eos_id if hasattr(text, 'text_eos_id') else text.eos_id
+        )
+    if text.attn_mask is None:
+        cfg['no_causal_mask'] = True
+    if isinstance(text.text_projection, nn.Linear):
+        cfg['proj_bias'] = True
+    if getattr(text, 'pad_id', 0):
+        cfg['pad_id'] = text.pad_id
     return cfg
 
 # %% ../../nbs/towers/02_architecture.ipynb #4f994aad
-def resnet_sizes(sizes)->dict:
+def resnet_sizes(sizes) -> dict:
     "Sizes of a ModifiedResNet as open_clip's fields"
-    return dict(width=sizes['image.stem.3'], layers=[sizes[f'image.stages.{s}.layers'] for s in range(4)])
+    return dict(
+        width=sizes['image.stem.3'], layers=[sizes[f'image.stages.{s}.layers'] for s in range(4)]
+    )
 
-def trunk_sizes(sizes)->dict:
+
+def trunk_sizes(sizes) -> dict:
     "Sizes of a hierarchical timm trunk as arguments of `timm.create_model`"
     stages = range(sum(k.endswith('.width') and k.startswith('image.stages') for k in sizes))
-    heads = lambda s: next((v for k,v in sizes.items() if k.startswith(f'image.stages.{s}.layers.0') and k.endswith('heads')), 1)
-    return dict(embed_dims=[sizes[f'image.stages.{s}.width'] for s in stages], depths=[sizes[f'image.stages.{s}.layers'] for s in stages],
-                num_heads=[heads(s) for s in stages])
+
+    def heads(s):
+        return next(
+            (
+                v
+                for k, v in sizes.items()
+                if k.startswith(f'image.stages.{s}.layers.0') and k.endswith('heads')
+            ),
+            1,
+        )
+
+    return dict(
+        embed_dims=[sizes[f'image.stages.{s}.width'] for s in stages],
+        depths=[sizes[f'image.stages.{s}.layers'] for s in stages],
+        num_heads=[heads(s) for s in stages],
+    )
+
 
 def with_sizes(
-    static:dict, # From `static_cfg`: all that no cut changes
-    sizes:dict, # Axis -> size
-)->dict: # open_clip's `model_cfg`, plus `tinyclip_cfg` where the sizes do not fit it
+    static: dict,  # From `static_cfg`: all that no cut changes
+    sizes: dict,  # Axis -> size
+) -> dict:  # open_clip's `model_cfg`, plus `tinyclip_cfg` where the sizes do not fit it
     "The configuration of a model with these sizes"
-    cfg,slim = json.loads(json.dumps(static)), {}
+    cfg, slim = json.loads(json.dumps(static)), {}
     cfg['embed_dim'] = sizes['embed']
-    for tower,key in (('image', 'vision_cfg'), ('text', 'text_cfg')):
+    for tower, key in (('image', 'vision_cfg'), ('text', 'text_cfg')):
         part = cfg[key]
-        if 'timm_model_name' in part: slim['trunk'] = trunk_sizes(sizes)
-        elif tower=='image' and 'image.stem.3' in sizes: part |= resnet_sizes(sizes)
+        if 'timm_model_name' in part:
+            slim['trunk'] = trunk_sizes(sizes)
+        elif tower == 'image' and 'image.stem.3' in sizes:
+            part |= resnet_sizes(sizes)
         else:
-            fields,own = transformer_cfg(sizes, tower, part.pop('head_dim'))
+            fields, own = transformer_cfg(sizes, tower, part.pop('head_dim'))
             part |= fields
-            if own: slim[tower] = own
+            if own:
+                slim[tower] = own
     return cfg | (dict(tinyclip_cfg=slim) if slim else {})
 
 # %% ../../nbs/towers/02_architecture.ipynb #605b13f6
-def static_cfg(model)->dict:
+def static_cfg(model) -> dict:
     "Everything about a CLIP's configuration that cutting leaves alone"
     v = model.visual
-    vision = vit_cfg(v) if isinstance(v, VisionTransformer) else resnet_cfg(v) if isinstance(v, ModifiedResNet) else timm_cfg(v)
+    vision = (
+        vit_cfg(v)
+        if isinstance(v, VisionTransformer)
+        else resnet_cfg(v)
+        if isinstance(v, ModifiedResNet)
+        else timm_cfg(v)
+    )
     text = text_cfg(model.text if hasattr(model, 'text') else model)
     quick = {q for q in (c.pop('quick_gelu', None) for c in (vision, text)) if q is not None}
-    if len(quick)>1: raise TinyclipError('One tower uses QuickGELU and the other does not; open_clip has one switch for both.')
+    if len(quick) > 1:
+        raise TinyclipError(
+            'One tower uses QuickGELU and the other does not; open_clip has one switch for both.'
+        )
     cfg = dict(embed_dim=0, vision_cfg=vision, text_cfg=text)
-    if True in quick: cfg['quick_gelu'] = True
-    if hasattr(model, 'text'): cfg['custom_text'] = True
-    if model.logit_bias is not None: cfg['init_logit_bias'] = -10.
-    if model.logit_scale.ndim: cfg['nonscalar_logit_scale'] = True
+    if True in quick:
+        cfg['quick_gelu'] = True
+    if hasattr(model, 'text'):
+        cfg['custom_text'] = True
+    if model.logit_bias is not None:
+        cfg['init_logit_bias'] = -10.0
+    if model.logit_scale.ndim:
+        cfg['nonscalar_logit_scale'] = True
     return cfg
 
+
 def architecture(
-    model:nn.Module, # A supported CLIP or a student
-)->dict: # JSON-able: `model_cfg` of an `open_clip_config.json`
+    model: nn.Module,  # A supported CLIP or a student
+) -> dict:  # JSON-able: `model_cfg` of an `open_clip_config.json`
     "The configuration of `model`, read from its modules"
     l = layout(model)
     cfg = with_sizes(static_cfg(model), l.sizes)
     trunk = cfg.get('tinyclip_cfg', {}).get('trunk')
-    if trunk and trunk==whole_trunk(cfg['vision_cfg']['timm_model_name']): # an uncut trunk needs no sizes of its own
+    if trunk and trunk == whole_trunk(
+        cfg['vision_cfg']['timm_model_name']
+    ):  # an uncut trunk needs no sizes of its own
         del cfg['tinyclip_cfg']['trunk']
-        if not cfg['tinyclip_cfg']: del cfg['tinyclip_cfg']
+        if not cfg['tinyclip_cfg']:
+            del cfg['tinyclip_cfg']
     return cfg
 
-def whole_trunk(name)->dict:
+
+def whole_trunk(name) -> dict:
     "Sizes of a timm trunk as timm defines it"
     import timm
+
     l = Layout()
-    with torch.device('meta'): trunk = timm.create_model(name, num_classes=0)
+    with torch.device('meta'):
+        trunk = timm.create_model(name, num_classes=0)
     HIERARCHICAL[type(trunk).__name__](l, trunk)
     return trunk_sizes(l.sizes)
 
 # %% ../../nbs/towers/02_architecture.ipynb #8ef3039f
 def create(
-    cfg:dict, # open_clip's `model_cfg` without `tinyclip_cfg`
-)->nn.Module: # A randomly initialised open_clip model
+    cfg: dict,  # open_clip's `model_cfg` without `tinyclip_cfg`
+) -> nn.Module:  # A randomly initialised open_clip model
     "Build a plain open_clip model from its configuration"
     cfg = json.loads(json.dumps(cfg))
     make = open_clip.CustomTextCLIP if cfg.pop('custom_text', False) else open_clip.CLIP
-    try: return make(**cfg)
-    except (TypeError, KeyError, AttributeError, AssertionError) as e: raise TinyclipError(f'open_clip cannot build a model from this configuration: {e}. Keys: {sorted(cfg)}.') from e
+    try:
+        return make(**cfg)
+    except (TypeError, KeyError, AttributeError, AssertionError) as e:
+        raise TinyclipError(
+            f'open_clip cannot build a model from this configuration: {e}. Keys: {sorted(cfg)}.'
+        ) from e
 
 # %% ../../nbs/towers/02_architecture.ipynb #27b59ccf
-CONFIGS = 'assets/configs' # beside the package's modules: one JSON file per configuration
+CONFIGS = 'assets/configs'  # beside the package's modules: one JSON file per configuration
+
 
 def register():
     "Make the released configurations known to open_clip; called when `tinyclip` is imported"
     import tinyclip
-    open_clip.add_model_config(Path(tinyclip.__file__).parent/CONFIGS)
+
+    open_clip.add_model_config(Path(tinyclip.__file__).parent / CONFIGS)
+
 
 def config(
-    name:str, # A name open_clip knows, e.g. `'TinyCLIP-ViT-40M-32-Text-19M'`
-)->dict: # Its `model_cfg`
+    name: str,  # A name open_clip knows, e.g. `'TinyCLIP-ViT-40M-32-Text-19M'`
+) -> dict:  # Its `model_cfg`
     "The configuration registered under `name`"
     cfg = open_clip.get_model_config(name.replace('/', '-'))
-    if cfg is None: raise unknown('model configuration', name, open_clip.list_models())
+    if cfg is None:
+        raise unknown('model configuration', name, open_clip.list_models())
     return cfg

@@ -11,81 +11,104 @@ __all__ = ['HIERARCHICAL', 'TOWERS', 'Dim', 'Layout', 'transformer_layout', 'has
 # %% ../../nbs/towers/01_layout.ipynb #eb5a1fc6
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
 import open_clip
 import torch
-from torch import nn, Tensor
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer
+from torch import Tensor, nn
+
 from ..core import TinyclipError
 
 # %% ../../nbs/towers/01_layout.ipynb #886bac81
 class Dim(NamedTuple):
     "One dimension of a tensor as an axis laid out in memory"
-    axis:str # Name of the axis
-    block:int = 1 # Consecutive entries per index (the head size, for heads)
-    copies:int = 1 # How often the axis repeats (3 for packed queries, keys, values)
-    scaled:bool = False # Do the axis' mask values multiply here?
 
-    def expand(self,
-        index:Tensor, # Kept indices `(k,)` of the axis
-        size:int, # Number of indices of the whole axis
-    )->Tensor: # Positions in the tensor dimension, `(copies*k*block,)`
+    axis: str  # Name of the axis
+    block: int = 1  # Consecutive entries per index (the head size, for heads)
+    copies: int = 1  # How often the axis repeats (3 for packed queries, keys, values)
+    scaled: bool = False  # Do the axis' mask values multiply here?
+
+    def expand(
+        self,
+        index: Tensor,  # Kept indices `(k,)` of the axis
+        size: int,  # Number of indices of the whole axis
+    ) -> Tensor:  # Positions in the tensor dimension, `(copies*k*block,)`
         "Positions of the kept indices in this dimension"
-        one = (index[:,None]*self.block + torch.arange(self.block)).flatten()
-        return (torch.arange(self.copies)[:,None]*size*self.block + one).flatten()
+        one = (index[:, None] * self.block + torch.arange(self.block)).flatten()
+        return (torch.arange(self.copies)[:, None] * size * self.block + one).flatten()
 
 # %% ../../nbs/towers/01_layout.ipynb #9b23c0da
 @dataclass
 class Layout:
     "Which axis runs along which dimension of which tensor of a model"
-    sizes:dict = field(default_factory=dict) # axis -> number of indices
-    units:dict = field(default_factory=dict) # axis -> number of equal units it is naturally cut in (a width: its heads)
-    dims:dict = field(default_factory=dict) # name in the state dict -> one `Dim` or None per dimension
-    depth:dict = field(default_factory=dict) # depth axis -> path of its list of blocks in the model
-    needed:dict = field(default_factory=dict) # depth axis -> blocks that cannot go (they change the shape)
-    norms:dict = field(default_factory=dict) # path of a LayerNorm -> the width axis that it normalises
+
+    sizes: dict = field(default_factory=dict)  # axis -> number of indices
+    units: dict = field(
+        default_factory=dict
+    )  # axis -> number of equal units it is naturally cut in (a width: its heads)
+    dims: dict = field(
+        default_factory=dict
+    )  # name in the state dict -> one `Dim` or None per dimension
+    depth: dict = field(
+        default_factory=dict
+    )  # depth axis -> path of its list of blocks in the model
+    needed: dict = field(
+        default_factory=dict
+    )  # depth axis -> blocks that cannot go (they change the shape)
+    norms: dict = field(
+        default_factory=dict
+    )  # path of a LayerNorm -> the width axis that it normalises
 
     def axis(self, name, size, units=None, needed=()):
         "Add an axis and return its name"
-        self.sizes[name], self.units[name] = size, units if units and size%units==0 else size
-        if needed: self.needed[name] = tuple(needed)
+        self.sizes[name] = size
+        self.units[name] = units if units and size % units == 0 else size
+        if needed:
+            self.needed[name] = tuple(needed)
         return name
 
     def linear(self, path, out, inp, bias=True):
         "Add the weight `(out, inp)` of a linear layer, and its bias"
         self.dims[f'{path}.weight'] = (out, inp)
-        if bias: self.dims[f'{path}.bias'] = (out,)
+        if bias:
+            self.dims[f'{path}.bias'] = (out,)
 
     def conv(self, path, out, inp, bias=False):
         "Add the weight `(out, inp, h, w)` of a convolution; `inp` is None for a depth-wise one"
         self.dims[f'{path}.weight'] = (out, inp, None, None)
-        if bias: self.dims[f'{path}.bias'] = (out,)
+        if bias:
+            self.dims[f'{path}.bias'] = (out,)
 
     def norm(self, path, axis, batch=False):
         "Add a LayerNorm, or a BatchNorm with its running statistics"
-        for n in ('weight', 'bias') + (('running_mean', 'running_var') if batch else ()): self.dims[f'{path}.{n}'] = (Dim(axis),)
-        if batch: self.dims[f'{path}.num_batches_tracked'] = ()
-        else: self.norms[path] = axis
+        for n in ('weight', 'bias') + (('running_mean', 'running_var') if batch else ()):
+            self.dims[f'{path}.{n}'] = (Dim(axis),)
+        if batch:
+            self.dims[f'{path}.num_batches_tracked'] = ()
+        else:
+            self.norms[path] = axis
 
     def layered(self, name, path, blocks, needed=()):
         "Add a depth axis over a list of blocks; yields (axis prefix, path prefix, block) for each"
         self.depth[self.axis(name, len(blocks), needed=needed)] = path
-        for i,block in enumerate(blocks): yield f'{name}.{i}', f'{path}.{i}', block
+        for i, block in enumerate(blocks):
+            yield f'{name}.{i}', f'{path}.{i}', block
 
 # %% ../../nbs/towers/01_layout.ipynb #6346d309
 def transformer_layout(
-    layout:Layout, # Extended in place
-    tower:str, # `'image'` or `'text'`
-    path:str, # Path of the list of blocks
-    blocks, # The blocks themselves
-    width:int, # Channels of the residual stream
-)->str: # The name of the width axis
+    layout: Layout,  # Extended in place
+    tower: str,  # `'image'` or `'text'`
+    path: str,  # Path of the list of blocks
+    blocks,  # The blocks themselves
+    width: int,  # Channels of the residual stream
+) -> str:  # The name of the width axis
     "Add the residual blocks of a transformer to `layout`"
     heads = next((b.attn.num_heads for b in blocks if has_attention(b)), None)
     W = layout.axis(f'{tower}.width', width, units=heads)
-    write,read = Dim(W, scaled=True), Dim(W)
-    for axis,p,b in layout.layered(f'{tower}.layers', path, blocks):
+    write, read = Dim(W, scaled=True), Dim(W)
+    for axis, p, b in layout.layered(f'{tower}.layers', path, blocks):
         if has_attention(b):
             hd = b.attn.head_dim
             H = layout.axis(f'{axis}.heads', b.attn.num_heads)
@@ -98,223 +121,351 @@ def transformer_layout(
             layout.norm(f'{p}.ln_2', W)
             layout.linear(f'{p}.mlp.c_fc', Dim(F), read)
             layout.dims[f'{p}.mlp.c_proj.weight'] = (write, Dim(F, scaled=True))
-        for bias,scale in (('attn.out_proj', 'ls_1'), ('mlp.c_proj', 'ls_2')): # also where no head or neuron is left
+        for bias, scale in (
+            ('attn.out_proj', 'ls_1'),
+            ('mlp.c_proj', 'ls_2'),
+        ):  # also where no head or neuron is left
             layout.dims[f'{p}.{bias}.bias'] = (write,)
-            if hasattr(getattr(b, scale), 'gamma'): layout.dims[f'{p}.{scale}.gamma'] = (read,)
+            if hasattr(getattr(b, scale), 'gamma'):
+                layout.dims[f'{p}.{scale}.gamma'] = (read,)
     return W
 
-def has_attention(block)->bool:
+
+def has_attention(block) -> bool:
     "Whether a residual block still attends"
     return hasattr(getattr(block, 'attn', None), 'num_heads')
 
-def has_mlp(block)->bool:
+
+def has_mlp(block) -> bool:
     "Whether a residual block still has neurons"
     return hasattr(getattr(block, 'mlp', None), 'c_fc')
 
 # %% ../../nbs/towers/01_layout.ipynb #bed61bc5
 def branch(
-    name:str, # Of a tensor in the state dict
-    l:Layout, # Of the model
-)->str|None: # The axis of heads or neurons that the tensor belongs to; None for everything else
-    "The axis without which a tensor is of no use. Not so for the bias of a projection: it is added all the same."
-    if name.endswith(('.attn.out_proj.bias', '.mlp.c_proj.bias', '.gamma')): return None
-    for axis,path in l.depth.items():
-        if name.startswith(path+'.'):
-            i,part = name[len(path)+1:].split('.')[:2]
-            kind = {'ln_1':'heads', 'attn':'heads', 'ln_2':'ffn', 'mlp':'ffn'}.get(part)
+    name: str,  # Of a tensor in the state dict
+    l: Layout,  # Of the model
+) -> (
+    str | None
+):  # The axis of heads or neurons that the tensor belongs to; None for everything else
+    """The axis without which a tensor is of no use. Not so for the bias of a projection: it is
+    added all the same."""
+    if name.endswith(('.attn.out_proj.bias', '.mlp.c_proj.bias', '.gamma')):
+        return None
+    for axis, path in l.depth.items():
+        if name.startswith(path + '.'):
+            i, part = name[len(path) + 1 :].split('.')[:2]
+            kind = {'ln_1': 'heads', 'attn': 'heads', 'ln_2': 'ffn', 'mlp': 'ffn'}.get(part)
             return kind and f'{axis}.{i}.{kind}'
 
 # %% ../../nbs/towers/01_layout.ipynb #cdf2a965
-def vit_layout(layout:Layout, visual:VisionTransformer):
+def vit_layout(layout: Layout, visual: VisionTransformer):
     "Add open_clip's VisionTransformer to `layout`"
     refuse_vit(visual)
-    W = transformer_layout(layout, 'image', 'visual.transformer.resblocks', visual.transformer.resblocks, visual.conv1.out_channels)
+    W = transformer_layout(
+        layout,
+        'image',
+        'visual.transformer.resblocks',
+        visual.transformer.resblocks,
+        visual.conv1.out_channels,
+    )
     write = Dim(W, scaled=True)
     layout.conv('visual.conv1', write, None)
     layout.dims['visual.class_embedding'] = (write,)
     layout.dims['visual.positional_embedding'] = (None, write)
-    if isinstance(visual.ln_pre, nn.LayerNorm): layout.norm('visual.ln_pre', W)
+    if isinstance(visual.ln_pre, nn.LayerNorm):
+        layout.norm('visual.ln_pre', W)
     layout.norm('visual.ln_post', W)
     layout.dims['visual.proj'] = (Dim(W), Dim('embed'))
 
+
 def refuse_vit(visual):
     "A sentence for each ViT variant that is not supported"
-    if visual.attn_pool is not None: raise TinyclipError('The image tower pools by attention (CoCa); supported are class-token and average pooling.')
-    if visual.pool_type=='none': raise TinyclipError("The image tower does not pool (pool_type='none'); a CLIP needs one vector per image.")
+    if visual.attn_pool is not None:
+        raise TinyclipError(
+            'The image tower pools by attention (CoCa); supported are class-token and '
+            'average pooling.'
+        )
+    if visual.pool_type == 'none':
+        raise TinyclipError(
+            "The image tower does not pool (pool_type='none'); a CLIP needs one vector per image."
+        )
     refuse_blocks(visual.transformer.resblocks, 'image')
+
 
 def refuse_blocks(blocks, tower):
     "Refuse residual blocks with parts whose axes we do not know"
     known = {'ln_1', 'attn', 'ls_1', 'ln_2', 'mlp', 'ls_2'}
-    for i,b in enumerate(blocks):
-        odd = {n for n,_ in b.named_children()} - known
+    for i, b in enumerate(blocks):
+        odd = {n for n, _ in b.named_children()} - known
         kind = type(b.attn).__name__ if has_attention(b) else 'none'
         if odd or kind not in ('MultiheadAttention', 'SlimAttention', 'none'):
-            raise TinyclipError(f'Block {i} of the {tower} tower is a {type(b).__name__} with {kind} attention and parts {sorted(odd)}, '
-                                f'which cannot be cut yet. Supported are open_clip\'s standard residual blocks (block_type=\'default\').')
+            raise TinyclipError(
+                f'Block {i} of the {tower} tower is a {type(b).__name__} with {kind} '
+                f'attention and parts {sorted(odd)}, '
+                'which cannot be cut yet. Supported are open_clip\'s standard residual '
+                'blocks (block_type=\'default\').'
+            )
 
 # %% ../../nbs/towers/01_layout.ipynb #516db0b3
 def text_layout(
-    layout:Layout, # Extended in place
-    text, # A CLIP (whose text tower lies flat in it) or a TextTransformer
-    path:str='', # `'text.'` for CustomTextCLIP
+    layout: Layout,  # Extended in place
+    text,  # A CLIP (whose text tower lies flat in it) or a TextTransformer
+    path: str = '',  # `'text.'` for CustomTextCLIP
 ):
     "Add a text transformer to `layout`"
-    if getattr(text, 'cls_emb', None) is not None: raise TinyclipError('The text tower appends a class token (CoCa); supported are argmax, eos, first and last pooling.')
-    if text.text_projection is None: raise TinyclipError('The text tower has no projection (proj_type=\'none\'), so its width is the embedding; that cannot be cut apart.')
+    if getattr(text, 'cls_emb', None) is not None:
+        raise TinyclipError(
+            'The text tower appends a class token (CoCa); supported are argmax, eos, first '
+            'and last pooling.'
+        )
+    if text.text_projection is None:
+        raise TinyclipError(
+            'The text tower has no projection (proj_type=\'none\'), so its width is the '
+            'embedding; that cannot be cut apart.'
+        )
     refuse_blocks(text.transformer.resblocks, 'text')
-    W = transformer_layout(layout, 'text', f'{path}transformer.resblocks', text.transformer.resblocks, text.token_embedding.embedding_dim)
+    W = transformer_layout(
+        layout,
+        'text',
+        f'{path}transformer.resblocks',
+        text.transformer.resblocks,
+        text.token_embedding.embedding_dim,
+    )
     write = Dim(W, scaled=True)
     layout.dims[f'{path}token_embedding.weight'] = (None, write)
     layout.dims[f'{path}positional_embedding'] = (None, write)
     layout.norm(f'{path}ln_final', W)
     if isinstance(text.text_projection, nn.Linear):
-        layout.linear(f'{path}text_projection', Dim('embed'), Dim(W), bias=text.text_projection.bias is not None)
-    else: layout.dims[f'{path}text_projection'] = (Dim(W), Dim('embed'))
+        layout.linear(
+            f'{path}text_projection',
+            Dim('embed'),
+            Dim(W),
+            bias=text.text_projection.bias is not None,
+        )
+    else:
+        layout.dims[f'{path}text_projection'] = (Dim(W), Dim('embed'))
 
 # %% ../../nbs/towers/01_layout.ipynb #4a235d39
-def resnet_layout(layout:Layout, visual:ModifiedResNet):
+def resnet_layout(layout: Layout, visual: ModifiedResNet):
     "Add CLIP's ModifiedResNet to `layout`"
-    base,pool = visual.conv3.out_channels, visual.attnpool
-    units = base//2
+    base, pool = visual.conv3.out_channels, visual.attnpool
+    units = base // 2
     prev = None
-    for i in (1,2,3):
+    for i in (1, 2, 3):
         c = layout.axis(f'image.stem.{i}', getattr(visual, f'conv{i}').out_channels, units)
         layout.conv(f'visual.conv{i}', Dim(c), Dim(prev) if prev else None)
         layout.norm(f'visual.bn{i}', c, batch=True)
         prev = c
     for s in range(4):
-        blocks = getattr(visual, f'layer{s+1}')
+        blocks = getattr(visual, f'layer{s + 1}')
         W = layout.axis(f'image.stages.{s}.width', blocks[0].conv3.out_channels, units)
-        for axis,p,b in layout.layered(f'image.stages.{s}.layers', f'visual.layer{s+1}', blocks, needed=[0]):
+        for axis, p, b in layout.layered(
+            f'image.stages.{s}.layers', f'visual.layer{s + 1}', blocks, needed=[0]
+        ):
             bottleneck_layout(layout, axis, p, b, prev, W, units)
             prev = W
     attnpool_layout(layout, pool, prev)
 
+
 def bottleneck_layout(layout, axis, p, b, inp, out, units):
     "Two inner widths between the residual widths `inp` and `out`"
-    a,c = (layout.axis(f'{axis}.inner{i}', getattr(b, f'conv{i}').out_channels, units) for i in (1,2))
-    for i,o,n in ((1,a,inp), (2,c,a), (3,out,c)):
+    a, c = (
+        layout.axis(f'{axis}.inner{i}', getattr(b, f'conv{i}').out_channels, units) for i in (1, 2)
+    )
+    for i, o, n in ((1, a, inp), (2, c, a), (3, out, c)):
         layout.conv(f'{p}.conv{i}', Dim(o), Dim(n))
         layout.norm(f'{p}.bn{i}', o, batch=True)
     if b.downsample is not None:
         layout.conv(f'{p}.downsample.0', Dim(out), Dim(inp))
         layout.norm(f'{p}.downsample.1', out, batch=True)
 
+
 def attnpool_layout(layout, pool, W):
     "Attention pooling: heads over queries, keys and values, each its own matrix"
     H = layout.axis('image.pool.heads', pool.num_heads)
-    hd = pool.q_proj.out_features//pool.num_heads
+    hd = pool.q_proj.out_features // pool.num_heads
     layout.dims['visual.attnpool.positional_embedding'] = (None, Dim(W))
-    for n in 'qkv': layout.linear(f'visual.attnpool.{n}_proj', Dim(H, hd), Dim(W))
+    for n in 'qkv':
+        layout.linear(f'visual.attnpool.{n}_proj', Dim(H, hd), Dim(W))
     layout.linear('visual.attnpool.c_proj', Dim('embed'), Dim(H, hd))
 
 # %% ../../nbs/towers/01_layout.ipynb #c20e0d62
-def davit_layout(layout:Layout, trunk):
+def davit_layout(layout: Layout, trunk):
     "Add timm's DaViT to `layout`"
     prev = None
-    for s,stage in enumerate(trunk.stages):
-        p,heads = f'visual.trunk.stages.{s}', stage.blocks[0][0].attn.num_heads
-        W = layout.axis(f'image.stages.{s}.width', stage.blocks[0][0].norm1.normalized_shape[0], heads)
-        if s==0:
-            layout.conv('visual.trunk.stem.conv', Dim(W), None, bias=True); layout.norm('visual.trunk.stem.norm', W)
+    for s, stage in enumerate(trunk.stages):
+        p = f'visual.trunk.stages.{s}'
+        heads = stage.blocks[0][0].attn.num_heads
+        W = layout.axis(
+            f'image.stages.{s}.width', stage.blocks[0][0].norm1.normalized_shape[0], heads
+        )
+        if s == 0:
+            layout.conv('visual.trunk.stem.conv', Dim(W), None, bias=True)
+            layout.norm('visual.trunk.stem.norm', W)
         else:
-            layout.norm(f'{p}.downsample.norm', prev); layout.conv(f'{p}.downsample.conv', Dim(W), Dim(prev), bias=True)
-        for axis,bp,pair in layout.layered(f'image.stages.{s}.layers', f'{p}.blocks', stage.blocks):
-            for kind,j,b in zip(('spatial', 'channel'), (0,1), pair): davit_block_layout(layout, f'{axis}.{kind}', f'{bp}.{j}', b, W, heads)
+            layout.norm(f'{p}.downsample.norm', prev)
+            layout.conv(f'{p}.downsample.conv', Dim(W), Dim(prev), bias=True)
+        for axis, bp, pair in layout.layered(
+            f'image.stages.{s}.layers', f'{p}.blocks', stage.blocks
+        ):
+            for kind, j, b in zip(('spatial', 'channel'), (0, 1), pair):
+                davit_block_layout(layout, f'{axis}.{kind}', f'{bp}.{j}', b, W, heads)
         prev = W
     return prev
+
 
 def davit_block_layout(layout, axis, p, b, W, units):
     "Attention and MLP of one DaViT block, with its two convolutional position encodings"
     H = layout.axis(f'{axis}.heads', b.attn.num_heads)
-    qkv = Dim(H, b.norm1.normalized_shape[0]//b.attn.num_heads, copies=3)
-    for n in ('cpe1', 'cpe2'): layout.conv(f'{p}.{n}.proj', Dim(W), None, bias=True)
-    layout.norm(f'{p}.norm1', W); layout.norm(f'{p}.norm2', W)
+    qkv = Dim(H, b.norm1.normalized_shape[0] // b.attn.num_heads, copies=3)
+    for n in ('cpe1', 'cpe2'):
+        layout.conv(f'{p}.{n}.proj', Dim(W), None, bias=True)
+    layout.norm(f'{p}.norm1', W)
+    layout.norm(f'{p}.norm2', W)
     layout.linear(f'{p}.attn.qkv', qkv, Dim(W), bias=b.attn.qkv.bias is not None)
     layout.linear(f'{p}.attn.proj', Dim(W), qkv._replace(copies=1))
     F = layout.axis(f'{axis}.ffn', b.mlp.fc1.out_features, units)
-    layout.linear(f'{p}.mlp.fc1', Dim(F), Dim(W)); layout.linear(f'{p}.mlp.fc2', Dim(W), Dim(F))
+    layout.linear(f'{p}.mlp.fc1', Dim(F), Dim(W))
+    layout.linear(f'{p}.mlp.fc2', Dim(W), Dim(F))
 
 # %% ../../nbs/towers/01_layout.ipynb #6749e7d3
-def tinyvit_layout(layout:Layout, trunk):
+def tinyvit_layout(layout: Layout, trunk):
     "Add timm's TinyViT to `layout`"
-    unit = lambda c: c//32 if c%32==0 else c # the family's heads are 32 channels wide
-    def convnorm(p, out, inp): layout.conv(f'{p}.conv', Dim(out), Dim(inp) if inp else None); layout.norm(f'{p}.bn', out, batch=True)
-    conv1,conv2 = trunk.patch_embed.conv1.conv.out_channels, trunk.patch_embed.conv2.conv.out_channels
-    stem,prev = layout.axis('image.stem', conv1, unit(conv2)), layout.axis('image.stages.0.width', conv2, unit(conv2))
-    convnorm('visual.trunk.patch_embed.conv1', stem, None); convnorm('visual.trunk.patch_embed.conv2', prev, stem)
-    for axis,p,b in layout.layered('image.stages.0.layers', 'visual.trunk.stages.0.blocks', trunk.stages[0].blocks):
+
+    def unit(c):
+        return c // 32 if c % 32 == 0 else c  # the family's heads are 32 channels wide
+
+    def convnorm(p, out, inp):
+        layout.conv(f'{p}.conv', Dim(out), Dim(inp) if inp else None)
+        layout.norm(f'{p}.bn', out, batch=True)
+
+    conv1 = trunk.patch_embed.conv1.conv.out_channels
+    conv2 = trunk.patch_embed.conv2.conv.out_channels
+    stem = layout.axis('image.stem', conv1, unit(conv2))
+    prev = layout.axis('image.stages.0.width', conv2, unit(conv2))
+    convnorm('visual.trunk.patch_embed.conv1', stem, None)
+    convnorm('visual.trunk.patch_embed.conv2', prev, stem)
+    for axis, p, b in layout.layered(
+        'image.stages.0.layers', 'visual.trunk.stages.0.blocks', trunk.stages[0].blocks
+    ):
         inner = layout.axis(f'{axis}.inner', b.conv1.conv.out_channels, unit(conv2))
-        convnorm(f'{p}.conv1', inner, prev); convnorm(f'{p}.conv2', inner, None); convnorm(f'{p}.conv3', prev, inner)
-    for s,stage in enumerate(trunk.stages):
-        if s==0: continue
-        p,heads,c = f'visual.trunk.stages.{s}', stage.blocks[0].attn.num_heads, stage.downsample.conv3.conv.out_channels
-        W,merge = layout.axis(f'image.stages.{s}.width', c, heads), layout.axis(f'image.stages.{s}.merge', c, heads)
-        for i,(out,inp) in enumerate(((merge,prev), (merge,None), (W,merge)), 1): convnorm(f'{p}.downsample.conv{i}', out, inp)
-        for axis,bp,b in layout.layered(f'image.stages.{s}.layers', f'{p}.blocks', stage.blocks):
-            tinyvit_block_layout(layout, axis, bp, b, W); convnorm(f'{bp}.local_conv', W, None)
+        convnorm(f'{p}.conv1', inner, prev)
+        convnorm(f'{p}.conv2', inner, None)
+        convnorm(f'{p}.conv3', prev, inner)
+    for s, stage in enumerate(trunk.stages):
+        if s == 0:
+            continue
+        p = f'visual.trunk.stages.{s}'
+        heads = stage.blocks[0].attn.num_heads
+        c = stage.downsample.conv3.conv.out_channels
+        W = layout.axis(f'image.stages.{s}.width', c, heads)
+        merge = layout.axis(f'image.stages.{s}.merge', c, heads)
+        for i, (out, inp) in enumerate(((merge, prev), (merge, None), (W, merge)), 1):
+            convnorm(f'{p}.downsample.conv{i}', out, inp)
+        for axis, bp, b in layout.layered(f'image.stages.{s}.layers', f'{p}.blocks', stage.blocks):
+            tinyvit_block_layout(layout, axis, bp, b, W)
+            convnorm(f'{bp}.local_conv', W, None)
         prev = W
     return prev
+
 
 def tinyvit_block_layout(layout, axis, p, b, W):
     "Attention with per-head packing and position biases, then the MLP"
     a = b.attn
-    H,F = layout.axis(f'{axis}.heads', a.num_heads), layout.axis(f'{axis}.ffn', b.mlp.fc1.out_features, a.num_heads)
+    H = layout.axis(f'{axis}.heads', a.num_heads)
+    F = layout.axis(f'{axis}.ffn', b.mlp.fc1.out_features, a.num_heads)
     layout.dims[f'{p}.attn.attention_biases'] = (Dim(H), None)
-    layout.norm(f'{p}.attn.norm', W); layout.norm(f'{p}.mlp.norm', W)
-    layout.linear(f'{p}.attn.qkv', Dim(H, a.qkv.out_features//a.num_heads), Dim(W))
+    layout.norm(f'{p}.attn.norm', W)
+    layout.norm(f'{p}.mlp.norm', W)
+    layout.linear(f'{p}.attn.qkv', Dim(H, a.qkv.out_features // a.num_heads), Dim(W))
     layout.linear(f'{p}.attn.proj', Dim(W), Dim(H, a.val_dim))
-    layout.linear(f'{p}.mlp.fc1', Dim(F), Dim(W)); layout.linear(f'{p}.mlp.fc2', Dim(W), Dim(F))
+    layout.linear(f'{p}.mlp.fc1', Dim(F), Dim(W))
+    layout.linear(f'{p}.mlp.fc2', Dim(W), Dim(F))
 
 # %% ../../nbs/towers/01_layout.ipynb #cb3cdc3b
-HIERARCHICAL = {'DaVit':davit_layout, 'TinyVit':tinyvit_layout}
+HIERARCHICAL = {'DaVit': davit_layout, 'TinyVit': tinyvit_layout}
 
-def timm_layout(layout:Layout, visual:TimmModel):
+
+def timm_layout(layout: Layout, visual: TimmModel):
     "Add a timm tower with its head to `layout`"
     kind = type(visual.trunk).__name__
-    if kind not in HIERARCHICAL: raise TinyclipError(f'The image tower is timm\'s {kind}; of timm\'s towers only DaViT and TinyViT can be cut so far.')
+    if kind not in HIERARCHICAL:
+        raise TinyclipError(
+            f'The image tower is timm\'s {kind}; of timm\'s towers only DaViT and TinyViT '
+            'can be cut so far.'
+        )
     W = HIERARCHICAL[kind](layout, visual.trunk)
     layout.norm('visual.trunk.head.norm', W)
-    if [n for n,_ in visual.head.named_parameters()] != ['proj.weight']:
-        raise TinyclipError("The timm tower's head is not one linear projection without bias (timm_proj='linear'); it cannot be cut yet.")
+    if [n for n, _ in visual.head.named_parameters()] != ['proj.weight']:
+        raise TinyclipError(
+            "The timm tower's head is not one linear projection without bias "
+            "(timm_proj='linear'); it cannot be cut yet."
+        )
     layout.dims['visual.head.proj.weight'] = (Dim('embed'), Dim(W))
 
 # %% ../../nbs/towers/01_layout.ipynb #9b894fe3
-TOWERS = {VisionTransformer:vit_layout, ModifiedResNet:resnet_layout, TimmModel:timm_layout}
+TOWERS = {VisionTransformer: vit_layout, ModifiedResNet: resnet_layout, TimmModel: timm_layout}
+
 
 def layout(
-    model:nn.Module, # An `open_clip.CLIP` or `CustomTextCLIP`, or a student made by `inherit`
-)->Layout:
+    model: nn.Module,  # An `open_clip.CLIP` or `CustomTextCLIP`, or a student made by `inherit`
+) -> Layout:
     "Which axis runs along which dimension of which tensor of `model`"
-    if hasattr(model, 'log_alpha'): raise TinyclipError('This model still has its masks: cut it, masked.cut(), and go on with the student that it gives.')
-    if not hasattr(model, 'visual') or not (hasattr(model, 'text') or hasattr(model, 'token_embedding')):
-        raise TinyclipError(f'{type(model).__name__} is not an open_clip CLIP. Load one with tinyclip.zoo.load or open_clip.create_model.')
-    add = next((f for t,f in TOWERS.items() if isinstance(model.visual, t)), None)
-    if add is None: raise TinyclipError(f'The image tower is a {type(model.visual).__name__}; supported are {", ".join(t.__name__ for t in TOWERS)}.')
-    l,flat = Layout(), not hasattr(model, 'text')
+    if hasattr(model, 'log_alpha'):
+        raise TinyclipError(
+            'This model still has its masks: cut it, masked.cut(), and go on with the '
+            'student that it gives.'
+        )
+    if not hasattr(model, 'visual') or not (
+        hasattr(model, 'text') or hasattr(model, 'token_embedding')
+    ):
+        raise TinyclipError(
+            f'{type(model).__name__} is not an open_clip CLIP. Load one with '
+            'tinyclip.zoo.load or open_clip.create_model.'
+        )
+    add = next((f for t, f in TOWERS.items() if isinstance(model.visual, t)), None)
+    if add is None:
+        raise TinyclipError(
+            f'The image tower is a {type(model.visual).__name__}; supported are '
+            f'{", ".join(t.__name__ for t in TOWERS)}.'
+        )
+    l, flat = Layout(), not hasattr(model, 'text')
     text = model if flat else model.text
-    if not flat and not isinstance(text, TextTransformer): raise TinyclipError(f'The text tower is a {type(text).__name__}; supported is open_clip\'s TextTransformer.')
+    if not flat and not isinstance(text, TextTransformer):
+        raise TinyclipError(
+            f'The text tower is a {type(text).__name__}; supported is open_clip\'s TextTransformer.'
+        )
     l.axis('embed', embed_dim(model))
     add(l, model.visual)
     text_layout(l, text, '' if flat else 'text.')
     state = model.state_dict()
-    unknown_ = [k for k,v in state.items() if k not in l.dims and v.ndim and not k.startswith('logit_')]
-    if unknown_: raise TinyclipError(f'No axes are known for {unknown_[:3]}: this is a variant of {type(model.visual).__name__} that cannot be cut yet.')
+    unknown_ = [
+        k for k, v in state.items() if k not in l.dims and v.ndim and not k.startswith('logit_')
+    ]
+    if unknown_:
+        raise TinyclipError(
+            f'No axes are known for {unknown_[:3]}: this is a variant of '
+            f'{type(model.visual).__name__} that cannot be cut yet.'
+        )
     return l
 
-def embed_dim(model)->int: # Width of the shared embedding
+
+def embed_dim(model) -> int:  # Width of the shared embedding
     "Columns of the projection of the text tower"
     p = (model if hasattr(model, 'text_projection') else model.text).text_projection
     return p.out_features if isinstance(p, nn.Linear) else p.shape[1]
 
 # %% ../../nbs/towers/01_layout.ipynb #22202f17
 def parts(
-    model:nn.Module, # A CLIP
-)->dict: # Parameter name -> `'image'`, `'text'` (without the table), `'token_table'` or `'head'` (logit scale and bias)
+    model: nn.Module,  # A CLIP
+) -> dict:  # Parameter name -> `'image'`, `'text'` (without the table), `'token_table'` or `'head'` (logit scale and bias)
     "The part of the model that each parameter belongs to"
+
     def part(n):
-        if n.startswith('visual.'): return 'image'
-        if n.endswith('token_embedding.weight'): return 'token_table'
+        if n.startswith('visual.'):
+            return 'image'
+        if n.endswith('token_embedding.weight'):
+            return 'token_table'
         return 'head' if n.startswith('logit_') else 'text'
-    return {n:part(n) for n,_ in model.named_parameters()}
+
+    return {n: part(n) for n, _ in model.named_parameters()}

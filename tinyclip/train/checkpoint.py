@@ -7,118 +7,176 @@ __all__ = ['FULL', 'sweep', 'disk_full', 'atomic_folder', 'step_seed', 'checkpoi
            'load_checkpoint']
 
 # %% ../../nbs/train/02_checkpoint.ipynb #5338f467
-import contextlib, errno, glob, os, re, shutil, tempfile
+import contextlib
+import errno
+import glob
+import os
+import re
+import shutil
+import tempfile
 from pathlib import Path
+
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+
 from ..core import TinyclipError, human
 
 # %% ../../nbs/train/02_checkpoint.ipynb #49a181cc
 def sweep(
-    folder, # Where folders are written
-    name:str='*', # Only what would have become this
+    folder,  # Where folders are written
+    name: str = '*',  # Only what would have become this
 ):
     "Remove what killed processes left half written"
-    name = name if name=='*' else glob.escape(name)
-    for p in Path(folder).glob(f'.{name}.*tmp'): shutil.rmtree(p, ignore_errors=True) if p.is_dir() else p.unlink(missing_ok=True)
+    name = name if name == '*' else glob.escape(name)
+    for p in Path(folder).glob(f'.{name}.*tmp'):
+        shutil.rmtree(p, ignore_errors=True) if p.is_dir() else p.unlink(missing_ok=True)
 
 # %% ../../nbs/train/02_checkpoint.ipynb #02365099
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} # no space, no quota, larger than a file may be
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no space, no quota, larger than a file may be
+
 
 def disk_full(
-    error, # An exception
-)->str: # What the system says; empty when it is about something else
+    error,  # An exception
+) -> str:  # What the system says; empty when it is about something else
     "Whether a full disk is at the bottom of an error"
     while error:
-        number = getattr(error, 'errno', None) or int((re.search(r'\(os error (\d+)\)', str(error)) or [0, 0])[1])
-        if number in FULL: return os.strerror(number)
+        number = getattr(error, 'errno', None) or int(
+            (re.search(r'\(os error (\d+)\)', str(error)) or [0, 0])[1]
+        )
+        if number in FULL:
+            return os.strerror(number)
         error = error.__cause__ or error.__context__
     return ''
 
 # %% ../../nbs/train/02_checkpoint.ipynb #c8630e24
 @contextlib.contextmanager
 def atomic_folder(
-    path, # Where the finished folder shall stand; must not exist yet
-): # Yields an empty folder beside it; moved into place on success, removed on error
+    path,  # Where the finished folder shall stand; must not exist yet
+):  # Yields an empty folder beside it; moved into place on success, removed on error
     "Write a folder all or nothing"
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True); sweep(path.parent, path.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, path.name)
     tmp = Path(tempfile.mkdtemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp'))
     try:
         yield tmp
         for p in [o for o in tmp.rglob('*') if o.is_file()]:
-            with open(p, 'rb') as f: os.fsync(f.fileno())
-        os.chmod(tmp, 0o755); os.rename(tmp, path)
+            with open(p, 'rb') as f:
+                os.fsync(f.fileno())
+        os.chmod(tmp, 0o755)
+        os.rename(tmp, path)
     except Exception as e:
         shutil.rmtree(tmp, ignore_errors=True)
-        if not (why := disk_full(e)): raise
-        raise TinyclipError(f"'{path}' could not be written ({why}): {human(shutil.disk_usage(path.parent).free)}B are free there, after what was begun has been removed. "
-            f"Make room, or move '{path.parent}' to a larger disk and name it there; then go on with resume=True. What stood there before is untouched.") from e
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+        if not (why := disk_full(e)):
+            raise
+        raise TinyclipError(
+            f"'{path}' could not be written ({why}): "
+            f"{human(shutil.disk_usage(path.parent).free)}B are free there, after what was "
+            "begun has been removed. "
+            f"Make room, or move '{path.parent}' to a larger disk and name it there; then go "
+            "on with resume=True. What stood there before is untouched."
+        ) from e
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../../nbs/train/02_checkpoint.ipynb #b6129fda
 def step_seed(
-    seed:int, # The run's seed
-    step:int, # Steps done before this one
-    rank:int=0, # The process: each draws its own
-)->int: # For `core.seed_everything`
+    seed: int,  # The run's seed
+    step: int,  # Steps done before this one
+    rank: int = 0,  # The process: each draws its own
+) -> int:  # For `core.seed_everything`
     "The seed of one step in one process"
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 # %% ../../nbs/train/02_checkpoint.ipynb #2540ff7c
 def checkpoints(
-    folder, # A run's folder
-)->list[Path]: # Oldest first
+    folder,  # A run's folder
+) -> list[Path]:  # Oldest first
     "The checkpoints that stand in `folder`"
-    return sorted(p for p in Path(folder).glob('checkpoint-*') if p.is_dir() and p.name.rpartition('-')[2].isdigit())
+    return sorted(
+        p
+        for p in Path(folder).glob('checkpoint-*')
+        if p.is_dir() and p.name.rpartition('-')[2].isdigit()
+    )
 
 # %% ../../nbs/train/02_checkpoint.ipynb #49881ffc
 def save_checkpoint(
-    folder, # The run's folder
-    step:int, # Steps done
-    model:nn.Module, # The student, unwrapped
-    trainer:dict, # Everything else, from tensors and plain Python values only
-    keep:int=2, # How many checkpoints to keep
-)->Path: # The checkpoint's folder
+    folder,  # The run's folder
+    step: int,  # Steps done
+    model: nn.Module,  # The student, unwrapped
+    trainer: dict,  # Everything else, from tensors and plain Python values only
+    keep: int = 2,  # How many checkpoints to keep
+) -> Path:  # The checkpoint's folder
     "Write `checkpoint-<step>` in one move, then drop the oldest ones"
-    path = Path(folder)/f'checkpoint-{step:06d}'
+    path = Path(folder) / f'checkpoint-{step:06d}'
     if not path.exists():
         with atomic_folder(path) as tmp:
-            save_file({k:v.detach().to('cpu', copy=True).contiguous() for k,v in model.state_dict().items()}, tmp/'student.safetensors')
-            with open(tmp/'trainer.pt', 'wb') as f: torch.save(trainer, f) # a file of Python's says why when it cannot be written
+            save_file(
+                {
+                    k: v.detach().to('cpu', copy=True).contiguous()
+                    for k, v in model.state_dict().items()
+                },
+                tmp / 'student.safetensors',
+            )
+            with open(tmp / 'trainer.pt', 'wb') as f:
+                torch.save(trainer, f)  # a file of Python's says why when it cannot be written
     for old in checkpoints(folder)[:-keep]:
-        gone = old.rename(old.with_name(f'.{old.name}.old.tmp')) # first out of sight, so that no half of it is ever found
+        gone = old.rename(
+            old.with_name(f'.{old.name}.old.tmp')
+        )  # first out of sight, so that no half of it is ever found
         shutil.rmtree(gone)
     return path
 
 # %% ../../nbs/train/02_checkpoint.ipynb #ac15bf4d
 def differences(
-    there:dict, # What the checkpoint says
-    here:dict, # What this run says
-    show:int=3, # Name so many
-)->str: # Empty when they agree
+    there: dict,  # What the checkpoint says
+    here: dict,  # What this run says
+    show: int = 3,  # Name so many
+) -> str:  # Empty when they agree
     "What differs between two settings, in words"
-    said = lambda d,k: d.get(k, 'missing')
-    odd = [k for k in dict.fromkeys([*there, *here]) if said(there, k)!=said(here, k)]
-    more = f' and {len(odd)-show} more' if len(odd)>show else ''
-    return ', '.join(f'{k} is {said(there, k)} there and {said(here, k)} here' for k in odd[:show]) + more
+
+    def said(d, k):
+        return d.get(k, 'missing')
+
+    odd = [k for k in dict.fromkeys([*there, *here]) if said(there, k) != said(here, k)]
+    more = f' and {len(odd) - show} more' if len(odd) > show else ''
+    return (
+        ', '.join(f'{k} is {said(there, k)} there and {said(here, k)} here' for k in odd[:show])
+        + more
+    )
 
 # %% ../../nbs/train/02_checkpoint.ipynb #6b27d209
 def load_checkpoint(
-    path, # A checkpoint's folder
-    model:nn.Module, # The student; its weights are replaced once everything else is known to fit
-    config:dict, # This run's settings, compared with `trainer['config']`
-    free=(), # Names of settings that may differ
-)->dict: # The trainer's part
+    path,  # A checkpoint's folder
+    model: nn.Module,  # The student; its weights are replaced once everything else is known to fit
+    config: dict,  # This run's settings, compared with `trainer['config']`
+    free=(),  # Names of settings that may differ
+) -> dict:  # The trainer's part
     "Read a checkpoint into `model`, after checking that it belongs to this run"
     path = Path(path)
-    try: weights,trainer = load_file(path/'student.safetensors'), torch.load(path/'trainer.pt', map_location='cpu', weights_only=True)
-    except Exception as e: raise TinyclipError(f"'{path}' cannot be read ({e}). Delete it to go on from the checkpoint before it.") from e
-    sizes = lambda d: {k:tuple(v.shape) for k,v in d.items()}
-    fixed = lambda d: {k:v for k,v in d.items() if k not in free}
-    odd = differences(sizes(weights), sizes(model.state_dict())) or differences(fixed(trainer['config']), fixed(config))
-    if odd: raise TinyclipError(f"'{path}' belongs to another run: {odd}. Give Distiller the same student and settings, or another folder.")
+    try:
+        weights = load_file(path / 'student.safetensors')
+        trainer = torch.load(path / 'trainer.pt', map_location='cpu', weights_only=True)
+    except Exception as e:
+        raise TinyclipError(
+            f"'{path}' cannot be read ({e}). Delete it to go on from the checkpoint before it."
+        ) from e
+
+    def sizes(d):
+        return {k: tuple(v.shape) for k, v in d.items()}
+
+    def fixed(d):
+        return {k: v for k, v in d.items() if k not in free}
+
+    odd = differences(sizes(weights), sizes(model.state_dict())) or differences(
+        fixed(trainer['config']), fixed(config)
+    )
+    if odd:
+        raise TinyclipError(
+            f"'{path}' belongs to another run: {odd}. Give Distiller the same student and "
+            "settings, or another folder."
+        )
     model.load_state_dict(weights)
     return trainer

@@ -8,64 +8,116 @@ __all__ = ['takes', 'check_models', 'check_batch', 'check_settings']
 # %% ../../nbs/train/07_checks.ipynb #31f44662
 import torch
 from torch import nn
+
 from ..core import TinyclipError, unknown
 from ..losses.mimicking import Objective
 
 # %% ../../nbs/train/07_checks.ipynb #6145ae9e
 def takes(
-    model:nn.Module, # An open_clip CLIP
-)->dict: # Those of image size, context length and vocabulary that it tells
+    model: nn.Module,  # An open_clip CLIP
+) -> dict:  # Those of image size, context length and vocabulary that it tells
     "What a model takes in"
-    size,visual = None,getattr(model, 'visual', None)
-    if hasattr(visual, 'image_size'): size = visual.image_size
+    size, visual = None, getattr(model, 'visual', None)
+    if hasattr(visual, 'image_size'):
+        size = visual.image_size
     size = (size, size) if isinstance(size, int) else size and tuple(size)
-    told = {'image size':size, 'context length':getattr(model, 'context_length', None), 'vocabulary':getattr(model, 'vocab_size', None)}
-    return {k:v for k,v in told.items() if v is not None}
+    told = {
+        'image size': size,
+        'context length': getattr(model, 'context_length', None),
+        'vocabulary': getattr(model, 'vocab_size', None),
+    }
+    return {k: v for k, v in told.items() if v is not None}
 
 # %% ../../nbs/train/07_checks.ipynb #a005373f
 def check_models(
-    student:nn.Module, # To be trained
-    teacher:nn.Module|None, # To be learned from
-    objective:Objective, # What to minimise
-    pairs=None, # Those from `cached_pairs` bring a teacher's answers along
+    student: nn.Module,  # To be trained
+    teacher: nn.Module | None,  # To be learned from
+    objective: Objective,  # What to minimise
+    pairs=None,  # Those from `cached_pairs` bring a teacher's answers along
 ):
     "Refuse what cannot work, in a sentence"
     answered = getattr(pairs, 'teacher', None)
     trained = [p for p in student.parameters() if p.requires_grad]
-    if not trained: raise TinyclipError('No parameter of the student has requires_grad=True, so nothing would be trained.')
-    low = {str(p.dtype) for p in trained if p.dtype!=torch.float32}
-    if low: raise TinyclipError(f'The student has weights in {", ".join(low)}: call student.float() first; precision= sets what the products are computed in.')
+    if not trained:
+        raise TinyclipError(
+            'No parameter of the student has requires_grad=True, so nothing would be trained.'
+        )
+    low = {str(p.dtype) for p in trained if p.dtype != torch.float32}
+    if low:
+        raise TinyclipError(
+            f'The student has weights in {", ".join(low)}: call student.float() first; '
+            'precision= sets what the products are computed in.'
+        )
     if teacher is None:
-        if objective.needs_teacher and not answered: raise TinyclipError(f"The objective {objective} compares with a teacher, and teacher=None. Give one, or train from scratch with objective='contrastive'.")
+        if objective.needs_teacher and not answered:
+            raise TinyclipError(
+                f"The objective {objective} compares with a teacher, and teacher=None. Give "
+                "one, or train from scratch with objective='contrastive'."
+            )
         return
-    if teacher is student: raise TinyclipError('Student and teacher are the same model: give a copy (copy.deepcopy) or an inherited student.')
+    if teacher is student:
+        raise TinyclipError(
+            'Student and teacher are the same model: give a copy (copy.deepcopy) or an '
+            'inherited student.'
+        )
     places = {p.data_ptr() for p in teacher.parameters()}
-    shared = [n for n,p in student.named_parameters() if p.data_ptr() in places]
-    if shared: raise TinyclipError(f"Student and teacher share memory ('{shared[0]}'), so training one would change the other: deep-copy the student first.")
-    s,t = takes(student),takes(teacher)
+    shared = [n for n, p in student.named_parameters() if p.data_ptr() in places]
+    if shared:
+        raise TinyclipError(
+            f"Student and teacher share memory ('{shared[0]}'), so training one would change "
+            "the other: deep-copy the student first."
+        )
+    s, t = takes(student), takes(teacher)
     for k in s.keys() & t.keys():
-        if s[k]!=t[k]: raise TinyclipError(f'The {k} is {s[k]} for the student and {t[k]} for the teacher, and a batch can serve only one of them.')
-    if answered: pairs.check_teacher(teacher)
+        if s[k] != t[k]:
+            raise TinyclipError(
+                f'The {k} is {s[k]} for the student and {t[k]} for the teacher, and a batch '
+                'can serve only one of them.'
+            )
+    if answered:
+        pairs.check_teacher(teacher)
 
 # %% ../../nbs/train/07_checks.ipynb #57e73269
 def check_batch(
-    batch, # The first one
-    student:nn.Module, # What it is meant for
+    batch,  # The first one
+    student: nn.Module,  # What it is meant for
 ):
     "Refuse pairs that were prepared for another model"
-    want,image,text = takes(student),tuple(batch.image.shape),tuple(batch.text.shape)
+    want = takes(student)
+    image = tuple(batch.image.shape)
+    text = tuple(batch.text.shape)
     size = want.get('image size', image[-2:])
-    if len(image)!=4 or image[-2:]!=size: raise TinyclipError(f'The images of a batch have shape {image}; the student takes (n, 3, {size[0]}, {size[1]}). Open the pairs with its own preprocess.')
-    if len(text)!=2 or text[1]!=want.get('context length', text[1]):
-        raise TinyclipError(f"The texts of a batch have shape {text}; the student takes (n, {want.get('context length', 'context')}). Open the pairs with its own tokenizer.")
-    if len(image)==4 and image[0]!=text[0]: raise TinyclipError(f'A batch holds {image[0]} images and {text[0]} texts; pairs need as many of one as of the other.')
+    if len(image) != 4 or image[-2:] != size:
+        raise TinyclipError(
+            f'The images of a batch have shape {image}; the student takes (n, 3, {size[0]}, '
+            f'{size[1]}). Open the pairs with its own preprocess.'
+        )
+    if len(text) != 2 or text[1] != want.get('context length', text[1]):
+        raise TinyclipError(
+            f"The texts of a batch have shape {text}; the student takes (n, "
+            f"{want.get('context length', 'context')}). Open the pairs with its own tokenizer."
+        )
+    if len(image) == 4 and image[0] != text[0]:
+        raise TinyclipError(
+            f'A batch holds {image[0]} images and {text[0]} texts; pairs need as many of one '
+            'as of the other.'
+        )
 
 # %% ../../nbs/train/07_checks.ipynb #600d5d9a
 def check_settings(lr, warmup, schedule, scale, log_every, save_every, chunk_size=None):
     "Refuse settings that mean nothing"
-    if scale not in ('learned', 'fixed'): raise unknown('scale', scale, ['learned', 'fixed'])
-    if schedule not in ('cosine', 'constant'): raise unknown('schedule', schedule, ['cosine', 'constant'])
-    if not lr>0: raise TinyclipError(f'lr={lr} trains nothing: give a positive learning rate.')
-    if not 0<=warmup<=1: raise TinyclipError(f'warmup={warmup} is a share of the steps: give a number from 0 to 1.')
-    if log_every<1 or save_every<1: raise TinyclipError('log_every= and save_every= count steps: give 1 or more.')
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size<1): raise TinyclipError(f'chunk_size={chunk_size!r} counts the pairs that are in the towers at once: give a whole number, 1 or more, or None for the whole batch.')
+    if scale not in ('learned', 'fixed'):
+        raise unknown('scale', scale, ['learned', 'fixed'])
+    if schedule not in ('cosine', 'constant'):
+        raise unknown('schedule', schedule, ['cosine', 'constant'])
+    if not lr > 0:
+        raise TinyclipError(f'lr={lr} trains nothing: give a positive learning rate.')
+    if not 0 <= warmup <= 1:
+        raise TinyclipError(f'warmup={warmup} is a share of the steps: give a number from 0 to 1.')
+    if log_every < 1 or save_every < 1:
+        raise TinyclipError('log_every= and save_every= count steps: give 1 or more.')
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise TinyclipError(
+            f'chunk_size={chunk_size!r} counts the pairs that are in the towers at once: '
+            'give a whole number, 1 or more, or None for the whole batch.'
+        )

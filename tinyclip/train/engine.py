@@ -6,151 +6,259 @@
 __all__ = ['parameter_groups', 'learning_rate', 'Tally', 'make_optimizer', 'wants_shards', 'fitted', 'Engine', 'make_accelerator']
 
 # %% ../../nbs/train/06_engine.ipynb #6f585b63
-import contextlib, math, os
+import contextlib
+import math
+import os
+
 import torch
-from accelerate import Accelerator, PartialState, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
 from ..core import PRECISIONS, TinyclipError, pick_device, resolve_precision, unknown
 from ..losses.mimicking import Objective
-from .sharding import Sharded, load_whole_state, whole_state
-from .speed import channels_last, checkpointing, compiled, convolutional, interpreted, lean, on_device, set_back
 from ..losses.tiled import fused_tiles
+from .sharding import Sharded, load_whole_state, whole_state
+from tinyclip.train.speed import (
+    channels_last,
+    checkpointing,
+    compiled,
+    convolutional,
+    interpreted,
+    lean,
+    on_device,
+    set_back,
+)
 from .step import answers, split, step, step_in_chunks
 
 # %% ../../nbs/train/06_engine.ipynb #91278cfb
 def parameter_groups(
-    model:nn.Module, # Its parameters with `requires_grad`
-    weight_decay:float, # For those that decay
-    apart=(), # Parameters that others take care of
-)->list[dict]: # Groups for a torch optimiser: with decay, without, and single numbers
+    model: nn.Module,  # Its parameters with `requires_grad`
+    weight_decay: float,  # For those that decay
+    apart=(),  # Parameters that others take care of
+) -> list[dict]:  # Groups for a torch optimiser: with decay, without, and single numbers
     "Split parameters by whether weight decay applies"
-    own = lambda prefix,name: f'{prefix}.{name}'.lstrip('.')
-    spared = {own(m, n) for m,o in model.named_modules() if hasattr(o, 'no_weight_decay') for n in o.no_weight_decay()}
-    spared |= {own(m, 'weight') for m,o in model.named_modules() if isinstance(o, nn.Embedding)}
+
+    def own(prefix, name):
+        return f'{prefix}.{name}'.lstrip('.')
+
+    spared = {
+        own(m, n)
+        for m, o in model.named_modules()
+        if hasattr(o, 'no_weight_decay')
+        for n in o.no_weight_decay()
+    }
+    spared |= {own(m, 'weight') for m, o in model.named_modules() if isinstance(o, nn.Embedding)}
     apart = {id(p) for p in apart}
-    named = [(n, p) for n,p in model.named_parameters() if p.requires_grad and id(p) not in apart]
-    decays = lambda n,p: p.ndim>=2 and n not in spared
-    return [dict(params=[p for n,p in named if decays(n, p)], weight_decay=weight_decay),
-            dict(params=[p for n,p in named if p.ndim and not decays(n, p)], weight_decay=0.),
-            dict(params=[p for n,p in named if not p.ndim], weight_decay=0.)]
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in apart]
+
+    def decays(n, p):
+        return p.ndim >= 2 and n not in spared
+
+    return [
+        dict(params=[p for n, p in named if decays(n, p)], weight_decay=weight_decay),
+        dict(params=[p for n, p in named if p.ndim and not decays(n, p)], weight_decay=0.0),
+        dict(params=[p for n, p in named if not p.ndim], weight_decay=0.0),
+    ]
 
 # %% ../../nbs/train/06_engine.ipynb #73e11dc9
 def learning_rate(
-    step:int, # Steps done before this one
-    steps:int, # Steps of the run
-    peak:float, # The highest rate
-    warmup:float=.05, # Share of the steps that climb to it
-    schedule:str='cosine', # After the warm-up: `'cosine'`, or `'constant'` at the highest rate
-)->float:
+    step: int,  # Steps done before this one
+    steps: int,  # Steps of the run
+    peak: float,  # The highest rate
+    warmup: float = 0.05,  # Share of the steps that climb to it
+    schedule: str = 'cosine',  # After the warm-up: `'cosine'`, or `'constant'` at the highest rate
+) -> float:
     "Linear warm-up, then a cosine that ends at zero, or a plateau"
-    climb = math.ceil(warmup*steps)
-    if step < climb: return peak*(step+1)/climb
-    if schedule=='constant': return peak
-    return peak*.5*(1+math.cos(math.pi*(step-climb)/(steps-climb)))
+    climb = math.ceil(warmup * steps)
+    if step < climb:
+        return peak * (step + 1) / climb
+    if schedule == 'constant':
+        return peak
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - climb) / (steps - climb)))
 
 # %% ../../nbs/train/06_engine.ipynb #497d3299
 class Tally:
     "Sums of losses and counts of bad steps, kept on the device until they are read"
-    def __init__(self,
-        device, # Where the losses live
-    ): self.sums,self.good,self.skipped,self.row,self.longest = [torch.zeros((), device=device) for _ in range(5)]
 
-    def add(self, losses:dict, ok:torch.Tensor):
+    def __init__(
+        self,
+        device,  # Where the losses live
+    ):
+        self.sums, self.good, self.skipped, self.row, self.longest = [
+            torch.zeros((), device=device) for _ in range(5)
+        ]
+
+    def add(self, losses: dict, ok: torch.Tensor):
         "Count a step: its losses where it is `ok`, a skipped one where it is not"
         self.names = list(losses)
-        self.sums = self.sums + torch.where(ok, torch.stack([v.detach().float() for v in losses.values()]), 0.)
-        self.good = self.good+ok; self.skipped = self.skipped+~ok
-        self.row = torch.where(ok, 0., self.row+1)
+        self.sums = self.sums + torch.where(
+            ok, torch.stack([v.detach().float() for v in losses.values()]), 0.0
+        )
+        self.good = self.good + ok
+        self.skipped = self.skipped + ~ok
+        self.row = torch.where(ok, 0.0, self.row + 1)
         self.longest = torch.maximum(self.longest, self.row)
 
-    def read(self)->dict:
-        "Mean losses since the last reading (None where every step was bad), steps skipped so far, most of them in a row"
-        good,skipped,longest,*sums = torch.cat([torch.stack([self.good, self.skipped, self.longest]), self.sums.reshape(-1)]).tolist()
-        self.sums,self.good,self.longest = self.sums*0, self.good*0, self.row
-        return dict(losses={k:v/good if good else None for k,v in zip(self.names, sums)}, skipped=int(skipped), longest=int(longest))
+    def read(self) -> dict:
+        """Mean losses since the last reading (None where every step was bad), steps skipped so
+        far, most of them in a row"""
+        good, skipped, longest, *sums = torch.cat(
+            [torch.stack([self.good, self.skipped, self.longest]), self.sums.reshape(-1)]
+        ).tolist()
+        self.sums = self.sums * 0
+        self.good = self.good * 0
+        self.longest = self.row
+        return dict(
+            losses={k: v / good if good else None for k, v in zip(self.names, sums)},
+            skipped=int(skipped),
+            longest=int(longest),
+        )
 
 # %% ../../nbs/train/06_engine.ipynb #d8d11c31
 def make_optimizer(
-    student:nn.Module, # Its parameters with `requires_grad`
-    weight_decay:float, # As in `parameter_groups`
-    betas=(.9, .98), # Of AdamW
-    penalty=None, # Brings groups of its own (masks, multipliers), whose rate is fixed
-)->torch.optim.AdamW: # Fused where it can be
+    student: nn.Module,  # Its parameters with `requires_grad`
+    weight_decay: float,  # As in `parameter_groups`
+    betas=(0.9, 0.98),  # Of AdamW
+    penalty=None,  # Brings groups of its own (masks, multipliers), whose rate is fixed
+) -> torch.optim.AdamW:  # Fused where it can be
     "AdamW for a student, and for what a penalty trains beside it"
     own = penalty.groups() if penalty else []
     plain = parameter_groups(student, weight_decay, [p for g in own for p in g['params']])
-    return torch.optim.AdamW(plain+own, lr=0., betas=betas, eps=1e-6, fused=next(student.parameters()).device.type in ('cpu', 'cuda'))
+    return torch.optim.AdamW(
+        plain + own,
+        lr=0.0,
+        betas=betas,
+        eps=1e-6,
+        fused=next(student.parameters()).device.type in ('cpu', 'cuda'),
+    )
 
 # %% ../../nbs/train/06_engine.ipynb #cf1fd794
 def wants_shards(
-    accelerator:Accelerator, # Knows how the processes were started
-    shard:bool|None, # What the user said; None for what accelerate was told
-)->bool:
+    accelerator: Accelerator,  # Knows how the processes were started
+    shard: bool | None,  # What the user said; None for what accelerate was told
+) -> bool:
     "Whether the student is divided among processes"
     a = accelerator
-    if a.distributed_type==DistributedType.FSDP and not a.is_fsdp2: raise TinyclipError('FSDP in its first version is not supported: accelerate launch --use_fsdp --fsdp_version 2.')
-    if not (a.is_fsdp2 if shard is None else shard): return False
-    if a.num_processes==1: raise TinyclipError('A student can be divided among several processes only, and there is one: start them with accelerate launch, or leave shard= out.')
-    if a.mixed_precision=='fp16': raise TinyclipError("A student in slices trains in 'bf16' or 'fp32': fp16 needs its gradients scaled, which is not supported here.")
+    if a.distributed_type == DistributedType.FSDP and not a.is_fsdp2:
+        raise TinyclipError(
+            'FSDP in its first version is not supported: accelerate launch --use_fsdp '
+            '--fsdp_version 2.'
+        )
+    if not (a.is_fsdp2 if shard is None else shard):
+        return False
+    if a.num_processes == 1:
+        raise TinyclipError(
+            'A student can be divided among several processes only, and there is one: start '
+            'them with accelerate launch, or leave shard= out.'
+        )
+    if a.mixed_precision == 'fp16':
+        raise TinyclipError(
+            "A student in slices trains in 'bf16' or 'fp32': fp16 needs its gradients "
+            "scaled, which is not supported here."
+        )
     return True
 
 # %% ../../nbs/train/06_engine.ipynb #488f9cd6
 def fitted(
-    teacher:nn.Module, # As the user has it
-    accelerator:Accelerator, # Device and precision of the run
-    compile:bool|str=False, # As in `Distiller`
-)->nn.Module: # In eval mode; a copy where the precision is another
+    teacher: nn.Module,  # As the user has it
+    accelerator: Accelerator,  # Device and precision of the run
+    compile: bool | str = False,  # As in `Distiller`
+) -> nn.Module:  # In eval mode; a copy where the precision is another
     "A teacher where and as it answers fastest"
     dtype = PRECISIONS.get(accelerator.mixed_precision)
     t = (lean(teacher, dtype) if dtype else teacher).to(accelerator.device).eval()
-    if convolutional(t): channels_last(t)
+    if convolutional(t):
+        channels_last(t)
     return compiled(t, compile) if compile else t
 
 # %% ../../nbs/train/06_engine.ipynb #a7bd6cf9
 class Engine:
     "A student with its teacher, optimiser and precision; `update` moves it by one batch"
-    def __init__(self,
-        student:nn.Module, # Trained in place
-        teacher:nn.Module|None, # Only looked at
-        objective:Objective, # What to minimise
-        accelerator:Accelerator, # Device, precision, processes
-        weight_decay=.2, betas=(.9, .98), clip_norm=1., scale='learned', penalty=None, # As in `Distiller`
-        chunk_size=None, shard=None, compile=False, grad_checkpointing=False, # As in `Distiller`
+
+    def __init__(
+        self,
+        student: nn.Module,  # Trained in place
+        teacher: nn.Module | None,  # Only looked at
+        objective: Objective,  # What to minimise
+        accelerator: Accelerator,  # Device, precision, processes
+        weight_decay=0.2,
+        betas=(0.9, 0.98),
+        clip_norm=1.0,
+        scale='learned',
+        penalty=None,  # As in `Distiller`
+        chunk_size=None,
+        shard=None,
+        compile=False,
+        grad_checkpointing=False,  # As in `Distiller`
     ):
-        self.accelerator,self.objective,self.clip_norm,self.penalty,self.chunk_size,self.compile,a,device = accelerator,objective,clip_norm,penalty,chunk_size,compile,accelerator,accelerator.device
-        self.live,self.trainable,self.forward = student.train(), {n:p.requires_grad for n,p in student.named_parameters()}, vars(student).get('forward')
+        self.accelerator = accelerator
+        self.objective = objective
+        self.clip_norm = clip_norm
+        self.penalty = penalty
+        self.chunk_size = chunk_size
+        self.compile = compile
+        a = accelerator
+        device = accelerator.device
+        self.live = student.train()
+        self.trainable = {n: p.requires_grad for n, p in student.named_parameters()}
+        self.forward = vars(student).get('forward')
         self.flags = checkpointing(student) if grad_checkpointing else []
         self.images_last = convolutional(student)
-        if self.images_last: channels_last(student)
-        self.scale,bias = [getattr(student, n, None) for n in ('logit_scale', 'logit_bias')]
-        for p,fixed in ((self.scale, scale=='fixed'), (bias, True)): # no softmax feels a bias
-            if p is not None and fixed: p.requires_grad_(False)
+        if self.images_last:
+            channels_last(student)
+        self.scale, bias = [getattr(student, n, None) for n in ('logit_scale', 'logit_bias')]
+        for p, fixed in ((self.scale, scale == 'fixed'), (bias, True)):  # no softmax feels a bias
+            if p is not None and fixed:
+                p.requires_grad_(False)
         student.to(device)
-        self.sharded = Sharded(student, device, [p for g in penalty.groups() for p in g['params']] if penalty else ()) if wants_shards(a, shard) else None
-        if compile: compiled(student, compile)
-        self.adamw,self.fused = make_optimizer(student, weight_decay, betas, penalty), device.type in ('cpu', 'cuda')
-        self.student,self.optimizer = (student, self.adamw) if self.sharded else a.prepare(student, self.adamw)
-        self.plain = self.sharded.whole if self.sharded else student # what others may look at
-        self.teacher,self.answers = teacher and fitted(teacher, a, compile), teacher
-        self.stats,self.tally = [b for m in student.modules() if isinstance(m, _BatchNorm) for b in m.buffers()], Tally(device)
+        self.sharded = (
+            Sharded(
+                student,
+                device,
+                [p for g in penalty.groups() for p in g['params']] if penalty else (),
+            )
+            if wants_shards(a, shard)
+            else None
+        )
+        if compile:
+            compiled(student, compile)
+        self.adamw = make_optimizer(student, weight_decay, betas, penalty)
+        self.fused = device.type in ('cpu', 'cuda')
+        self.student, self.optimizer = (
+            (student, self.adamw) if self.sharded else a.prepare(student, self.adamw)
+        )
+        self.plain = self.sharded.whole if self.sharded else student  # what others may look at
+        self.teacher = teacher and fitted(teacher, a, compile)
+        self.answers = teacher
+        self.stats = [
+            b for m in student.modules() if isinstance(m, _BatchNorm) for b in m.buffers()
+        ]
+        self.tally = Tally(device)
 
     def release(self):
         "Give student and teacher back as they came, the student trained: unwrapped, in eval mode"
         own = vars(self.live)
-        if self.sharded: self.sharded.restore()
+        if self.sharded:
+            self.sharded.restore()
         else:
             self.accelerator.unwrap_model(self.student, keep_fp32_wrapper=False)
-            for name in ('forward', '_is_accelerate_prepared'): own.pop(name, None) # accelerate writes to the instance
-            if self.forward: own['forward'] = self.forward
-        for n,p in self.live.named_parameters(): p.requires_grad_(self.trainable[n])
+            for name in ('forward', '_is_accelerate_prepared'):
+                own.pop(name, None)  # accelerate writes to the instance
+            if self.forward:
+                own['forward'] = self.forward
+        for n, p in self.live.named_parameters():
+            p.requires_grad_(self.trainable[n])
         set_back(self.flags)
         for m in (self.live, self.answers):
-            if m is None: continue
-            if convolutional(m): channels_last(m, False)
-            if self.compile: interpreted(m)
+            if m is None:
+                continue
+            if convolutional(m):
+                channels_last(m, False)
+            if self.compile:
+                interpreted(m)
         self.live.eval()
 
     def move(self, batch):
@@ -160,50 +268,86 @@ class Engine:
     def ask(self, model, chunk):
         "Features of a chunk that may still be elsewhere"
         chunk = self.move(chunk)
-        with self.accelerator.autocast(): return answers(model, chunk)
+        with self.accelerator.autocast():
+            return answers(model, chunk)
 
-    def slopes(self, batch, watch, done)->dict: # What `step` returns, detached, and the `penalty`
+    def slopes(
+        self, batch, watch, done
+    ) -> dict:  # What `step` returns, detached, and the `penalty`
         "Losses of a batch; their gradients are where they belong"
-        a,penalty = self.accelerator, self.penalty(done) if self.penalty else None
-        if self.chunk_size and len(batch.image)>self.chunk_size:
+        a = self.accelerator
+        penalty = self.penalty(done) if self.penalty else None
+        if self.chunk_size and len(batch.image) > self.chunk_size:
             quiet = self.sharded.quiet if self.sharded else lambda: a.no_sync(self.student)
-            out = step_in_chunks(self.student, self.teacher, split(batch, self.chunk_size), self.objective, self.ask, a.backward, quiet, 0 if penalty is None else penalty, watch)
+            out = step_in_chunks(
+                self.student,
+                self.teacher,
+                split(batch, self.chunk_size),
+                self.objective,
+                self.ask,
+                a.backward,
+                quiet,
+                0 if penalty is None else penalty,
+                watch,
+            )
         else:
-            with a.autocast(): out = step(self.student, self.teacher, self.move(batch), self.objective, watch)
-            a.backward(out['loss'] if penalty is None else out['loss']+penalty)
-        if self.sharded: self.sharded.average()
-        out = {k:v.detach() for k,v in out.items()}
-        return out if penalty is None else out | dict(penalty=penalty.detach(), loss=out['loss']+penalty.detach())
+            with a.autocast():
+                out = step(self.student, self.teacher, self.move(batch), self.objective, watch)
+            a.backward(out['loss'] if penalty is None else out['loss'] + penalty)
+        if self.sharded:
+            self.sharded.average()
+        out = {k: v.detach() for k, v in out.items()}
+        return (
+            out
+            if penalty is None
+            else out | dict(penalty=penalty.detach(), loss=out['loss'] + penalty.detach())
+        )
 
-    def clip(self, params)->torch.Tensor: # The norm before
+    def clip(self, params) -> torch.Tensor:  # The norm before
         "Limit the gradient's norm"
         limit = self.clip_norm or math.inf
-        return self.sharded.clip(params, limit) if self.sharded else self.accelerator.clip_grad_norm_(params, limit)
+        return (
+            self.sharded.clip(params, limit)
+            if self.sharded
+            else self.accelerator.clip_grad_norm_(params, limit)
+        )
 
-    def update(self,
-        batch, # `image` and `text`, anywhere
-        lr:float, # Rate of the weights
-        watch:bool=False, # As in `step`
-        done:float=0., # Share of the run that is over, for a penalty
-    )->dict: # What `step` returns
+    def update(
+        self,
+        batch,  # `image` and `text`, anywhere
+        lr: float,  # Rate of the weights
+        watch: bool = False,  # As in `step`
+        done: float = 0.0,  # Share of the run that is over, for a penalty
+    ) -> dict:  # What `step` returns
         "One step. A bad batch leaves the student as it was."
-        opt,stats = self.adamw,[b.clone() for b in self.stats]
+        opt, stats = self.adamw, [b.clone() for b in self.stats]
         weights = [g for g in opt.param_groups if not g.get('fixed')]
-        for g in weights: g['lr'] = lr
-        with getattr(self.live, 'one_draw', contextlib.nullcontext)(), fused_tiles(bool(self.compile)): out = self.slopes(batch, watch, done)
+        for g in weights:
+            g['lr'] = lr
+        with (
+            getattr(self.live, 'one_draw', contextlib.nullcontext)(),
+            fused_tiles(bool(self.compile)),
+        ):
+            out = self.slopes(batch, watch, done)
         norm = self.clip([p for g in weights for p in g['params']])
         ok = torch.isfinite(norm) & torch.isfinite(out['loss'])
-        if self.penalty: self.penalty.before_step(ok)
-        if self.fused: opt.found_inf = (~ok).float()
-        if self.fused or ok: self.optimizer.step()
+        if self.penalty:
+            self.penalty.before_step(ok)
+        if self.fused:
+            opt.found_inf = (~ok).float()
+        if self.fused or ok:
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.penalty: self.penalty.after_step(ok)
-        for b,old in zip(self.stats, stats): b.copy_(torch.where(ok, b, old))
-        if self.scale is not None: self.scale.data.clamp_(0, math.log(100))
-        self.tally.add({k:v for k,v in out.items() if k not in ('r1', 'chance')}, ok)
+        if self.penalty:
+            self.penalty.after_step(ok)
+        for b, old in zip(self.stats, stats):
+            b.copy_(torch.where(ok, b, old))
+        if self.scale is not None:
+            self.scale.data.clamp_(0, math.log(100))
+        self.tally.add({k: v for k, v in out.items() if k not in ('r1', 'chance')}, ok)
         return out
 
-    def collect(self)->nn.Module: # `plain`: the same in all processes
+    def collect(self) -> nn.Module:  # `plain`: the same in all processes
         "The whole student as it stands"
         return self.sharded.collect() if self.sharded else self.plain
 
@@ -211,43 +355,73 @@ class Engine:
     def on_show(self):
         "The whole student, on the device for the time of an evaluation"
         model = self.collect()
-        try: yield model.to(self.accelerator.device) if self.sharded else model
+        try:
+            yield model.to(self.accelerator.device) if self.sharded else model
         finally:
-            if self.sharded: model.to('cpu')
+            if self.sharded:
+                model.to('cpu')
 
-    def state_dict(self)->dict:
+    def state_dict(self) -> dict:
         "Optimiser (in the first process), count of skipped steps, penalty and gradient scaler"
-        scaler,asked = self.accelerator.scaler, self.sharded or self.accelerator.is_main_process # slices need everybody
-        return dict(optimizer=whole_state(self.adamw) if asked else None, skipped=self.tally.skipped.cpu(), penalty=self.penalty and self.penalty.state_dict(), scaler=scaler and scaler.state_dict())
+        # slices need everybody
+        scaler = self.accelerator.scaler
+        asked = self.sharded or self.accelerator.is_main_process
+        return dict(
+            optimizer=whole_state(self.adamw) if asked else None,
+            skipped=self.tally.skipped.cpu(),
+            penalty=self.penalty and self.penalty.state_dict(),
+            scaler=scaler and scaler.state_dict(),
+        )
 
     def load_state_dict(self, state):
         "Go on from there, once `plain` holds the weights"
-        if self.sharded: self.sharded.hand_out()
+        if self.sharded:
+            self.sharded.hand_out()
         load_whole_state(self.adamw, state['optimizer'])
         self.tally.skipped = state['skipped'].to(self.accelerator.device)
-        if state['penalty']: self.penalty.load_state_dict(state['penalty'])
-        if state['scaler']: self.accelerator.scaler.load_state_dict(state['scaler'])
+        if state['penalty']:
+            self.penalty.load_state_dict(state['penalty'])
+        if state['scaler']:
+            self.accelerator.scaler.load_state_dict(state['scaler'])
 
 # %% ../../nbs/train/06_engine.ipynb #c218fb4d
 def make_accelerator(
-    precision:str='auto', # As in `core.resolve_precision`
-    device:str|None=None, # `'cpu'`, `'cuda'`, `'mps'`; None for the best there is
-    trackers=(), # Names known to accelerate, e.g. `'tensorboard'`, or its tracker objects
-    folder=None, # Where trackers write
-)->Accelerator: # With the precision resolved for its device
+    precision: str = 'auto',  # As in `core.resolve_precision`
+    device: str | None = None,  # `'cpu'`, `'cuda'`, `'mps'`; None for the best there is
+    trackers=(),  # Names known to accelerate, e.g. `'tensorboard'`, or its tracker objects
+    folder=None,  # Where trackers write
+) -> Accelerator:  # With the precision resolved for its device
     "Device, processes and precision of a run"
     for name in [t for t in trackers if isinstance(t, str)]:
-        if name not in LOGGER_TYPE_TO_CLASS: raise unknown('tracker', name, LOGGER_TYPE_TO_CLASS)
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise unknown('tracker', name, LOGGER_TYPE_TO_CLASS)
         if name not in map(str, get_available_trackers()):
-            raise TinyclipError(f"The tracker '{name}' needs its package, which is not installed: pip install {name}, or leave it out of trackers=.")
+            raise TinyclipError(
+                f"The tracker '{name}' needs its package, which is not installed: pip "
+                f"install {name}, or leave it out of trackers=."
+            )
         if LOGGER_TYPE_TO_CLASS[name].requires_logging_directory and folder is None:
             raise TinyclipError(f"The tracker '{name}' writes files: say where with folder=.")
-    cpu = device is not None and pick_device(device).type=='cpu'
-    if AcceleratorState._shared_state: AcceleratorState._reset_state(reset_partial_state=True)
+    cpu = device is not None and pick_device(device).type == 'cpu'
+    if AcceleratorState._shared_state:
+        AcceleratorState._reset_state(reset_partial_state=True)
     found = PartialState(cpu=cpu).device
-    if device is not None and torch.device(device).type!=found.type: raise TinyclipError(f"Device '{device}' was asked for, but accelerate works on '{found}' here.")
+    if device is not None and torch.device(device).type != found.type:
+        raise TinyclipError(
+            f"Device '{device}' was asked for, but accelerate works on '{found}' here."
+        )
     started = int(os.environ.get('WORLD_SIZE', 1))
-    if started>1 and PartialState().num_processes==1: raise TinyclipError(f"{started} processes were started, and each believes that it is alone, since there is no GPU to join them on: say device='cpu'.")
+    if started > 1 and PartialState().num_processes == 1:
+        raise TinyclipError(
+            f"{started} processes were started, and each believes that it is alone, since "
+            "there is no GPU to join them on: say device='cpu'."
+        )
     precision = resolve_precision(precision, found)
-    if precision=='fp16' and found.type=='cpu': raise TinyclipError("precision='fp16' needs a GPU; on a CPU use 'auto', 'bf16' or 'fp32'.")
-    return Accelerator(cpu=cpu, mixed_precision='no' if precision=='fp32' else precision, log_with=list(trackers) or None, project_dir=folder)
+    if precision == 'fp16' and found.type == 'cpu':
+        raise TinyclipError("precision='fp16' needs a GPU; on a CPU use 'auto', 'bf16' or 'fp32'.")
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision='no' if precision == 'fp32' else precision,
+        log_with=list(trackers) or None,
+        project_dir=folder,
+    )

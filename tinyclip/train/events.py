@@ -6,135 +6,213 @@
 __all__ = ['plain', 'append', 'Events', 'Tagged', 'read_events', 'rewind', 'Progress']
 
 # %% ../../nbs/train/01_events.ipynb #1234c020
-import json, math, sys, warnings
+import json
+import math
+import sys
+import warnings
 from pathlib import Path
+
 from tqdm.auto import tqdm
+
 from ..core import Table, TinyclipError, atomic_path, human
 
 # %% ../../nbs/train/01_events.ipynb #fa55a8fb
 def plain(
-    value, # Numbers, strings, dicts, lists; anything else becomes its `str`
-): # The same, as strict JSON holds it
+    value,  # Numbers, strings, dicts, lists; anything else becomes its `str`
+):  # The same, as strict JSON holds it
     "A value as JSON can hold it: tuples as lists, numbers that are not finite as None"
-    if isinstance(value, dict): return {str(k):plain(v) for k,v in value.items()}
-    if isinstance(value, (list, tuple)): return [plain(v) for v in value]
-    if value is None or isinstance(value, (bool, int, str)): return value
-    if hasattr(value, 'item'): return plain(value.item()) # a scalar of torch or NumPy
-    if isinstance(value, float): return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if hasattr(value, 'item'):
+        return plain(value.item())  # a scalar of torch or NumPy
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     return str(value)
 
 # %% ../../nbs/train/01_events.ipynb #320361db
 def append(
-    path, # A file, or where one shall be
-    data:bytes, # What comes after all that it holds
+    path,  # A file, or where one shall be
+    data: bytes,  # What comes after all that it holds
 ):
     "Add to a file all or nothing: on a full disk it stays as it was"
     with open(path, 'ab', buffering=0) as f:
         size = f.seek(0, 2)
         try:
-            while data: data = data[f.write(data):] # a nearly full disk takes a part
-        except OSError: f.truncate(size); raise
+            while data:
+                data = data[f.write(data) :]  # a nearly full disk takes a part
+        except OSError:
+            f.truncate(size)
+            raise
 
 # %% ../../nbs/train/01_events.ipynb #56e1a738
 class Events:
     "Where a run reports to: `events.jsonl` in its folder, and whoever listens"
-    def __init__(self,
-        folder=None, # Write `events.jsonl` here; None for no file
-        listeners=(), # Functions of one event (a dict); one with a `close` method has it called at the end, one with `before_step` before every step
-    ):
-        self.path,self.listeners,self.begun,self.waiting = folder and Path(folder)/'events.jsonl', list(listeners), False, b''
-        if self.path: self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def emit(self, event:str, **values)->dict:
-        "Report one event: write its line, then tell every listener. A listener that raises stops the run."
+    def __init__(
+        self,
+        folder=None,  # Write `events.jsonl` here; None for no file
+        # Functions of one event (a dict); one with a `close` method has it called at the end, one
+        # with `before_step` before every step
+        listeners=(),
+    ):
+        self.path = folder and Path(folder) / 'events.jsonl'
+        self.listeners = list(listeners)
+        self.begun = False
+        self.waiting = b''
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def emit(self, event: str, **values) -> dict:
+        """Report one event: write its line, then tell every listener. A listener that raises
+        stops the run."""
         row = plain(dict(event=event, **values))
-        if self.path: self.write(json.dumps(row, ensure_ascii=False, allow_nan=False)+'\n')
-        for listener in self.listeners: listener(row)
+        if self.path:
+            self.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + '\n')
+        for listener in self.listeners:
+            listener(row)
         return row
 
-    def write(self, line:str):
+    def write(self, line: str):
         "Append a line; one that the disk does not take waits in memory for the next"
-        new,self.waiting = not self.waiting, self.waiting+line.encode()
-        try: append(self.path, self.waiting)
+        new = not self.waiting
+        self.waiting = self.waiting + line.encode()
+        try:
+            append(self.path, self.waiting)
         except OSError as e:
-            if not self.begun: raise TinyclipError(f"'{self.path}' cannot be written ({e.strerror}): make room there, or choose another folder.") from e
-            if new: warnings.warn(f"'{self.path}' cannot be written ({e.strerror}): the run goes on, and its events wait in memory until there is room.", stacklevel=3)
-        else: self.begun,self.waiting = True, b''
+            if not self.begun:
+                raise TinyclipError(
+                    f"'{self.path}' cannot be written ({e.strerror}): make room there, or "
+                    "choose another folder."
+                ) from e
+            if new:
+                warnings.warn(
+                    f"'{self.path}' cannot be written ({e.strerror}): the run goes on, and "
+                    "its events wait in memory until there is room.",
+                    stacklevel=3,
+                )
+        else:
+            self.begun = True
+            self.waiting = b''
 
     def before_step(self):
         "Let listeners do what must be done between two steps, on the thread that trains"
-        for listener in self.listeners: getattr(listener, 'before_step', lambda: None)()
+        for listener in self.listeners:
+            getattr(listener, 'before_step', lambda: None)()
 
     def close(self):
         if self.begun and self.waiting:
-            self.write('') # the last chance
-            if self.waiting: warnings.warn(f"'{self.path}' lacks its last {self.waiting.count(10)} events: there was no room for them.", stacklevel=2)
-        for listener in self.listeners: getattr(listener, 'close', lambda: None)()
+            self.write('')  # the last chance
+            if self.waiting:
+                warnings.warn(
+                    f"'{self.path}' lacks its last {self.waiting.count(10)} events: there "
+                    "was no room for them.",
+                    stacklevel=2,
+                )
+        for listener in self.listeners:
+            getattr(listener, 'close', lambda: None)()
 
 # %% ../../nbs/train/01_events.ipynb #4f7f93d8
 class Tagged:
     "A listener that hears every event with facts added"
-    def __init__(self,
-        listener, # A function of one event
-        **facts, # Added to every event
-    ):
-        self.listener,self.facts = listener,facts
-        if hasattr(listener, 'before_step'): self.before_step = listener.before_step
 
-    def __call__(self, event): self.listener({**event, **self.facts})
+    def __init__(
+        self,
+        listener,  # A function of one event
+        **facts,  # Added to every event
+    ):
+        self.listener = listener
+        self.facts = facts
+        if hasattr(listener, 'before_step'):
+            self.before_step = listener.before_step
+
+    def __call__(self, event):
+        self.listener({**event, **self.facts})
 
 # %% ../../nbs/train/01_events.ipynb #e756408c
 def read_events(
-    folder, # A run's folder, or the `.jsonl` file itself
-    event:str|None=None, # Only this kind, e.g. `'log'`
-)->Table: # One row (dict) per event
+    folder,  # A run's folder, or the `.jsonl` file itself
+    event: str | None = None,  # Only this kind, e.g. `'log'`
+) -> Table:  # One row (dict) per event
     "The events of a run, as they were written"
     path = Path(folder)
-    path = path if path.suffix=='.jsonl' else path/'events.jsonl'
-    if not path.is_file(): raise TinyclipError(f"There is no event log in '{folder}'. Name the folder that was given to Distiller(folder=...).")
-    rows,lines = Table(), path.read_text(encoding='utf-8').split('\n')
-    for i,line in enumerate(lines):
-        try: rows += [json.loads(line)] if line.strip() else []
+    path = path if path.suffix == '.jsonl' else path / 'events.jsonl'
+    if not path.is_file():
+        raise TinyclipError(
+            f"There is no event log in '{folder}'. Name the folder that was given to "
+            "Distiller(folder=...)."
+        )
+    rows = Table()
+    lines = path.read_text(encoding='utf-8').split('\n')
+    for i, line in enumerate(lines):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError:
-            if i < len(lines)-1: raise TinyclipError(f"Line {i+1} of '{path}' is not JSON; remove that line to read the rest.") from None
+            if i < len(lines) - 1:
+                raise TinyclipError(
+                    f"Line {i + 1} of '{path}' is not JSON; remove that line to read the rest."
+                ) from None
     return Table(r for r in rows if event in (None, r['event']))
 
 # %% ../../nbs/train/01_events.ipynb #7b982b57
 def rewind(
-    folder, # A run's folder
-    step:int, # Keep what happened up to and including this step
+    folder,  # A run's folder
+    step: int,  # Keep what happened up to and including this step
 ):
     "Drop the events after `step` from a log, atomically"
-    rows = [r for r in read_events(folder) if r.get('step', 0) <= step and r['event']!='end']
-    with atomic_path(Path(folder)/'events.jsonl') as tmp:
-        tmp.write_text(''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows), encoding='utf-8')
+    rows = [r for r in read_events(folder) if r.get('step', 0) <= step and r['event'] != 'end']
+    with atomic_path(Path(folder) / 'events.jsonl') as tmp:
+        tmp.write_text(
+            ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows), encoding='utf-8'
+        )
 
 # %% ../../nbs/train/01_events.ipynb #4ffb67a2
 class Progress:
     "A progress bar with the loss and its parts, pairs/s and the time left: a listener"
-    def __init__(self,
-        steps:int, # The run's length
-    ): self.steps,self.bar = steps,None
 
-    def __call__(self, event:dict):
-        kind,step = event['event'],event.get('step', 0)
-        if kind in ('config', 'resume') and self.bar is None: self.bar = tqdm(total=self.steps, initial=step, unit='step', dynamic_ncols=True)
-        if self.bar is None: return
-        if kind=='log':
+    def __init__(
+        self,
+        steps: int,  # The run's length
+    ):
+        self.steps = steps
+        self.bar = None
+
+    def __call__(self, event: dict):
+        kind, step = event['event'], event.get('step', 0)
+        if kind in ('config', 'resume') and self.bar is None:
+            self.bar = tqdm(total=self.steps, initial=step, unit='step', dynamic_ncols=True)
+        if self.bar is None:
+            return
+        if kind == 'log':
             self.bar.set_postfix_str(self.text(event), refresh=False)
-            self.bar.update(step-self.bar.n)
-        if kind=='evaluation': self.say(f'step {step}: ' + ', '.join(f'{k[5:]} {human(v)}' for k,v in event.items() if k.startswith('eval/')))
-        if kind=='warning': self.say(f"step {step}: {event['message']}")
+            self.bar.update(step - self.bar.n)
+        if kind == 'evaluation':
+            self.say(
+                f'step {step}: '
+                + ', '.join(
+                    f'{k[5:]} {human(v)}' for k, v in event.items() if k.startswith('eval/')
+                )
+            )
+        if kind == 'warning':
+            self.say(f"step {step}: {event['message']}")
 
-    def say(self, text): self.bar.write(text, file=sys.stderr) # standard output belongs to the caller
+    def say(self, text):
+        self.bar.write(text, file=sys.stderr)  # standard output belongs to the caller
 
     @staticmethod
-    def text(e:dict)->str:
+    def text(e: dict) -> str:
         "A log event in one short line"
-        show = lambda v: 'not finite' if v is None else f'{v:.3g}'
-        parts = ', '.join(f'{k[5:]} {show(v)}' for k,v in e.items() if k.startswith('loss/'))
+
+        def show(v):
+            return 'not finite' if v is None else f'{v:.3g}'
+
+        parts = ', '.join(f'{k[5:]} {show(v)}' for k, v in e.items() if k.startswith('loss/'))
         skipped = f", {e['skipped']} skipped" if e['skipped'] else ''
-        parts = f' ({parts})' if ',' in parts else '' # a single part is the loss
+        parts = f' ({parts})' if ',' in parts else ''  # a single part is the loss
         return f"loss {show(e['loss'])}{parts}, {human(float(e['pairs_per_s']))} pairs/s{skipped}"
 
-    def close(self): self.bar = self.bar and self.bar.close()
+    def close(self):
+        self.bar = self.bar and self.bar.close()

@@ -8,111 +8,169 @@ __all__ = ['POINTS', 'PICTURES', 'NOT_A_CURVE', 'thin', 'Story', 'phase_of', 'Hi
 # %% ../../nbs/train/09_history.ipynb #ee26c449
 from dataclasses import dataclass, field
 from pathlib import Path
+
 from ..core import TinyclipError
 from .events import read_events
 
 # %% ../../nbs/train/09_history.ipynb #f240a757
 def thin(
-    points:list, # Pairs (step, value) in order of steps; grows over time
-    most:int, # Twice this length is too long
+    points: list,  # Pairs (step, value) in order of steps; grows over time
+    most: int,  # Twice this length is too long
 ):
-    "Once there are too many, leave about `most`, in place, evenly spaced in steps: the first of every stretch, and the last"
-    if len(points)<=2*most: return
-    stretch = lambda p: int(p[0]*most/(points[-1][0]+1))
-    points[:] = [p for p,before in zip(points, [(-1e9, None), *points]) if stretch(p)!=stretch(before) or p is points[-1]]
+    """Once there are too many, leave about `most`, in place, evenly spaced in steps: the first
+    of every stretch, and the last"""
+    if len(points) <= 2 * most:
+        return
+
+    def stretch(p):
+        return int(p[0] * most / (points[-1][0] + 1))
+
+    points[:] = [
+        p
+        for p, before in zip(points, [(-1e9, None), *points])
+        if stretch(p) != stretch(before) or p is points[-1]
+    ]
 
 # %% ../../nbs/train/09_history.ipynb #b20ece38
-POINTS,PICTURES = 400,100
+POINTS, PICTURES = 400, 100
+
 
 @dataclass
 class Story:
     "What one run told so far"
-    lines:dict = field(default_factory=dict) # name -> list of (step, value), e.g. `'loss'`, `'share/image'`, `'eval/top1'`
-    pictures:list = field(default_factory=list) # (step, axis -> chances to be open)
-    phases:list = field(default_factory=list) # (step, name) where each phase begins
-    now:dict = field(default_factory=dict) # The newest value of every number
-    config:dict = field(default_factory=dict) # The newest `config` event
-    step:int = 0 # Since the first phase began
-    before:int = 0 # Steps of the phases that are over
-    finished:bool = False # Of the last phase
-    clock:list = field(default_factory=list) # (step, seconds of training) of the last log points of this phase
 
-    def add(self, event:dict):
+    lines: dict = field(
+        default_factory=dict
+    )  # name -> list of (step, value), e.g. `'loss'`, `'share/image'`, `'eval/top1'`
+    pictures: list = field(default_factory=list)  # (step, axis -> chances to be open)
+    phases: list = field(default_factory=list)  # (step, name) where each phase begins
+    now: dict = field(default_factory=dict)  # The newest value of every number
+    config: dict = field(default_factory=dict)  # The newest `config` event
+    step: int = 0  # Since the first phase began
+    before: int = 0  # Steps of the phases that are over
+    finished: bool = False  # Of the last phase
+    clock: list = field(
+        default_factory=list
+    )  # (step, seconds of training) of the last log points of this phase
+
+    def add(self, event: dict):
         "Take in the next event"
-        kind,phase = event['event'],phase_of(event)
-        if not self.phases or phase!=self.phases[-1][1]:
-            self.before,self.clock = self.step, []
+        kind, phase = event['event'], phase_of(event)
+        if not self.phases or phase != self.phases[-1][1]:
+            self.before = self.step
+            self.clock = []
             self.phases.append((self.step, phase))
-        self.step = self.before+event.get('step', 0)
-        if kind=='config': self.config = event
-        if kind=='resume': self.forget(self.step)
+        self.step = self.before + event.get('step', 0)
+        if kind == 'config':
+            self.config = event
+        if kind == 'resume':
+            self.forget(self.step)
         if kind in ('log', 'evaluation'):
-            for k,v in event.items():
+            for k, v in event.items():
                 if k not in NOT_A_CURVE and isinstance(v, (int, float)):
                     self.now[k] = v
                     line = self.lines.setdefault(k, [])
-                    line.append((self.step, v)); thin(line, POINTS)
-        if kind=='log' and 'seconds' in event: self.clock = [*self.clock[-20:], (self.step, event['seconds'])]
-        if kind=='masks': self.pictures.append((self.step, event['open'])); thin(self.pictures, PICTURES)
-        self.finished = bool(event.get('finished')) if kind=='end' else False
+                    line.append((self.step, v))
+                    thin(line, POINTS)
+        if kind == 'log' and 'seconds' in event:
+            self.clock = [*self.clock[-20:], (self.step, event['seconds'])]
+        if kind == 'masks':
+            self.pictures.append((self.step, event['open']))
+            thin(self.pictures, PICTURES)
+        self.finished = bool(event.get('finished')) if kind == 'end' else False
 
     def forget(self, step):
         "What was told of later steps will be told again"
-        for line in self.lines.values(): line[:] = [p for p in line if p[0]<=step]
-        self.pictures,self.clock = [p for p in self.pictures if p[0]<=step], []
+        for line in self.lines.values():
+            line[:] = [p for p in line if p[0] <= step]
+        self.pictures = [p for p in self.pictures if p[0] <= step]
+        self.clock = []
 
-    def pace(self)->float|None: # None before the second log point of a phase
+    def pace(self) -> float | None:  # None before the second log point of a phase
         "Seconds that a step took lately"
-        if len(self.clock)<2: return None
-        (s0,t0),(s1,t1) = self.clock[0],self.clock[-1]
-        return (t1-t0)/(s1-s0)
+        if len(self.clock) < 2:
+            return None
+        (s0, t0), (s1, t1) = self.clock[0], self.clock[-1]
+        return (t1 - t0) / (s1 - s0)
 
-    def picture(self, step:int|None=None)->dict: # Empty before the first one
+    def picture(self, step: int | None = None) -> dict:  # Empty before the first one
         "How open the masks were at a step; now where none is given"
-        seen = [o for s,o in self.pictures if step is None or s<=step]
+        seen = [o for s, o in self.pictures if step is None or s <= step]
         return seen[-1] if seen else {}
+
 
 NOT_A_CURVE = {'event', 'step', 'seconds', 'stage', 'phase', 'run', 'skipped_pairs'}
 
-def phase_of(event)->str: # e.g. `'masks'`, `'2: distil'`; empty for a run of one phase
+
+def phase_of(event) -> str:  # e.g. `'masks'`, `'2: distil'`; empty for a run of one phase
     "What a phase is called"
-    stage,phase = event.get('stage'),event.get('phase', '')
+    stage, phase = event.get('stage'), event.get('phase', '')
     return f'{stage}: {phase}' if stage else phase
 
 # %% ../../nbs/train/09_history.ipynb #f1a75a4e
 class History(dict):
     "name -> `Story`, with the words that were said on the way"
-    def __init__(self,
-        events=(), # To begin with
+
+    def __init__(
+        self,
+        events=(),  # To begin with
     ):
         super().__init__()
-        self.words = [] # (run, step, sentence), of warnings
-        for e in events: self.add(e)
+        self.words = []  # (run, step, sentence), of warnings
+        for e in events:
+            self.add(e)
 
-    def add(self, event:dict):
+    def add(self, event: dict):
         "Take in the next event"
         name = event.get('run', '')
         story = self[name] = self.get(name) or Story()
         story.add(event)
-        if event['event']=='warning': self.words.append((name, story.step, event['message']))
+        if event['event'] == 'warning':
+            self.words.append((name, story.step, event['message']))
 
-    def steps(self)->list[int]:
+    def steps(self) -> list[int]:
         "Where something can be seen: steps with pictures, else with losses"
-        where = {s for story in self.values() for s,_ in story.pictures} or {s for story in self.values() for s,_ in story.lines.get('loss', [])}
+        where = {s for story in self.values() for s, _ in story.pictures} or {
+            s for story in self.values() for s, _ in story.lines.get('loss', [])
+        }
         return sorted(where)
 
 # %% ../../nbs/train/09_history.ipynb #a27511e2
 def told(
-    folder, # Of a run, of a compression, or of several of them
-    **tags, # Added to every event
-)->list[dict]: # In order
+    folder,  # Of a run, of a compression, or of several of them
+    **tags,  # Added to every event
+) -> list[dict]:  # In order
     "All events below a folder"
     folder = Path(folder)
-    if not folder.exists(): raise TinyclipError(f"There is no folder or event log '{folder}'. Name the folder that was given to Distiller(folder=...) or Stages(folder=...).")
-    if folder.suffix=='.jsonl' or (folder/'events.jsonl').exists(): return [{**e, **tags} for e in read_events(folder)]
-    number = lambda p: int(p.name.split('-')[1])
-    phases = [(number(p), phase) for p in sorted(folder.glob('stage-*'), key=number) for phase in ('masks', 'distil') if (p/phase/'events.jsonl').exists()]
-    if phases: return [e for i,phase in phases for e in told(folder/f'stage-{i}'/phase, **tags, stage=i, phase=phase)]
+    if not folder.exists():
+        raise TinyclipError(
+            f"There is no folder or event log '{folder}'. Name the folder that was given to "
+            "Distiller(folder=...) or Stages(folder=...)."
+        )
+    if folder.suffix == '.jsonl' or (folder / 'events.jsonl').exists():
+        return [{**e, **tags} for e in read_events(folder)]
+
+    def number(p):
+        return int(p.name.split('-')[1])
+
+    phases = [
+        (number(p), phase)
+        for p in sorted(folder.glob('stage-*'), key=number)
+        for phase in ('masks', 'distil')
+        if (p / phase / 'events.jsonl').exists()
+    ]
+    if phases:
+        return [
+            e
+            for i, phase in phases
+            for e in told(folder / f'stage-{i}' / phase, **tags, stage=i, phase=phase)
+        ]
     runs = [p for p in sorted(folder.iterdir()) if p.is_dir() and any(p.rglob('events.jsonl'))]
-    if not runs: raise TinyclipError(f"'{folder}' holds no event log (events.jsonl). Name the folder that was given to Distiller(folder=...) or Stages(folder=...).")
-    return [e for p in runs for e in told(p, run=f"{tags['run']}/{p.name}" if 'run' in tags else p.name)]
+    if not runs:
+        raise TinyclipError(
+            f"'{folder}' holds no event log (events.jsonl). Name the folder that was given "
+            "to Distiller(folder=...) or Stages(folder=...)."
+        )
+    return [
+        e for p in runs for e in told(p, run=f"{tags['run']}/{p.name}" if 'run' in tags else p.name)
+    ]

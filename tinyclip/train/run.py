@@ -6,163 +6,274 @@
 __all__ = ['PATIENCE', 'Result', 'at_chance', 'scores', 'Run', 'aside', 'assess', 'write_run', 'moved', 'read_run']
 
 # %% ../../nbs/train/08_run.ipynb #90661fcd
-import contextlib, time, warnings
+import contextlib
+import time
+import warnings
 from collections import deque
 from dataclasses import dataclass, field
+
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
+
 from ..core import TinyclipError, evaluating
+from ..evaluate.cost import memory_in_use
+from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .engine import Engine
 from .events import Events
-from ..evaluate.cost import memory_in_use
 
 # %% ../../nbs/train/08_run.ipynb #6bdbecce
 @dataclass
 class Result:
     "What `fit` returns"
-    student:nn.Module = field(repr=False) # Trained, in eval mode
-    steps:int = 0 # Done, including those before a resume
-    finished:bool = False # False after `stop()`
-    losses:dict = field(default_factory=dict) # Means over the last stretch between two log points
-    evaluation:dict = field(default_factory=dict) # The last one
-    seconds:float = 0. # Spent training; evaluations and checkpoints do not count
-    pairs_per_s:float = 0. # All processes together
-    skipped:int = 0 # Steps left out because they were not finite
+
+    student: nn.Module = field(repr=False)  # Trained, in eval mode
+    steps: int = 0  # Done, including those before a resume
+    finished: bool = False  # False after `stop()`
+    losses: dict = field(default_factory=dict)  # Means over the last stretch between two log points
+    evaluation: dict = field(default_factory=dict)  # The last one
+    seconds: float = 0.0  # Spent training; evaluations and checkpoints do not count
+    pairs_per_s: float = 0.0  # All processes together
+    skipped: int = 0  # Steps left out because they were not finite
 
 # %% ../../nbs/train/08_run.ipynb #ab308437
-PATIENCE = 200 # Steps before a student that guesses is called out
+PATIENCE = 200  # Steps before a student that guesses is called out
+
 
 def at_chance(
-    recent, # Pairs (R@1, chance) of the last log points
-)->bool: # Also True where there is nothing to tell by
+    recent,  # Pairs (R@1, chance) of the last log points
+) -> bool:  # Also True where there is nothing to tell by
     "Whether R@1 is no better than twice chance (halfway from chance to 1 where batches are tiny)"
-    r1,chance = [sum(o)/max(len(recent), 1) for o in zip(*recent)] or (0., 0.)
-    return not r1 > min(2*chance, (1+chance)/2)
+    r1, chance = [sum(o) / max(len(recent), 1) for o in zip(*recent)] or (0.0, 0.0)
+    return not r1 > min(2 * chance, (1 + chance) / 2)
 
 # %% ../../nbs/train/08_run.ipynb #83b628ce
 def scores(
-    evaluate, # Called with the model; returns a dict of numbers
-    model:nn.Module, # In eval mode meanwhile, without gradients
-)->dict[str,float]: # The numbers
+    evaluate,  # Called with the model; returns a dict of numbers
+    model: nn.Module,  # In eval mode meanwhile, without gradients
+) -> dict[str, float]:  # The numbers
     "What the user's `evaluate` says about the model"
-    with evaluating(model): said = evaluate(model)
-    try: return {str(k):float(v) for k,v in said.items()}
-    except (AttributeError, TypeError, ValueError): raise TinyclipError(f'evaluate= must return a dict of numbers, and returned {said!r}.') from None
+    with evaluating(model):
+        said = evaluate(model)
+    try:
+        return {str(k): float(v) for k, v in said.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise TinyclipError(
+            f'evaluate= must return a dict of numbers, and returned {said!r}.'
+        ) from None
 
 # %% ../../nbs/train/08_run.ipynb #9036ebc8
 class Run:
     "A run on its way: where it stands, what it says, and what it writes to stand there again"
-    def __init__(self,
-        engine:Engine, # What moves
-        events:Events, # Told what happens
-        config:dict, # What makes this run this run; stored in checkpoints and compared on resuming
-        folder=None, # For checkpoints; None for none
-        max_skipped:int=10, # More bad steps in a row than this end the run
-        data=None, # The pairs: they say what they have left out, and remember where a batch ended
+
+    def __init__(
+        self,
+        engine: Engine,  # What moves
+        events: Events,  # Told what happens
+        # What makes this run this run; stored in checkpoints and compared on resuming
+        config: dict,
+        folder=None,  # For checkpoints; None for none
+        max_skipped: int = 10,  # More bad steps in a row than this end the run
+        data=None,  # The pairs: they say what they have left out, and remember where a batch ended
     ):
-        self.engine,self.events,self.config,self.folder,self.max_skipped,self.data = engine, events, config, folder, max_skipped, data
-        self.result,self.place,self.saved,self.seen,self.pairs = Result(engine.live), (0, 0), 0, 0, 0 # `pairs` since the last log point
-        self.mark,self.recent,self.warned,self.moved = time.perf_counter(), deque(maxlen=10), False, '' # `moved`: what changed on resuming
+        self.engine = engine
+        self.events = events
+        self.config = config
+        self.folder = folder
+        self.max_skipped = max_skipped
+        self.data = data
+        # `pairs` since the last log point
+        self.result = Result(engine.live)
+        self.place = (0, 0)
+        self.saved = 0
+        self.seen = 0
+        self.pairs = 0
+        # `moved`: what changed on resuming
+        self.mark = time.perf_counter()
+        self.recent = deque(maxlen=10)
+        self.warned = False
+        self.moved = ''
 
-    def emit(self, event, **values): return self.events.emit(event, step=self.result.steps, seconds=round(self.result.seconds, 3), **values)
+    def emit(self, event, **values):
+        return self.events.emit(
+            event, step=self.result.steps, seconds=round(self.result.seconds, 3), **values
+        )
 
-    def log(self, out:dict, lr:float):
+    def log(self, out: dict, lr: float):
         "Read the tally, report it, and look whether the run makes sense"
-        r,tally,now = self.result,self.engine.tally.read(),time.perf_counter()
-        rate,self.seen = self.pairs/(now-self.mark), self.seen+self.pairs
-        r.seconds,self.pairs,self.mark = r.seconds+now-self.mark, 0, now
-        r.losses,r.skipped,r.pairs_per_s = tally['losses'], tally['skipped'], self.seen/r.seconds
-        r1,chance = out['r1'].item(), out['chance'].item()
+        r = self.result
+        tally = self.engine.tally.read()
+        now = time.perf_counter()
+        rate = self.pairs / (now - self.mark)
+        self.seen = self.seen + self.pairs
+        r.seconds = r.seconds + now - self.mark
+        self.pairs = 0
+        self.mark = now
+        r.losses = tally['losses']
+        r.skipped = tally['skipped']
+        r.pairs_per_s = self.seen / r.seconds
+        r1, chance = out['r1'].item(), out['chance'].item()
         scale = {} if self.engine.scale is None else dict(scale=self.engine.scale.exp().item())
-        parts = {f'loss/{k}':v for k,v in r.losses.items() if k!='loss'}
+        parts = {f'loss/{k}': v for k, v in r.losses.items() if k != 'loss'}
         penalty = self.engine.penalty.report() if self.engine.penalty else {}
-        self.emit('log', loss=r.losses['loss'], **parts, **penalty, lr=lr, **scale, r1=r1, chance=chance, pairs_per_s=rate, memory=memory_in_use(self.engine.accelerator.device), skipped=r.skipped, skipped_pairs=sum(getattr(self.data, 'skipped', {}).values()))
-        if self.engine.penalty: self.emit('masks', open=self.engine.penalty.picture())
-        if tally['longest'] > self.max_skipped: raise TinyclipError(self.hopeless(tally['longest'], lr))
+        self.emit(
+            'log',
+            loss=r.losses['loss'],
+            **parts,
+            **penalty,
+            lr=lr,
+            **scale,
+            r1=r1,
+            chance=chance,
+            pairs_per_s=rate,
+            memory=memory_in_use(self.engine.accelerator.device),
+            skipped=r.skipped,
+            skipped_pairs=sum(getattr(self.data, 'skipped', {}).values()),
+        )
+        if self.engine.penalty:
+            self.emit('masks', open=self.engine.penalty.picture())
+        if tally['longest'] > self.max_skipped:
+            raise TinyclipError(self.hopeless(tally['longest'], lr))
         self.recent.append((r1, chance))
-        if self.warned or r.steps < max(PATIENCE, self.config['warmup']*self.config['steps']) or not at_chance(self.recent): return
-        self.warned,message = True, (f'After {r.steps} steps the student still guesses (R@1 in the batch {r1:.3f}, chance {chance:.3f}): check the pairs with '
-            'tinyclip.data.check (do captions belong to their images, were they read with the right tokenizer and preprocess?), then lr=.')
-        if self.engine.accelerator.is_main_process: warnings.warn(message, stacklevel=6)
+        if (
+            self.warned
+            or r.steps < max(PATIENCE, self.config['warmup'] * self.config['steps'])
+            or not at_chance(self.recent)
+        ):
+            return
+        self.warned = True
+        message = (
+            f'After {r.steps} steps the student still guesses (R@1 in the batch {r1:.3f}, chance '
+            f'{chance:.3f}): check the pairs with '
+            'tinyclip.data.check (do captions belong to their images, were they read '
+            'with the right tokenizer and preprocess?), then lr=.'
+        )
+        if self.engine.accelerator.is_main_process:
+            warnings.warn(message, stacklevel=6)
         self.emit('warning', message=message)
 
     def hopeless(self, n, lr):
         kept = checkpoints(self.folder) if self.folder else []
-        where = f"The last good checkpoint is '{kept[-1].name}'" if kept else 'No checkpoint was due yet; the student holds its last good weights'
-        return (f'{n} steps in a row up to step {self.result.steps} had a loss or gradient that is not finite, and were skipped. Lower lr= (now {lr:.2g}), lengthen warmup=, '
-            f"use precision='fp32', or look at the pairs with tinyclip.data.check. {where}.")
+        where = (
+            f"The last good checkpoint is '{kept[-1].name}'"
+            if kept
+            else 'No checkpoint was due yet; the student holds its last good weights'
+        )
+        return (
+            f'{n} steps in a row up to step {self.result.steps} had a loss or gradient that '
+            f'is not finite, and were skipped. Lower lr= (now {lr:.2g}), lengthen warmup=, '
+            f"use precision='fp32', or look at the pairs with tinyclip.data.check. {where}."
+        )
 
 # %% ../../nbs/train/08_run.ipynb #0b2dcc61
 @contextlib.contextmanager
 def aside(
-    run:Run, # Its clock stands still meanwhile
+    run: Run,  # Its clock stands still meanwhile
 ):
     "Do something beside training: not timed, and no process runs ahead"
     start = time.perf_counter()
     yield
     run.engine.accelerator.wait_for_everyone()
-    run.mark += time.perf_counter()-start
+    run.mark += time.perf_counter() - start
 
 # %% ../../nbs/train/08_run.ipynb #978bfbf6
 def assess(
-    run:Run, # Its student is looked at
-    evaluate, # As in `Distiller`; None for nothing
+    run: Run,  # Its student is looked at
+    evaluate,  # As in `Distiller`; None for nothing
 ):
     "Evaluate the student and report it"
-    if evaluate is None: return
+    if evaluate is None:
+        return
     with aside(run), run.engine.on_show() as model:
-        if run.engine.accelerator.is_main_process: run.result.evaluation = scores(evaluate, model)
-    run.emit('evaluation', **{f'eval/{k}':v for k,v in run.result.evaluation.items()})
+        if run.engine.accelerator.is_main_process:
+            run.result.evaluation = scores(evaluate, model)
+    run.emit('evaluation', **{f'eval/{k}': v for k, v in run.result.evaluation.items()})
 
 # %% ../../nbs/train/08_run.ipynb #4a31ed94
 def write_run(
-    run:Run, # Between two steps
+    run: Run,  # Between two steps
 ):
-    "A checkpoint of where the run stands, if it has a folder and has moved since the last one. When it cannot be written, every process says so."
-    r,a = run.result,run.engine.accelerator
-    if run.folder is None or run.saved==r.steps: return
+    """A checkpoint of where the run stands, if it has a folder and has moved since the last one.
+    When it cannot be written, every process says so."""
+    r, a = run.result, run.engine.accelerator
+    if run.folder is None or run.saved == r.steps:
+        return
     with aside(run):
-        places,marks = (gather_object([o]) for o in (run.place, getattr(run.data, 'mark', lambda *_: None)(*run.place)))
-        so_far = {k:v for k,v in vars(r).items() if k not in ('student', 'finished')} | dict(seconds=r.seconds+time.perf_counter()-run.mark)
-        trainer = dict(config=run.config, places=places, marks=marks, batch_size=getattr(run.data, 'batch_size', None), seen=run.seen+run.pairs, so_far=so_far, **run.engine.state_dict())
-        student = run.engine.collect() # all processes take part in this
+        places, marks = (
+            gather_object([o])
+            for o in (run.place, getattr(run.data, 'mark', lambda *_: None)(*run.place))
+        )
+        so_far = {k: v for k, v in vars(r).items() if k not in ('student', 'finished')} | dict(
+            seconds=r.seconds + time.perf_counter() - run.mark
+        )
+        trainer = dict(
+            config=run.config,
+            places=places,
+            marks=marks,
+            batch_size=getattr(run.data, 'batch_size', None),
+            seen=run.seen + run.pairs,
+            so_far=so_far,
+            **run.engine.state_dict(),
+        )
+        student = run.engine.collect()  # all processes take part in this
         wrong = ''
         if a.is_main_process:
-            try: run.emit('checkpoint', name=save_checkpoint(run.folder, r.steps, student, trainer).name)
-            except TinyclipError as e: wrong = str(e)
-        wrong = next(filter(None, gather_object([wrong])), '') # the others would wait for ever
-    if wrong: raise TinyclipError(wrong)
+            try:
+                run.emit(
+                    'checkpoint', name=save_checkpoint(run.folder, r.steps, student, trainer).name
+                )
+            except TinyclipError as e:
+                wrong = str(e)
+        wrong = next(filter(None, gather_object([wrong])), '')  # the others would wait for ever
+    if wrong:
+        raise TinyclipError(wrong)
     run.saved = r.steps
 
 # %% ../../nbs/train/08_run.ipynb #10db86ad
 def moved(
-    there:dict, # A checkpoint's `places` and `batch_size` (None: unknown)
-    processes:int, # Of this run
-    batch_size:int|None, # Per process, of this run
-)->tuple: # ((epoch, batches taken), a sentence); both None where nothing changed
+    there: dict,  # A checkpoint's `places` and `batch_size` (None: unknown)
+    processes: int,  # Of this run
+    batch_size: int | None,  # Per process, of this run
+) -> tuple:  # ((epoch, batches taken), a sentence); both None where nothing changed
     "Where every process goes on when their number or their batch size is another"
-    before,was = len(there['places']), there.get('batch_size')
-    if not (was and batch_size): was = batch_size = None # then batches are counted
-    if (before, was)==(processes, batch_size): return None,None
-    old,new = before*(was or 1), processes*(batch_size or 1)
-    epoch = max(e for e,_ in there['places'])
-    taken = sum(n for e,n in there['places'] if e==epoch)*(was or 1) // new
-    on = lambda n,size: f'{n} process{"es"*(n>1)}' + f' with batches of {size}'*bool(size)
-    return (epoch, taken), (f'This run was on {on(before, was)} and goes on with {on(processes, batch_size)}: a step sees {new} {"pairs" if was else "batches"} instead of {old}. '
-        f'Weights, optimiser, steps and learning rate go on as they were; the data go on in epoch {epoch}, after {taken} batch{"es"*(taken!=1)} of each process, dealt out anew.')
+    before, was = len(there['places']), there.get('batch_size')
+    if not (was and batch_size):
+        was = batch_size = None  # then batches are counted
+    if (before, was) == (processes, batch_size):
+        return None, None
+    old, new = before * (was or 1), processes * (batch_size or 1)
+    epoch = max(e for e, _ in there['places'])
+    taken = sum(n for e, n in there['places'] if e == epoch) * (was or 1) // new
+
+    def on(n, size):
+        return f'{n} process{"es" * (n > 1)}' + f' with batches of {size}' * bool(size)
+
+    return (epoch, taken), (
+        f'This run was on {on(before, was)} and goes on with {on(processes, batch_size)}: a '
+        f'step sees {new} {"pairs" if was else "batches"} instead of {old}. '
+        'Weights, optimiser, steps and learning rate go on as they were; the data go on in '
+        f'epoch {epoch}, after {taken} batch{"es" * (taken != 1)} of each process, dealt out '
+        'anew.'
+    )
 
 # %% ../../nbs/train/08_run.ipynb #c40d2116
 def read_run(
-    run:Run, # A fresh one
-    path, # A checkpoint of the same run
+    run: Run,  # A fresh one
+    path,  # A checkpoint of the same run
 ):
     "Put `run` where the checkpoint says; on another number of processes see `moved`"
     e = run.engine
     trainer = load_checkpoint(path, e.plain, run.config, free=['processes'])
     e.load_state_dict(trainer)
     vars(run.result).update(trainer['so_far'])
-    mine,(place,run.moved) = e.accelerator.process_index, moved(trainer, e.accelerator.num_processes, getattr(run.data, 'batch_size', None))
-    run.place,run.seen,run.saved = place or tuple(trainer['places'][mine]), trainer['seen'], run.result.steps
-    if hasattr(run.data, 'recall'): run.data.recall(None if place else trainer.get('marks', {mine:None})[mine]) # passes over what came before, without decoding it
+    mine = e.accelerator.process_index
+    (place, run.moved) = moved(
+        trainer, e.accelerator.num_processes, getattr(run.data, 'batch_size', None)
+    )
+    run.place = place or tuple(trainer['places'][mine])
+    run.seen = trainer['seen']
+    run.saved = run.result.steps
+    if hasattr(run.data, 'recall'):
+        run.data.recall(
+            None if place else trainer.get('marks', {mine: None})[mine]
+        )  # passes over what came before, without decoding it

@@ -6,100 +6,145 @@
 __all__ = ['full', 'sliced', 'whole_state', 'load_whole_state', 'Sharded']
 
 # %% ../../nbs/train/05_sharding.ipynb #a646c2d1
-import contextlib, copy
+import contextlib
+import copy
+
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
 from ..core import processes
 
 # %% ../../nbs/train/05_sharding.ipynb #6aef10a0
 def full(
-    t, # A tensor, sliced or not; or anything else
-): # On the CPU where it is a tensor
+    t,  # A tensor, sliced or not; or anything else
+):  # On the CPU where it is a tensor
     "A tensor put together from all processes' slices: all must ask at once"
-    if not isinstance(t, torch.Tensor): return t
+    if not isinstance(t, torch.Tensor):
+        return t
     return (t.full_tensor() if isinstance(t, DTensor) else t).detach().to('cpu', copy=True)
 
+
 def sliced(
-    t:torch.Tensor, # Whole, the same in all processes
-    like:torch.Tensor, # What it becomes a slice of; a plain tensor leaves it whole
-)->torch.Tensor:
+    t: torch.Tensor,  # Whole, the same in all processes
+    like: torch.Tensor,  # What it becomes a slice of; a plain tensor leaves it whole
+) -> torch.Tensor:
     "This process's slice"
-    return distribute_tensor(t.to(like.device), like.device_mesh, like.placements) if isinstance(like, DTensor) else t.to(like.device)
+    return (
+        distribute_tensor(t.to(like.device), like.device_mesh, like.placements)
+        if isinstance(like, DTensor)
+        else t.to(like.device)
+    )
 
 # %% ../../nbs/train/05_sharding.ipynb #ce17b1a8
 def whole_state(
-    optimizer:torch.optim.Optimizer, # Of sliced parameters, or of whole ones
-)->dict: # As `optimizer.state_dict()`, of whole tensors on the CPU
+    optimizer: torch.optim.Optimizer,  # Of sliced parameters, or of whole ones
+) -> dict:  # As `optimizer.state_dict()`, of whole tensors on the CPU
     "What a checkpoint keeps of an optimiser; all processes must ask at once"
     state = optimizer.state_dict()
-    return dict(param_groups=state['param_groups'], state={i:{k:full(v) for k,v in s.items()} for i,s in state['state'].items()})
+    return dict(
+        param_groups=state['param_groups'],
+        state={i: {k: full(v) for k, v in s.items()} for i, s in state['state'].items()},
+    )
+
 
 def load_whole_state(
-    optimizer:torch.optim.Optimizer, # Of sliced parameters, or of whole ones
-    state:dict, # From `whole_state`
+    optimizer: torch.optim.Optimizer,  # Of sliced parameters, or of whole ones
+    state: dict,  # From `whole_state`
 ):
     "Go on from there, in whichever number of slices"
     own = dict(enumerate(p for g in optimizer.param_groups for p in g['params']))
-    cut = {i:{k:sliced(v, own[i]) if isinstance(v, torch.Tensor) and v.shape==own[i].shape and v.ndim else v for k,v in s.items()} for i,s in state['state'].items()}
+    cut = {
+        i: {
+            k: sliced(v, own[i])
+            if isinstance(v, torch.Tensor) and v.shape == own[i].shape and v.ndim
+            else v
+            for k, v in s.items()
+        }
+        for i, s in state['state'].items()
+    }
     optimizer.load_state_dict(dict(state, state=cut))
 
 # %% ../../nbs/train/05_sharding.ipynb #e17ba322
 class Sharded:
     "A student in slices, and the whole of it on the CPU for whoever wants to look at it"
-    def __init__(self,
-        student:nn.Module, # Sliced in place, the same in all processes afterwards
-        device:torch.device, # Where the slices go
-        apart=(), # Parameters that stay whole, besides single numbers
+
+    def __init__(
+        self,
+        student: nn.Module,  # Sliced in place, the same in all processes afterwards
+        device: torch.device,  # Where the slices go
+        apart=(),  # Parameters that stay whole, besides single numbers
     ):
-        self.student,self.device = student.to(device), device
+        self.student = student.to(device)
+        self.device = device
         with torch.no_grad():
-            for t in (*student.parameters(), *student.buffers()): dist.broadcast(t, 0) # as data-parallel training does
+            for t in (*student.parameters(), *student.buffers()):
+                dist.broadcast(t, 0)  # as data-parallel training does
         self.whole = copy.deepcopy(student).to('cpu')
-        self.apart = [p for p in student.parameters() if p.ndim==0 or any(p is q for q in apart)]
-        fully_shard(student, mesh=init_device_mesh(device.type, (processes()[1],)), ignored_params=set(self.apart), reshard_after_forward=False)
+        self.apart = [p for p in student.parameters() if p.ndim == 0 or any(p is q for q in apart)]
+        fully_shard(
+            student,
+            mesh=init_device_mesh(device.type, (processes()[1],)),
+            ignored_params=set(self.apart),
+            reshard_after_forward=False,
+        )
 
     @contextlib.contextmanager
     def quiet(self):
         "Gradients are not exchanged meanwhile"
         self.student.set_requires_gradient_sync(False)
-        try: yield
-        finally: self.student.set_requires_gradient_sync(True)
+        try:
+            yield
+        finally:
+            self.student.set_requires_gradient_sync(True)
 
     def average(self):
         "After the backward pass: what stayed whole has its gradient averaged, too"
         for p in self.apart:
-            if p.grad is not None: dist.all_reduce(p.grad); p.grad /= processes()[1]
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= processes()[1]
 
     @torch.no_grad()
-    def clip(self, params, limit:float)->torch.Tensor: # The norm before
+    def clip(self, params, limit: float) -> torch.Tensor:  # The norm before
         "Scale gradients so that their norm, over all slices, is at most `limit`"
         grads = [p.grad for p in params if p.grad is not None]
-        squares = lambda ts: torch.stack([t.square().sum() for t in ts]).sum() if ts else torch.zeros((), device=self.device)
+
+        def squares(ts):
+            return (
+                torch.stack([t.square().sum() for t in ts]).sum()
+                if ts
+                else torch.zeros((), device=self.device)
+            )
+
         mine = squares([g.to_local() for g in grads if isinstance(g, DTensor)])
         dist.all_reduce(mine)
         norm = (mine + squares([g for g in grads if not isinstance(g, DTensor)])).sqrt()
-        share = (limit/(norm+1e-6)).clamp(max=1.)
-        for g in grads: (g.to_local() if isinstance(g, DTensor) else g).mul_(share)
+        share = (limit / (norm + 1e-6)).clamp(max=1.0)
+        for g in grads:
+            (g.to_local() if isinstance(g, DTensor) else g).mul_(share)
         return norm
 
     @torch.no_grad()
-    def collect(self)->nn.Module: # On the CPU, the same in all processes; all must ask at once
+    def collect(self) -> nn.Module:  # On the CPU, the same in all processes; all must ask at once
         "The whole student as it stands"
         there = self.whole.state_dict()
-        for k,v in self.student.state_dict().items(): there[k].copy_(full(v))
+        for k, v in self.student.state_dict().items():
+            there[k].copy_(full(v))
         return self.whole
 
     @torch.no_grad()
     def hand_out(self):
         "The slices become those of `whole`, after a checkpoint was read into it"
         there = self.whole.state_dict()
-        for k,v in self.student.state_dict().items(): v.copy_(sliced(there[k], v))
+        for k, v in self.student.state_dict().items():
+            v.copy_(sliced(there[k], v))
 
     def restore(self):
         "Make the user's object a plain module again, trained and whole"
         whole = self.collect().to(self.device)
-        self.student.__class__,self.student.__dict__ = whole.__class__, whole.__dict__
+        self.student.__class__ = whole.__class__
+        self.student.__dict__ = whole.__dict__

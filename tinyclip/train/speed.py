@@ -6,92 +6,130 @@
 __all__ = ['lean', 'convolutional', 'channels_last', 'on_device', 'checkpointing', 'set_back', 'compiled', 'interpreted']
 
 # %% ../../nbs/train/04_speed.ipynb #cba76b26
-import copy, functools
+import copy
+import functools
+
 import torch
 from torch import nn
+
 from ..core import TinyclipError
 from ..inheritance import SlimAttention
 
 # %% ../../nbs/train/04_speed.ipynb #a379e997
 def lean(
-    model:nn.Module, # A CLIP that is only looked at; left alone
-    dtype:torch.dtype, # What autocast computes products in
-)->nn.Module: # A copy
+    model: nn.Module,  # A CLIP that is only looked at; left alone
+    dtype: torch.dtype,  # What autocast computes products in
+) -> nn.Module:  # A copy
     "The model with the weights of its matrix products turned to `dtype` once and for all"
     new = copy.deepcopy(model).requires_grad_(True)
     for m in new.modules():
         if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention, SlimAttention)):
-            for p in m.parameters(recurse=False): p.data = p.data.to(dtype)
-    for old,m in zip(model.modules(), new.modules()):
-        if hasattr(old, 'get_cast_dtype'): m.get_cast_dtype = functools.partial(_given, old.get_cast_dtype())
+            for p in m.parameters(recurse=False):
+                p.data = p.data.to(dtype)
+    for old, m in zip(model.modules(), new.modules()):
+        if hasattr(old, 'get_cast_dtype'):
+            m.get_cast_dtype = functools.partial(_given, old.get_cast_dtype())
     return new
 
-def _given(x): return x
+
+def _given(x):
+    return x
 
 # %% ../../nbs/train/04_speed.ipynb #3b879dcc
 def convolutional(
-    model:nn.Module, # A CLIP
-)->bool: # True where it has more convolutions than other matrices
+    model: nn.Module,  # A CLIP
+) -> bool:  # True where it has more convolutions than other matrices
     "Whether the image tower is a convolutional network, as open_clip's ResNets are"
-    count = lambda *kinds: sum(isinstance(m, kinds) for m in getattr(model, 'visual', model).modules())
+
+    def count(*kinds):
+        return sum(isinstance(m, kinds) for m in getattr(model, 'visual', model).modules())
+
     return count(nn.Conv2d) > count(nn.Linear, nn.MultiheadAttention, SlimAttention)
 
+
 def channels_last(
-    model:nn.Module, # A CLIP, changed in place
-    on:bool=True, # False for the usual order
-)->nn.Module: # The same
+    model: nn.Module,  # A CLIP, changed in place
+    on: bool = True,  # False for the usual order
+) -> nn.Module:  # The same
     "Lay out the image tower's weights with their channels last"
-    getattr(model, 'visual', model).to(memory_format=torch.channels_last if on else torch.contiguous_format)
+    getattr(model, 'visual', model).to(
+        memory_format=torch.channels_last if on else torch.contiguous_format
+    )
     return model
 
 # %% ../../nbs/train/04_speed.ipynb #42a1772b
 @functools.cache
-def _copies(device): return torch.cuda.Stream(device)
+def _copies(device):
+    return torch.cuda.Stream(device)
+
 
 def on_device(
-    batch, # A named tuple; its tensors are moved
-    device, # Where the models are
-    channels_last:bool=False, # Images for a convolutional tower
-): # The same, there
+    batch,  # A named tuple; its tensors are moved
+    device,  # Where the models are
+    channels_last: bool = False,  # Images for a convolutional tower
+):  # The same, there
     "Move a batch; the copy to a GPU overlaps with computation"
     device = torch.device(device)
-    there = {k:_sent(v, device) for k,v in batch._asdict().items() if isinstance(v, torch.Tensor)}
-    if channels_last: there = {k:v.contiguous(memory_format=torch.channels_last) if v.ndim==4 else v for k,v in there.items()}
+    there = {k: _sent(v, device) for k, v in batch._asdict().items() if isinstance(v, torch.Tensor)}
+    if channels_last:
+        there = {
+            k: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v
+            for k, v in there.items()
+        }
     return batch._replace(**there)
 
+
 def _sent(v, device):
-    if device.type!='cuda' or v.device.type!='cpu': return v.to(device)
-    now,own = torch.cuda.current_stream(device),_copies(device if device.index is not None else torch.device('cuda', torch.cuda.current_device()))
-    with torch.cuda.stream(own): v = v.pin_memory().to(device, non_blocking=True)
+    if device.type != 'cuda' or v.device.type != 'cpu':
+        return v.to(device)
+    now = torch.cuda.current_stream(device)
+    own = _copies(
+        device if device.index is not None else torch.device('cuda', torch.cuda.current_device())
+    )
+    with torch.cuda.stream(own):
+        v = v.pin_memory().to(device, non_blocking=True)
     now.wait_stream(own)
-    v.record_stream(now) # its memory is in use until this stream has passed
+    v.record_stream(now)  # its memory is in use until this stream has passed
     return v
 
 # %% ../../nbs/train/04_speed.ipynb #b4511deb
 def checkpointing(
-    model:nn.Module, # A CLIP, changed in place
-)->list: # For `set_back`
+    model: nn.Module,  # A CLIP, changed in place
+) -> list:  # For `set_back`
     "Let the model recompute activations instead of keeping them"
-    if not hasattr(model, 'set_grad_checkpointing'): raise TinyclipError(f'A {type(model).__name__} cannot recompute activations (it has no set_grad_checkpointing): leave grad_checkpointing= out.')
-    flags = [(m, k, v) for m in model.modules() for k in ('grad_checkpointing', 'recompute') if (v := vars(m).get(k)) is not None]
+    if not hasattr(model, 'set_grad_checkpointing'):
+        raise TinyclipError(
+            f'A {type(model).__name__} cannot recompute activations (it has no '
+            'set_grad_checkpointing): leave grad_checkpointing= out.'
+        )
+    flags = [
+        (m, k, v)
+        for m in model.modules()
+        for k in ('grad_checkpointing', 'recompute')
+        if (v := vars(m).get(k)) is not None
+    ]
     model.set_grad_checkpointing(True)
     return flags
 
+
 def set_back(flags):
     "As it was before `checkpointing`"
-    for m,k,v in flags: setattr(m, k, v)
+    for m, k, v in flags:
+        setattr(m, k, v)
 
 # %% ../../nbs/train/04_speed.ipynb #0ce8588c
 def compiled(
-    model:nn.Module, # Changed in place; its parameters keep their names
-    backend:bool|str=True, # A backend of `torch.compile`; True for its own
-)->nn.Module: # The same
+    model: nn.Module,  # Changed in place; its parameters keep their names
+    backend: bool | str = True,  # A backend of `torch.compile`; True for its own
+) -> nn.Module:  # The same
     "Compile the model's forward pass at its first call"
-    if isinstance(backend, str) and backend not in (known := [*torch.compiler.list_backends(None)]): raise TinyclipError(f"compile='{backend}': torch.compile knows {', '.join(known)}.")
+    if isinstance(backend, str) and backend not in (known := [*torch.compiler.list_backends(None)]):
+        raise TinyclipError(f"compile='{backend}': torch.compile knows {', '.join(known)}.")
     model.compile(**({} if backend is True else dict(backend=backend)))
     return model
 
-def interpreted(model:nn.Module)->nn.Module:
+
+def interpreted(model: nn.Module) -> nn.Module:
     "Undo `compiled`"
     model._compiled_call_impl = None
     return model

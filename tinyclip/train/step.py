@@ -8,144 +8,195 @@ __all__ = ['features', 'in_batch_r1', 'answers', 'teachers_word', 'compare', 'st
 
 # %% ../../nbs/train/03_step.ipynb #df8b949c
 import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
 from ..core import evaluating
 from ..losses.distributed import gather
 from ..losses.mimicking import Features, Objective
 
 # %% ../../nbs/train/03_step.ipynb #23b21da5
 def features(
-    model:nn.Module, # An open_clip CLIP, or anything that is called and answers as it does
-    image:torch.Tensor, # (n,3,h,w)
-    text:torch.Tensor, # (n,context)
-)->Features: # Unit rows (n,d) and (n,d) in float32, inverse temperature
+    model: nn.Module,  # An open_clip CLIP, or anything that is called and answers as it does
+    image: torch.Tensor,  # (n,3,h,w)
+    text: torch.Tensor,  # (n,context)
+) -> Features:  # Unit rows (n,d) and (n,d) in float32, inverse temperature
     "What `model` makes of a batch"
     out = model(image, text)
-    image,text,scale = [out[k] for k in ('image_features', 'text_features', 'logit_scale')] if isinstance(out, dict) else out[:3]
-    return Features(F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1), scale.float().reshape(()))
+    image, text, scale = (
+        [out[k] for k in ('image_features', 'text_features', 'logit_scale')]
+        if isinstance(out, dict)
+        else out[:3]
+    )
+    return Features(
+        F.normalize(image.float(), dim=-1),
+        F.normalize(text.float(), dim=-1),
+        scale.float().reshape(()),
+    )
 
 # %% ../../nbs/train/03_step.ipynb #e8578211
 @torch.no_grad()
 def in_batch_r1(
-    f:Features, # (n,d) each
-    text:torch.Tensor, # (n,context) the tokens: equal rows are equal captions
-    rows:int=256, # Look at so many pairs at most
-)->dict: # `r1` and `chance`, scalars
+    f: Features,  # (n,d) each
+    text: torch.Tensor,  # (n,context) the tokens: equal rows are equal captions
+    rows: int = 256,  # Look at so many pairs at most
+) -> dict:  # `r1` and `chance`, scalars
     "Image-to-text R@1 within a batch, and what guessing would score"
     caption = torch.unique(text[:rows], dim=0, return_inverse=True)[1]
-    same = caption[:,None]==caption
+    same = caption[:, None] == caption
     best = (f.image[:rows] @ f.text[:rows].T).argmax(1, keepdim=True)
     return dict(r1=same.gather(1, best).float().mean(), chance=same.float().mean())
 
 # %% ../../nbs/train/03_step.ipynb #d2982c58
-def answers(model:nn.Module, batch)->Features:
+def answers(model: nn.Module, batch) -> Features:
     "What `model` makes of the images and texts of a batch"
     return features(model, batch.image, batch.text)
 
 # %% ../../nbs/train/03_step.ipynb #41d78e56
 def teachers_word(
-    teacher:nn.Module|None, # Looked at in eval mode; None where the batch brings what a teacher said, or where no loss needs one
-    chunks, # Parts of a batch, as for `step`
-    ask=answers, # How a model is asked
-)->Features|None: # Of all the parts, in this process
+    teacher: nn.Module
+    # Looked at in eval mode; None where the batch brings what a teacher said, or where no loss
+    # needs one
+    | None,
+    chunks,  # Parts of a batch, as for `step`
+    ask=answers,  # How a model is asked
+) -> Features | None:  # Of all the parts, in this process
     "What the teacher makes of a batch"
-    if hasattr(chunks[0], 'teacher_image'): said = [Features(c.teacher_image, c.teacher_text, c.teacher_scale) for c in chunks]
-    elif teacher is None: return None
+    if hasattr(chunks[0], 'teacher_image'):
+        said = [Features(c.teacher_image, c.teacher_text, c.teacher_scale) for c in chunks]
+    elif teacher is None:
+        return None
     else:
-        with evaluating(teacher): said = [ask(teacher, c) for c in chunks]
-    image,text,scale = zip(*said)
+        with evaluating(teacher):
+            said = [ask(teacher, c) for c in chunks]
+    image, text, scale = zip(*said)
     return Features(torch.cat(image), torch.cat(text), scale[0])
 
 # %% ../../nbs/train/03_step.ipynb #98023d60
 def compare(
-    student:Features, # Of this process
-    teacher:Features|None, # Of this process
-    objective:Objective, # What to minimise
-)->dict: # Scalars: `loss` (the weighted sum) and every part of it by name, the same on every process
+    student: Features,  # Of this process
+    teacher: Features | None,  # Of this process
+    objective: Objective,  # What to minimise
+) -> (
+    dict
+):  # Scalars: `loss` (the weighted sum) and every part of it by name, the same on every process
     "The losses of all processes' features together"
-    s,t = (f and Features(gather(f.image), gather(f.text), f.scale) for f in (student, teacher))
-    with torch.autocast(s.image.device.type, enabled=False): losses = objective(s, t, shared=True) # every process has all pairs and does its share of large tables
-    losses['loss'] = losses['loss'] + 0*s.scale # data-parallel training waits for a gradient of all that `forward` returned
+    s, t = (f and Features(gather(f.image), gather(f.text), f.scale) for f in (student, teacher))
+    with torch.autocast(s.image.device.type, enabled=False):
+        losses = objective(
+            s, t, shared=True
+        )  # every process has all pairs and does its share of large tables
+    losses['loss'] = (
+        losses['loss'] + 0 * s.scale
+    )  # data-parallel training waits for a gradient of all that `forward` returned
     return losses
 
 # %% ../../nbs/train/03_step.ipynb #7dc590b3
 def step(
-    student:nn.Module, # Trained; maybe wrapped for data-parallel training
-    teacher:nn.Module|None, # Looked at without gradient and in eval mode; None where the objective needs none
-    batch, # `image` (n,3,h,w) and `text` (n,context), on the models' device; maybe also what a teacher said: `teacher_image`, `teacher_text` (n,d), `teacher_scale`
-    objective:Objective, # What to minimise
-    watch:bool=False, # Also the student's in-batch `r1` and its `chance`
-)->dict: # Scalars: `loss` (the weighted sum) and every part of it by name
+    student: nn.Module,  # Trained; maybe wrapped for data-parallel training
+    teacher: nn.Module
+    | None,  # Looked at without gradient and in eval mode; None where the objective needs none
+    # `image` (n,3,h,w) and `text` (n,context), on the models' device; maybe also what a teacher
+    # said: `teacher_image`, `teacher_text` (n,d), `teacher_scale`
+    batch,
+    objective: Objective,  # What to minimise
+    watch: bool = False,  # Also the student's in-batch `r1` and its `chance`
+) -> dict:  # Scalars: `loss` (the weighted sum) and every part of it by name
     "The losses of one batch. No optimiser, no state."
-    t = teachers_word(teacher, [batch]) # first, while nothing of the student's is held
+    t = teachers_word(teacher, [batch])  # first, while nothing of the student's is held
     s = answers(student, batch)
     losses = compare(s, t, objective)
     return losses | in_batch_r1(s, batch.text) if watch else losses
 
 # %% ../../nbs/train/03_step.ipynb #121455ac
 def split(
-    batch, # A named tuple of tensors
-    size:int, # Pairs in a chunk
-)->list: # Named tuples of the same kind; the last may be smaller
+    batch,  # A named tuple of tensors
+    size: int,  # Pairs in a chunk
+) -> list:  # Named tuples of the same kind; the last may be smaller
     "A batch in chunks"
     n = len(batch.image)
-    rows = [k for k,v in batch._asdict().items() if isinstance(v, torch.Tensor) and v.ndim and len(v)==n] # a teacher's scale has none
-    return [batch._replace(**{k:getattr(batch, k)[i:i+size] for k in rows}) for i in range(0, n, size)]
+    rows = [
+        k
+        for k, v in batch._asdict().items()
+        if isinstance(v, torch.Tensor) and v.ndim and len(v) == n
+    ]  # a teacher's scale has none
+    return [
+        batch._replace(**{k: getattr(batch, k)[i : i + size] for k in rows})
+        for i in range(0, n, size)
+    ]
 
 # %% ../../nbs/train/03_step.ipynb #e94d3654
 def random_state(
-    device, # Whose generator, besides the CPU's
-)->tuple: # For `set_random_state`
+    device,  # Whose generator, besides the CPU's
+) -> tuple:  # For `set_random_state`
     "Where torch's random numbers stand"
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if torch.device(device).type=='cuda' else None
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if torch.device(
+        device
+    ).type == 'cuda' else None
+
 
 def set_random_state(state, device):
     "Draw the same random numbers again"
     torch.set_rng_state(state[0])
-    if state[1] is not None: torch.cuda.set_rng_state(state[1], device)
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
+
 
 @contextlib.contextmanager
 def untouched(
-    model:nn.Module, # Its batch norms write down running statistics during a forward pass
+    model: nn.Module,  # Its batch norms write down running statistics during a forward pass
 ):
     "Running statistics are afterwards what they were before"
     stats = [b for m in model.modules() if isinstance(m, _BatchNorm) for b in m.buffers()]
     before = [b.clone() for b in stats]
-    try: yield
+    try:
+        yield
     finally:
-        for b,old in zip(stats, before): b.copy_(old)
+        for b, old in zip(stats, before):
+            b.copy_(old)
 
 # %% ../../nbs/train/03_step.ipynb #78e4ce72
 def step_in_chunks(
-    student:nn.Module, # As for `step`
-    teacher:nn.Module|None, # As for `step`
-    chunks:list, # A batch in parts, from `split`; anywhere
-    objective:Objective, # As for `step`
-    ask=answers, # How a model is asked: moves the chunk to its device, sets the precision
-    backward=torch.Tensor.backward, # Called with a scalar per chunk
-    quiet=contextlib.nullcontext, # A context without exchange of gradients between processes, for all chunks but the last
-    more=0, # A scalar that is added to the loss, a penalty
-    watch:bool=False, # As for `step`
-)->dict: # As `step`, without a graph: gradients are already where they belong
+    student: nn.Module,  # As for `step`
+    teacher: nn.Module | None,  # As for `step`
+    chunks: list,  # A batch in parts, from `split`; anywhere
+    objective: Objective,  # As for `step`
+    ask=answers,  # How a model is asked: moves the chunk to its device, sets the precision
+    backward=torch.Tensor.backward,  # Called with a scalar per chunk
+    # A context without exchange of gradients between processes, for all chunks but the last
+    quiet=contextlib.nullcontext,
+    more=0,  # A scalar that is added to the loss, a penalty
+    watch: bool = False,  # As for `step`
+) -> dict:  # As `step`, without a graph: gradients are already where they belong
     "`step` and its backward pass, with only one chunk's activations in memory"
-    t,states,said = teachers_word(teacher, chunks, ask),[],[]
+    t, states, said = teachers_word(teacher, chunks, ask), [], []
     device = next(student.parameters()).device
     with torch.no_grad(), untouched(student):
-        for c in chunks: states.append(random_state(device)); said.append(ask(student, c))
-    image,text,scale = zip(*said)
-    s = Features(*(f.requires_grad_() for f in (torch.cat(image), torch.cat(text), scale[0].clone())))
+        for c in chunks:
+            states.append(random_state(device))
+            said.append(ask(student, c))
+    image, text, scale = zip(*said)
+    s = Features(
+        *(f.requires_grad_() for f in (torch.cat(image), torch.cat(text), scale[0].clone()))
+    )
     losses = compare(s, t, objective)
     slopes = torch.autograd.grad(losses['loss'], s, materialize_grads=True)
     parts = zip(*(g.split([len(c.image) for c in chunks]) for g in slopes[:2]))
-    for c,state,(image,text) in zip(chunks, states, parts):
+    for c, state, (image, text) in zip(chunks, states, parts):
         set_random_state(state, device)
         last = c is chunks[-1]
         with contextlib.nullcontext() if last else quiet():
             f = ask(student, c)
-            pull = (f.image*image).sum() + (f.text*text).sum() + f.scale*(slopes[2] if last else 0)
+            pull = (
+                (f.image * image).sum()
+                + (f.text * text).sum()
+                + f.scale * (slopes[2] if last else 0)
+            )
             backward(pull + more if last else pull)
-    losses = {k:v.detach() for k,v in losses.items()}
-    return losses | in_batch_r1(s, torch.cat([c.text for c in chunks]).to(device)) if watch else losses
+    losses = {k: v.detach() for k, v in losses.items()}
+    return (
+        losses | in_batch_r1(s, torch.cat([c.text for c in chunks]).to(device)) if watch else losses
+    )

@@ -6,87 +6,151 @@
 __all__ = ['cache_folder', 'ask', 'fetch_rest', 'check_sum', 'download']
 
 # %% ../../nbs/zoo/02_download.ipynb #d18df57a
-import hashlib, os, urllib.error, urllib.request
+import hashlib
+import os
+import urllib.error
+import urllib.request
 from http.client import HTTPException
 from pathlib import Path
+
 from filelock import FileLock
 from tqdm import tqdm
+
 from ..core import TinyclipError, human
 
 # %% ../../nbs/zoo/02_download.ipynb #6501bd21
-def cache_folder()->Path:
+def cache_folder() -> Path:
     "Where downloads are kept: `$TINYCLIP_CACHE`, else `tinyclip` in the user's cache folder"
-    if os.environ.get('TINYCLIP_CACHE'): return Path(os.environ['TINYCLIP_CACHE']).expanduser()
-    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'tinyclip'
+    if os.environ.get('TINYCLIP_CACHE'):
+        return Path(os.environ['TINYCLIP_CACHE']).expanduser()
+    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'tinyclip'
 
 # %% ../../nbs/zoo/02_download.ipynb #659549e1
 def ask(
-    url:str, # http or https
-    have:int, # Bytes that are here already
-    tag:str, # ETag of the file that they are from; empty where the server gave none
-    timeout:float, # Seconds without a byte until we give up
-): # (open response, first byte that it sends, total bytes or None, ETag)
+    url: str,  # http or https
+    have: int,  # Bytes that are here already
+    tag: str,  # ETag of the file that they are from; empty where the server gave none
+    timeout: float,  # Seconds without a byte until we give up
+):  # (open response, first byte that it sends, total bytes or None, ETag)
     "Ask a server for a file, from the byte that is missing"
-    headers = {'User-Agent':'tinyclip', 'Accept-Encoding':'identity'}
-    if have and tag: headers |= {'Range':f'bytes={have}-', 'If-Range':tag} # the rest if it is the same file, else all of it
+    headers = {'User-Agent': 'tinyclip', 'Accept-Encoding': 'identity'}
+    if have and tag:
+        headers |= {
+            'Range': f'bytes={have}-',
+            'If-Range': tag,
+        }  # the rest if it is the same file, else all of it
     response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
-    start = have if response.status==206 else 0
-    if response.status==206 and not response.headers.get('Content-Range', '').startswith(f'bytes {have}-'):
-        raise TinyclipError(f'{url} answers with another part of the file than was asked for; download it by other means.')
+    start = have if response.status == 206 else 0
+    if response.status == 206 and not response.headers.get('Content-Range', '').startswith(
+        f'bytes {have}-'
+    ):
+        raise TinyclipError(
+            f'{url} answers with another part of the file than was asked for; download it by '
+            'other means.'
+        )
     length = response.headers.get('Content-Length')
-    return response, start, None if length is None else start+int(length), response.headers.get('ETag', '')
+    return (
+        response,
+        start,
+        None if length is None else start + int(length),
+        response.headers.get('ETag', ''),
+    )
 
 # %% ../../nbs/zoo/02_download.ipynb #9f27bbd1
-def fetch_rest(url, part, tag_file, progress, timeout)->int|None:
+def fetch_rest(url, part, tag_file, progress, timeout) -> int | None:
     "Append what is missing to `part`; the file's total size, where the server tells"
     have = part.stat().st_size if part.is_file() else 0
-    response,start,total,tag = ask(url, have, tag_file.read_text() if tag_file.is_file() else '', timeout)
-    with response, open(part, 'r+b' if start else 'wb') as f, tqdm(total=total, initial=start, unit='B', unit_scale=True, desc=part.stem, disable=not progress) as bar:
+    response, start, total, tag = ask(
+        url, have, tag_file.read_text() if tag_file.is_file() else '', timeout
+    )
+    with (
+        response,
+        open(part, 'r+b' if start else 'wb') as f,
+        tqdm(
+            total=total,
+            initial=start,
+            unit='B',
+            unit_scale=True,
+            desc=part.stem,
+            disable=not progress,
+        ) as bar,
+    ):
         tag_file.write_text(tag)
-        f.seek(start); f.truncate()
-        while block := response.read(1<<20): f.write(block); bar.update(len(block))
-        f.flush(); os.fsync(f.fileno())
+        f.seek(start)
+        f.truncate()
+        while block := response.read(1 << 20):
+            f.write(block)
+            bar.update(len(block))
+        f.flush()
+        os.fsync(f.fileno())
     return total
 
 # %% ../../nbs/zoo/02_download.ipynb #83fca5b9
 def check_sum(
-    path:Path, # A file; deleted if it is another
-    sha256:str, # What it should be, in hexadecimal
-    url:str, # Where it came from, for the error
+    path: Path,  # A file; deleted if it is another
+    sha256: str,  # What it should be, in hexadecimal
+    url: str,  # Where it came from, for the error
 ):
     "Refuse a file that is not what was published"
-    with open(path, 'rb') as f: got = hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read()).hexdigest() # Python 3.10 has none
-    if got==sha256: return
+    with open(path, 'rb') as f:
+        got = (
+            hashlib.file_digest(f, 'sha256').hexdigest()
+            if hasattr(hashlib, 'file_digest')
+            else hashlib.sha256(f.read()).hexdigest()
+        )  # Python 3.10 has none
+    if got == sha256:
+        return
     path.unlink()
-    raise TinyclipError(f'What came from {url} is not the file that was published (its SHA-256 begins with {got[:12]}, not {sha256[:12]}); it was deleted. Try again, or get it from elsewhere.')
+    raise TinyclipError(
+        f'What came from {url} is not the file that was published (its SHA-256 begins with '
+        f'{got[:12]}, not {sha256[:12]}); it was deleted. Try again, or get it from elsewhere.'
+    )
 
 # %% ../../nbs/zoo/02_download.ipynb #c199d1e9
 def download(
-    url:str, # http or https
-    path, # Where the file shall stand; if it stands there already, nothing is done
-    sha256:str|None=None, # What the file must be; None: only its length is checked
-    progress:bool=True, # Show a bar
-    tries:int=5, # Go on after a broken connection, so many times
-    timeout:float=30, # Seconds without a byte until a connection counts as broken
-)->Path: # `path`
+    url: str,  # http or https
+    path,  # Where the file shall stand; if it stands there already, nothing is done
+    sha256: str | None = None,  # What the file must be; None: only its length is checked
+    progress: bool = True,  # Show a bar
+    tries: int = 5,  # Go on after a broken connection, so many times
+    timeout: float = 30,  # Seconds without a byte until a connection counts as broken
+) -> Path:  # `path`
     "Get a file, going on where an earlier try broke off"
     path = Path(path)
-    if not url.startswith(('http://', 'https://')): raise TinyclipError(f'{url!r} is no web address; give http://... or https://...')
+    if not url.startswith(('http://', 'https://')):
+        raise TinyclipError(f'{url!r} is no web address; give http://... or https://...')
     path.parent.mkdir(parents=True, exist_ok=True)
-    part,tag = (path.with_name(path.name+s) for s in ('.part', '.part.etag'))
-    with FileLock(f'{path}.lock'): # two processes want the same file: the second waits and finds it
-        for left in range(tries-1, -1, -1):
-            if path.is_file(): break
-            try: total = fetch_rest(url, part, tag, progress, timeout)
+    part, tag = (path.with_name(path.name + s) for s in ('.part', '.part.etag'))
+    with FileLock(
+        f'{path}.lock'
+    ):  # two processes want the same file: the second waits and finds it
+        for left in range(tries - 1, -1, -1):
+            if path.is_file():
+                break
+            try:
+                total = fetch_rest(url, part, tag, progress, timeout)
             except urllib.error.HTTPError as e:
-                if e.code==416 and left: part.unlink(); continue # more is here than there: begin anew
-                raise TinyclipError(f'{url} answers {e.code} {e.reason}. Check the address, or download it in a browser and put it at {str(path)!r}.') from e
-            except (OSError, HTTPException) as e: total,why = -1,f'{type(e).__name__}: {e}'
-            else: why = 'the connection ended early'
+                if e.code == 416 and left:
+                    part.unlink()
+                    continue  # more is here than there: begin anew
+                raise TinyclipError(
+                    f'{url} answers {e.code} {e.reason}. Check the address, or download it '
+                    f'in a browser and put it at {str(path)!r}.'
+                ) from e
+            except (OSError, HTTPException) as e:
+                total, why = -1, f'{type(e).__name__}: {e}'
+            else:
+                why = 'the connection ended early'
             got = part.stat().st_size if part.is_file() else 0
             if total in (None, got):
-                if sha256: check_sum(part, sha256, url)
+                if sha256:
+                    check_sum(part, sha256, url)
                 os.replace(part, path)
                 tag.unlink(missing_ok=True)
-            elif not left: raise TinyclipError(f'{url} could not be downloaded ({why}); {human(got)}B are kept, and the next try goes on from there. Check the network, or put the file at {str(path)!r}.')
+            elif not left:
+                raise TinyclipError(
+                    f'{url} could not be downloaded ({why}); {human(got)}B are kept, and the '
+                    'next try goes on from there. Check the network, or put the file at '
+                    f'{str(path)!r}.'
+                )
     return path

@@ -7,161 +7,279 @@ __all__ = ['CONFIG', 'WEIGHTS', 'KEEP', 'BPE', 'TOKENIZER_KEYS', 'Loaded', 'repl
            'clip_tokenizer', 'whole_tokenizer', 'read_keep', 'read_config', 'weights_file', 'load_folder']
 
 # %% ../../nbs/zoo/04_folders.ipynb #326d8ef7
-import contextlib, functools, json, os, shutil, tempfile
+import contextlib
+import functools
+import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
 import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors.torch import save_file
 from torch import nn
-from ..towers.architecture import architecture
+
 from ..core import TinyclipError, write_json
-from ..keep import Keep
 from ..data.transforms import transforms
+from ..keep import Keep
+from ..towers.architecture import architecture
 from .vocabulary import ShortTokenizer, tokenizer_of
 from .weights import assemble, read_weights
 
 # %% ../../nbs/zoo/04_folders.ipynb #7b4a2240
-CONFIG,WEIGHTS,KEEP,BPE = 'open_clip_config.json', 'open_clip_model.safetensors', 'keep.json', 'bpe.txt.gz'
+CONFIG = 'open_clip_config.json'
+WEIGHTS = 'open_clip_model.safetensors'
+KEEP = 'keep.json'
+BPE = 'bpe.txt.gz'
+
 
 class Loaded(NamedTuple):
     "A model with what belongs to it; unpacks as `model, preprocess, tokenizer`"
-    model:nn.Module # The CLIP, in eval mode
-    preprocess:object # PIL image -> tensor `(3,h,w)`, as at evaluation
-    tokenizer:object # list of texts -> token ids `(n, context_length)`
+
+    model: nn.Module  # The CLIP, in eval mode
+    preprocess: object  # PIL image -> tensor `(3,h,w)`, as at evaluation
+    tokenizer: object  # list of texts -> token ids `(n, context_length)`
 
 # %% ../../nbs/zoo/04_folders.ipynb #8129cb78
 @contextlib.contextmanager
 def replacing(
-    folder, # Made if absent
-    files, # Names that an older model of this kind may have there: they go, all others stay. Nothing is loaded without the first
-): # Yields an empty folder on the same disk; what is put there is in `folder` in the end, or nowhere
+    folder,  # Made if absent
+    # Names that an older model of this kind may have there: they go, all others stay. Nothing is
+    # loaded without the first
+    files,
+):  # Yields an empty folder on the same disk; what is put there is in `folder` in the end, or nowhere
     "Fill a folder so that it never holds half a model"
     folder = Path(folder)
     file = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
-    if file: raise TinyclipError(f'{str(file)!r} is a file; a model needs a folder.')
-    place = folder if folder.exists() else folder.parent # inside a folder that stands: it may be a link or a disk of its own
+    if file:
+        raise TinyclipError(f'{str(file)!r} is a file; a model needs a folder.')
+    place = (
+        folder if folder.exists() else folder.parent
+    )  # inside a folder that stands: it may be a link or a disk of its own
     place.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=place, prefix=f'.{folder.name}.', suffix='.tmp'))
     try:
         yield tmp
         tmp.chmod(0o755)
-        for p in tmp.rglob('*'): p.chmod(0o755 if p.is_dir() else 0o644)
-        new = sorted((p for p in tmp.rglob('*') if p.is_file()), key=lambda p: p==tmp/files[0])
+        for p in tmp.rglob('*'):
+            p.chmod(0o755 if p.is_dir() else 0o644)
+        new = sorted((p for p in tmp.rglob('*') if p.is_file()), key=lambda p: p == tmp / files[0])
         for p in new:
-            with open(p, 'rb') as f: os.fsync(f.fileno())
-        if not folder.exists(): tmp.rename(folder)
+            with open(p, 'rb') as f:
+                os.fsync(f.fileno())
+        if not folder.exists():
+            tmp.rename(folder)
         else:
-            for n in files: (folder/n).unlink(missing_ok=True)
+            for n in files:
+                (folder / n).unlink(missing_ok=True)
             for p in new:
-                to = folder/p.relative_to(tmp)
+                to = folder / p.relative_to(tmp)
                 to.parent.mkdir(exist_ok=True, parents=True)
                 p.replace(to)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../../nbs/zoo/04_folders.ipynb #df6bdba7
 def preprocess_cfg(
-    model:nn.Module, # A CLIP
-)->dict: # Size, mean, std, interpolation and resize mode
+    model: nn.Module,  # A CLIP
+) -> dict:  # Size, mean, std, interpolation and resize mode
     "How a model's images are prepared; CLIP's own constants where the model does not say"
     cfg = vars(PreprocessCfg()).copy()
-    for attr,key in (('image_mean', 'mean'), ('image_std', 'std')):
-        if getattr(model.visual, attr, None) is not None: cfg[key] = getattr(model.visual, attr)
+    for attr, key in (('image_mean', 'mean'), ('image_std', 'std')):
+        if getattr(model.visual, attr, None) is not None:
+            cfg[key] = getattr(model.visual, attr)
     cfg = merge_preprocess_dict(cfg, getattr(model.visual, 'preprocess_cfg', {}))
     return cfg | dict(size=model.visual.image_size)
 
 # %% ../../nbs/zoo/04_folders.ipynb #7b541b11
 def save(
-    model:nn.Module, # A CLIP or a student
-    folder, # Made if absent; an older model in it is replaced
-    dtype:torch.dtype|None=None, # Store weights in this type (`torch.float16` halves the file); None for as they are
-    tokenizer=None, # Needed only for models with a Hugging Face tokenizer: its files go into the folder
-)->Path: # The folder
-    "Write a model folder that `load` reads back, and open_clip too where its schema can hold the student"
-    cfg,own = architecture(model), getattr(model, 'tokenizer_cfg', None)
+    model: nn.Module,  # A CLIP or a student
+    folder,  # Made if absent; an older model in it is replaced
+    dtype: torch.dtype
+    # Store weights in this type (`torch.float16` halves the file); None for as they are
+    | None = None,
+    # Needed only for models with a Hugging Face tokenizer: its files go into the folder
+    tokenizer=None,
+) -> Path:  # The folder
+    """Write a model folder that `load` reads back, and open_clip too where its schema can hold
+    the student"""
+    cfg = architecture(model)
+    own = getattr(model, 'tokenizer_cfg', None)
     if own:
-        if tokenizer is None: raise TinyclipError('This model uses a Hugging Face tokenizer; pass it as save(..., tokenizer=tokenizer), so that the folder is complete.')
+        if tokenizer is None:
+            raise TinyclipError(
+                'This model uses a Hugging Face tokenizer; pass it as save(..., '
+                'tokenizer=tokenizer), so that the folder is complete.'
+            )
         cfg['text_cfg'] |= own
-    pre = {k:v for k,v in preprocess_cfg(model).items() if k!='size'}
-    cast = lambda t: t.to(dtype) if dtype and t.is_floating_point() else t
+    pre = {k: v for k, v in preprocess_cfg(model).items() if k != 'size'}
+
+    def cast(t):
+        return t.to(dtype) if dtype and t.is_floating_point() else t
+
     with replacing(folder, (CONFIG, WEIGHTS, KEEP, BPE)) as tmp:
-        save_file({k:cast(v.detach()).cpu().contiguous().clone() for k,v in model.state_dict().items()}, tmp/WEIGHTS)
-        if isinstance(getattr(model, 'keep', None), Keep): (tmp/KEEP).write_text(model.keep.to_json(), encoding='utf-8')
-        if getattr(model, 'merges', None) is not None: tokenizer_of(model).save(tmp/BPE)
-        if own: tokenizer.save_pretrained(str(tmp))
-        write_json(tmp/CONFIG, dict(model_cfg=cfg, preprocess_cfg=pre))
+        save_file(
+            {k: cast(v.detach()).cpu().contiguous().clone() for k, v in model.state_dict().items()},
+            tmp / WEIGHTS,
+        )
+        if isinstance(getattr(model, 'keep', None), Keep):
+            (tmp / KEEP).write_text(model.keep.to_json(), encoding='utf-8')
+        if getattr(model, 'merges', None) is not None:
+            tokenizer_of(model).save(tmp / BPE)
+        if own:
+            tokenizer.save_pretrained(str(tmp))
+        write_json(tmp / CONFIG, dict(model_cfg=cfg, preprocess_cfg=pre))
     return Path(folder)
 
 # %% ../../nbs/zoo/04_folders.ipynb #de92c5a9
 TOKENIZER_KEYS = ('hf_tokenizer_name', 'tokenizer_mode', 'tokenizer_kwargs')
 
+
 def finish(
-    model:nn.Module, # With its weights in place
-    model_cfg:dict, # Its configuration: says which tokenizer
-    preprocess:dict, # Its `preprocess_cfg`; CLIP's own constants where it is silent
-    source:str='', # Where open_clip finds the tokenizer; empty for CLIP's own
-    folder:Path|None=None, # Where a keep and a shortened vocabulary may lie
-)->Loaded:
+    model: nn.Module,  # With its weights in place
+    model_cfg: dict,  # Its configuration: says which tokenizer
+    preprocess: dict,  # Its `preprocess_cfg`; CLIP's own constants where it is silent
+    source: str = '',  # Where open_clip finds the tokenizer; empty for CLIP's own
+    folder: Path | None = None,  # Where a keep and a shortened vocabulary may lie
+) -> Loaded:
     "Add preprocessing, tokenizer and provenance to a bare model"
-    odd = {k for k in preprocess if k not in vars(PreprocessCfg())} if isinstance(preprocess, dict) else {type(preprocess).__name__}
-    if odd: raise TinyclipError(f'preprocess_cfg holds {sorted(odd)[0]!r}, which open_clip does not know; it knows {", ".join(vars(PreprocessCfg()))}.')
-    model.visual.preprocess_cfg = merge_preprocess_dict(vars(PreprocessCfg()).copy(), preprocess) | dict(size=model.visual.image_size)
-    model.visual.image_mean,model.visual.image_std = (model.visual.preprocess_cfg[k] for k in ('mean', 'std'))
-    own = {k:v for k,v in model_cfg['text_cfg'].items() if k in TOKENIZER_KEYS and v}
-    if own: model.tokenizer_cfg = own
-    if 'trust_remote_code' in str(own): raise TinyclipError('The configuration asks for a tokenizer that runs code of its own (trust_remote_code); it is not loaded.')
-    if folder and (folder/KEEP).is_file(): model.keep = read_keep(folder/KEEP)
-    if folder and (folder/BPE).is_file(): model.merges = ShortTokenizer.from_file(folder/BPE).merges
-    try: return Loaded(model, transforms(model)[1], clip_tokenizer(model) if not own else open_clip.get_tokenizer(source, context_length=model.context_length))
-    except TinyclipError: raise
-    except Exception as e: # whatever a configuration can ask of open_clip, transformers and torchvision
-        raise TinyclipError(f'The transform or the tokenizer that the configuration describes cannot be made ({type(e).__name__}: {(str(e).splitlines() or [""])[0][:150]}).') from e
+    odd = (
+        {k for k in preprocess if k not in vars(PreprocessCfg())}
+        if isinstance(preprocess, dict)
+        else {type(preprocess).__name__}
+    )
+    if odd:
+        raise TinyclipError(
+            f'preprocess_cfg holds {sorted(odd)[0]!r}, which open_clip does not know; it '
+            f'knows {", ".join(vars(PreprocessCfg()))}.'
+        )
+    model.visual.preprocess_cfg = merge_preprocess_dict(
+        vars(PreprocessCfg()).copy(), preprocess
+    ) | dict(size=model.visual.image_size)
+    model.visual.image_mean, model.visual.image_std = (
+        model.visual.preprocess_cfg[k] for k in ('mean', 'std')
+    )
+    own = {k: v for k, v in model_cfg['text_cfg'].items() if k in TOKENIZER_KEYS and v}
+    if own:
+        model.tokenizer_cfg = own
+    if 'trust_remote_code' in str(own):
+        raise TinyclipError(
+            'The configuration asks for a tokenizer that runs code of its own '
+            '(trust_remote_code); it is not loaded.'
+        )
+    if folder and (folder / KEEP).is_file():
+        model.keep = read_keep(folder / KEEP)
+    if folder and (folder / BPE).is_file():
+        model.merges = ShortTokenizer.from_file(folder / BPE).merges
+    try:
+        return Loaded(
+            model,
+            transforms(model)[1],
+            clip_tokenizer(model)
+            if not own
+            else open_clip.get_tokenizer(source, context_length=model.context_length),
+        )
+    except TinyclipError:
+        raise
+    except (
+        Exception
+    ) as e:  # whatever a configuration can ask of open_clip, transformers and torchvision
+        raise TinyclipError(
+            'The transform or the tokenizer that the configuration describes cannot be made '
+            f'({type(e).__name__}: {(str(e).splitlines() or [""])[0][:150]}).'
+        ) from e
+
 
 def clip_tokenizer(model):
     "CLIP's tokenizer for a model: the whole one, or its own shortened one"
-    return whole_tokenizer(model.context_length) if getattr(model, 'merges', None) is None else tokenizer_of(model)
+    return (
+        whole_tokenizer(model.context_length)
+        if getattr(model, 'merges', None) is None
+        else tokenizer_of(model)
+    )
 
-@functools.cache # it takes a tenth of a second to make, and nothing changes it
+
+@functools.cache  # it takes a tenth of a second to make, and nothing changes it
 def whole_tokenizer(context_length):
     "CLIP's tokenizer, unabridged"
     return open_clip.SimpleTokenizer(context_length=context_length)
 
-def read_keep(path:Path)->Keep:
+
+def read_keep(path: Path) -> Keep:
     "The keep beside a student's weights"
-    try: return Keep.from_json(path.read_text(encoding='utf-8'))
-    except TinyclipError: raise
-    except Exception as e: raise TinyclipError(f'{str(path)!r} is no keep ({type(e).__name__}: {e}); delete it to load the model without knowing where its weights came from.') from e
+    try:
+        return Keep.from_json(path.read_text(encoding='utf-8'))
+    except TinyclipError:
+        raise
+    except Exception as e:
+        raise TinyclipError(
+            f'{str(path)!r} is no keep ({type(e).__name__}: {e}); delete it to load the '
+            'model without knowing where its weights came from.'
+        ) from e
 
 # %% ../../nbs/zoo/04_folders.ipynb #30ec90f8
 def read_config(
-    folder:Path, # A model folder
-)->dict: # With `model_cfg`, and usually `preprocess_cfg`
+    folder: Path,  # A model folder
+) -> dict:  # With `model_cfg`, and usually `preprocess_cfg`
     "The configuration of a model folder"
-    path = folder/CONFIG
-    if not path.is_file(): raise TinyclipError(f'{str(folder)!r} holds no model: {CONFIG} is missing. A model folder is what tinyclip.zoo.save or open_clip writes.')
-    try: cfg = json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e: raise TinyclipError(f'{str(path)!r} is not valid JSON ({e}); save the model again.') from e
+    path = folder / CONFIG
+    if not path.is_file():
+        raise TinyclipError(
+            f'{str(folder)!r} holds no model: {CONFIG} is missing. A model folder is what '
+            'tinyclip.zoo.save or open_clip writes.'
+        )
+    try:
+        cfg = json.loads(path.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as e:
+        raise TinyclipError(f'{str(path)!r} is not valid JSON ({e}); save the model again.') from e
     part = cfg.get('model_cfg') if isinstance(cfg, dict) else None
-    missing = [k for k,kind in (('embed_dim', int), ('vision_cfg', dict), ('text_cfg', dict)) if not isinstance(part, dict) or not isinstance(part.get(k), kind)]
-    if missing: raise TinyclipError(f'{str(path)!r} has no model_cfg.{missing[0]}; this is not an open_clip configuration.')
+    missing = [
+        k
+        for k, kind in (('embed_dim', int), ('vision_cfg', dict), ('text_cfg', dict))
+        if not isinstance(part, dict) or not isinstance(part.get(k), kind)
+    ]
+    if missing:
+        raise TinyclipError(
+            f'{str(path)!r} has no model_cfg.{missing[0]}; this is not an open_clip configuration.'
+        )
     return cfg
 
+
 def weights_file(
-    folder:Path, # A model folder
-)->Path:
+    folder: Path,  # A model folder
+) -> Path:
     "Where the weights of a folder are: as safetensors, or as a torch file"
-    path = next((f for f in (folder/WEIGHTS, folder/'open_clip_pytorch_model.bin') if f.is_file()), None)
-    if path is None: raise TinyclipError(f'{str(folder)!r} has a configuration but no weights: {WEIGHTS} is missing.')
+    path = next(
+        (f for f in (folder / WEIGHTS, folder / 'open_clip_pytorch_model.bin') if f.is_file()), None
+    )
+    if path is None:
+        raise TinyclipError(
+            f'{str(folder)!r} has a configuration but no weights: {WEIGHTS} is missing.'
+        )
     return path
 
+
 def load_folder(
-    folder, # With `open_clip_config.json` and weights
-)->Loaded:
+    folder,  # With `open_clip_config.json` and weights
+) -> Loaded:
     "Load a model folder, slim or plain"
     folder = Path(folder).expanduser()
-    if not folder.is_dir(): raise TinyclipError(f"There is no model folder {str(folder)!r}. Give a folder with {CONFIG} and {WEIGHTS}, or a name like 'ViT-B-32:laion2b_s34b_b79k'.")
+    if not folder.is_dir():
+        raise TinyclipError(
+            f"There is no model folder {str(folder)!r}. Give a folder with {CONFIG} and "
+            f"{WEIGHTS}, or a name like 'ViT-B-32:laion2b_s34b_b79k'."
+        )
     cfg = read_config(folder)
-    bare = {**cfg['model_cfg'], 'text_cfg':{k:v for k,v in cfg['model_cfg']['text_cfg'].items() if k not in TOKENIZER_KEYS}}
+    bare = {
+        **cfg['model_cfg'],
+        'text_cfg': {
+            k: v for k, v in cfg['model_cfg']['text_cfg'].items() if k not in TOKENIZER_KEYS
+        },
+    }
     model = assemble(bare, read_weights(weights_file(folder)), repr(str(folder)))
-    return finish(model, cfg['model_cfg'], cfg.get('preprocess_cfg', {}), f'local-dir:{folder}', folder)
+    return finish(
+        model, cfg['model_cfg'], cfg.get('preprocess_cfg', {}), f'local-dir:{folder}', folder
+    )

@@ -7,12 +7,15 @@ __all__ = ['COMMON', 'RULES', 'DEFAULTS', 'read_json', 'check', 'clip_descriptio
            'read_images', 'read_merges_of', 'weights_of', 'download_clip', 'from_transformers']
 
 # %% ../../nbs/zoo/07_from_transformers.ipynb #2a7fe011
-import json, re
+import json
+import re
 from pathlib import Path
+
 import open_clip
 import torch
-from ..towers.architecture import with_sizes
+
 from ..core import TinyclipError
+from ..towers.architecture import with_sizes
 from .folders import Loaded, finish
 from .to_transformers import BLOCKS, BPE, TOP, TURNED
 from .vocabulary import ShortTokenizer, check_merges, read_merges, vocab_and_merges
@@ -20,214 +23,531 @@ from .weights import MOST, assemble, read_weights
 
 # %% ../../nbs/zoo/07_from_transformers.ipynb #cda29fb1
 def read_json(
-    path:Path, # A file
-    most:int=2**26, # Refuse larger ones
-)->dict:
+    path: Path,  # A file
+    most: int = 2**26,  # Refuse larger ones
+) -> dict:
     "A JSON object"
-    if path.stat().st_size > most: raise TinyclipError(f'{str(path)!r} is larger than any configuration; it is damaged or hostile.')
-    try: held = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as e: raise TinyclipError(f'{str(path)!r} is not valid JSON ({str(e)[:100]}); copy the folder again.') from e
-    if not isinstance(held, dict): raise TinyclipError(f'{str(path)!r} holds no JSON object; copy the folder again.')
+    if path.stat().st_size > most:
+        raise TinyclipError(
+            f'{str(path)!r} is larger than any configuration; it is damaged or hostile.'
+        )
+    try:
+        held = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError) as e:
+        raise TinyclipError(
+            f'{str(path)!r} is not valid JSON ({str(e)[:100]}); copy the folder again.'
+        ) from e
+    if not isinstance(held, dict):
+        raise TinyclipError(f'{str(path)!r} holds no JSON object; copy the folder again.')
     return held
 
-_number = lambda v: type(v) is int and 0 < v <= MOST['number']
-_counts = lambda v: isinstance(v, list) and 0 < len(v) <= MOST['layers'] and all(type(n) is int and 0 <= n <= MOST['number'] for n in v)
-_pair = lambda v: isinstance(v, list) and len(v)==2 and all(map(_number, v))
-_flag = lambda v: type(v) is bool
-COMMON = dict(width=_number, head_dim=_number, heads=_counts, ffn=_counts, act=lambda v: v in ('gelu', 'quick_gelu', 'gelu_pytorch_tanh'),
-              eps=lambda v: type(v) in (int, float) and 0 < v < 1, layer_scale=_flag)
-RULES = dict(vision=COMMON|dict(image_size=_pair, patch_size=_pair, pool=lambda v: v in ('tok', 'avg', 'avg_first'), pre_norm=_flag),
-             text=COMMON|dict(vocab_size=_number, context_length=_number, eos_id=lambda v: v is None or v==0 or _number(v), projection_bias=_flag))
+
+def _number(v):
+    return type(v) is int and 0 < v <= MOST['number']
+
+
+def _counts(v):
+    return (
+        isinstance(v, list)
+        and 0 < len(v) <= MOST['layers']
+        and all(type(n) is int and 0 <= n <= MOST['number'] for n in v)
+    )
+
+
+def _pair(v):
+    return isinstance(v, list) and len(v) == 2 and all(map(_number, v))
+
+
+def _flag(v):
+    return type(v) is bool
+
+
+COMMON = dict(
+    width=_number,
+    head_dim=_number,
+    heads=_counts,
+    ffn=_counts,
+    act=lambda v: v in ('gelu', 'quick_gelu', 'gelu_pytorch_tanh'),
+    eps=lambda v: type(v) in (int, float) and 0 < v < 1,
+    layer_scale=_flag,
+)
+RULES = dict(
+    vision=COMMON
+    | dict(
+        image_size=_pair,
+        patch_size=_pair,
+        pool=lambda v: v in ('tok', 'avg', 'avg_first'),
+        pre_norm=_flag,
+    ),
+    text=COMMON
+    | dict(
+        vocab_size=_number,
+        context_length=_number,
+        eos_id=lambda v: v is None or v == 0 or _number(v),
+        projection_bias=_flag,
+    ),
+)
+
 
 def check(
-    d, # Something like what `describe` gives
-    source:str, # For the error
-)->dict: # The same, without what we do not know
+    d,  # Something like what `describe` gives
+    source: str,  # For the error
+) -> dict:  # The same, without what we do not know
     "Refuse a description that makes no sense"
-    for tower,rules in RULES.items():
+    for tower, rules in RULES.items():
         t = d.get(tower)
-        if not isinstance(t, dict): raise TinyclipError(f'{source} says nothing about the {tower} tower; this is no CLIP.')
-        odd = next((k for k,ok in rules.items() if k not in t or not ok(t[k])), None)
-        if odd: raise TinyclipError(f'{source}: {odd} = {str(t.get(odd, "missing"))[:40]!r} of the {tower} tower is nothing that can be built here.')
-        if len(t['heads'])!=len(t['ffn']): raise TinyclipError(f"{source} gives heads for {len(t['heads'])} layers of the {tower} tower and neurons for {len(t['ffn'])}.")
-    if not _number(d.get('projection_dim')): raise TinyclipError(f'{source}: projection_dim = {str(d.get("projection_dim"))[:40]!r} is no width.')
+        if not isinstance(t, dict):
+            raise TinyclipError(f'{source} says nothing about the {tower} tower; this is no CLIP.')
+        odd = next((k for k, ok in rules.items() if k not in t or not ok(t[k])), None)
+        if odd:
+            raise TinyclipError(
+                f'{source}: {odd} = {str(t.get(odd, "missing"))[:40]!r} of the {tower} tower '
+                'is nothing that can be built here.'
+            )
+        if len(t['heads']) != len(t['ffn']):
+            raise TinyclipError(
+                f"{source} gives heads for {len(t['heads'])} layers of the {tower} tower and "
+                f"neurons for {len(t['ffn'])}."
+            )
+    if not _number(d.get('projection_dim')):
+        raise TinyclipError(
+            f'{source}: projection_dim = {str(d.get("projection_dim"))[:40]!r} is no width.'
+        )
     acts = {d[k]['act'] for k in RULES}
-    if len(acts)>1 and 'quick_gelu' in acts: raise TinyclipError(f'{source} uses quick_gelu in one tower only; open_clip has one switch for both.')
-    return dict(projection_dim=d['projection_dim'], **{k:{n:d[k][n] for n in rules} for k,rules in RULES.items()})
+    if len(acts) > 1 and 'quick_gelu' in acts:
+        raise TinyclipError(
+            f'{source} uses quick_gelu in one tower only; open_clip has one switch for both.'
+        )
+    return dict(
+        projection_dim=d['projection_dim'],
+        **{k: {n: d[k][n] for n in rules} for k, rules in RULES.items()},
+    )
 
 # %% ../../nbs/zoo/07_from_transformers.ipynb #1e96efe8
-DEFAULTS = dict(vision=dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32, hidden_act='quick_gelu', layer_norm_eps=1e-5),
-                text=dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, hidden_act='quick_gelu', layer_norm_eps=1e-5, vocab_size=49408,
-                          max_position_embeddings=77, eos_token_id=49407)) # of transformers' CLIPConfig: a config.json may leave them out
+DEFAULTS = dict(
+    vision=dict(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        image_size=224,
+        patch_size=32,
+        hidden_act='quick_gelu',
+        layer_norm_eps=1e-5,
+    ),
+    text=dict(
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        hidden_act='quick_gelu',
+        layer_norm_eps=1e-5,
+        vocab_size=49408,
+        max_position_embeddings=77,
+        eos_token_id=49407,
+    ),
+)  # of transformers' CLIPConfig: a config.json may leave them out
+
 
 def clip_description(
-    cfg:dict, # A `config.json` of a CLIPModel
-    source:str, # For the error
-)->dict: # As from `describe`
+    cfg: dict,  # A `config.json` of a CLIPModel
+    source: str,  # For the error
+) -> dict:  # As from `describe`
     "What a CLIPModel is made of"
+
     def tower(kind):
-        given = next((g for g in (cfg.get(f'{kind}_config_dict'), cfg.get(f'{kind}_config')) if g is not None), {}) # the first is how old versions wrote it
-        if not isinstance(given, dict): raise TinyclipError(f'{source}: {kind}_config is no JSON object.')
-        c = DEFAULTS[kind]|given
-        sizes = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads') + (('vocab_size', 'eos_token_id') if kind=='text' else ())
-        odd = next((k for k in sizes if not _number(c[k]) or c[k] > MOST['layers' if k=='num_hidden_layers' else 'number']), None)
-        if odd: raise TinyclipError(f'{source}: {odd} = {str(c[odd])[:40]} of the {kind} tower is nothing that can be built here.')
-        if c['hidden_size']%c['num_attention_heads']: raise TinyclipError(f"{source}: {c['num_attention_heads']} heads do not divide the width {c['hidden_size']} of the {kind} tower.")
+        given = next(
+            (
+                g
+                for g in (cfg.get(f'{kind}_config_dict'), cfg.get(f'{kind}_config'))
+                if g is not None
+            ),
+            {},
+        )  # the first is how old versions wrote it
+        if not isinstance(given, dict):
+            raise TinyclipError(f'{source}: {kind}_config is no JSON object.')
+        c = DEFAULTS[kind] | given
+        sizes = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads') + (
+            ('vocab_size', 'eos_token_id') if kind == 'text' else ()
+        )
+        odd = next(
+            (
+                k
+                for k in sizes
+                if not _number(c[k])
+                or c[k] > MOST['layers' if k == 'num_hidden_layers' else 'number']
+            ),
+            None,
+        )
+        if odd:
+            raise TinyclipError(
+                f'{source}: {odd} = {str(c[odd])[:40]} of the {kind} tower is nothing that '
+                'can be built here.'
+            )
+        if c['hidden_size'] % c['num_attention_heads']:
+            raise TinyclipError(
+                f"{source}: {c['num_attention_heads']} heads do not divide the width "
+                f"{c['hidden_size']} of the {kind} tower."
+            )
         n = c['num_hidden_layers']
-        t = dict(width=c['hidden_size'], head_dim=c['hidden_size']//c['num_attention_heads'], heads=[c['num_attention_heads']]*n, ffn=[c['intermediate_size']]*n, act=c['hidden_act'],
-                 eps=c['layer_norm_eps'], layer_scale=False)
-        return c,t
-    (v,vision),(t,text) = tower('vision'), tower('text')
-    square = lambda s: [s, s] if isinstance(s, int) else s
-    vision |= dict(image_size=square(v['image_size']), patch_size=square(v['patch_size']), pool='tok', pre_norm=True)
-    end = t['eos_token_id'] # 2 stands in old files for "the highest number", whatever it is
-    text |= dict(vocab_size=t['vocab_size'], context_length=t['max_position_embeddings'], eos_id=None if end==2 or end==t['vocab_size']-1 else end, projection_bias=False)
-    return check(dict(vision=vision, text=text, projection_dim=cfg.get('projection_dim', 512)), source)
+        t = dict(
+            width=c['hidden_size'],
+            head_dim=c['hidden_size'] // c['num_attention_heads'],
+            heads=[c['num_attention_heads']] * n,
+            ffn=[c['intermediate_size']] * n,
+            act=c['hidden_act'],
+            eps=c['layer_norm_eps'],
+            layer_scale=False,
+        )
+        return c, t
+
+    (v, vision), (t, text) = tower('vision'), tower('text')
+
+    def square(s):
+        return [s, s] if isinstance(s, int) else s
+
+    vision |= dict(
+        image_size=square(v['image_size']),
+        patch_size=square(v['patch_size']),
+        pool='tok',
+        pre_norm=True,
+    )
+    end = t['eos_token_id']  # 2 stands in old files for "the highest number", whatever it is
+    text |= dict(
+        vocab_size=t['vocab_size'],
+        context_length=t['max_position_embeddings'],
+        eos_id=None if end == 2 or end == t['vocab_size'] - 1 else end,
+        projection_bias=False,
+    )
+    return check(
+        dict(vision=vision, text=text, projection_dim=cfg.get('projection_dim', 512)), source
+    )
+
 
 def read_description(
-    folder:Path, # A folder of transformers
-)->tuple: # (form, as from `describe`)
+    folder: Path,  # A folder of transformers
+) -> tuple:  # (form, as from `describe`)
     "What model a folder holds"
-    path = folder/'config.json'
-    if not path.is_file(): raise TinyclipError(f'{str(folder)!r} holds no model of transformers: config.json is missing.')
+    path = folder / 'config.json'
+    if not path.is_file():
+        raise TinyclipError(
+            f'{str(folder)!r} holds no model of transformers: config.json is missing.'
+        )
     cfg = read_json(path)
-    kind = cfg.get('model_type', 'clip' if cfg.get('architectures')==['CLIPModel'] else None)
-    if kind=='tinyclip': return 'slim', check(cfg, repr(str(path)))
-    if kind!='clip': raise TinyclipError(f'{str(path)!r} describes a model of type {str(kind)[:40]!r}; only CLIPModel (type \'clip\') and our own exports can be read.')
+    kind = cfg.get('model_type', 'clip' if cfg.get('architectures') == ['CLIPModel'] else None)
+    if kind == 'tinyclip':
+        return 'slim', check(cfg, repr(str(path)))
+    if kind != 'clip':
+        raise TinyclipError(
+            f'{str(path)!r} describes a model of type {str(kind)[:40]!r}; only CLIPModel '
+            '(type \'clip\') and our own exports can be read.'
+        )
     return 'clip', clip_description(cfg, repr(str(path)))
 
 # %% ../../nbs/zoo/07_from_transformers.ipynb #8bb0c869
 def model_cfg(
-    d:dict, # As from `describe`
-)->dict: # open_clip's, with `tinyclip_cfg` where layers are unequal
+    d: dict,  # As from `describe`
+) -> dict:  # open_clip's, with `tinyclip_cfg` where layers are unequal
     "The same description in open_clip's words"
-    one = lambda s: s[0] if s[0]==s[1] else s
-    sizes,parts = dict(embed=d['projection_dim']), {}
-    for tower,kind in (('image', 'vision'), ('text', 'text')):
+
+    def one(s):
+        return s[0] if s[0] == s[1] else s
+
+    sizes, parts = dict(embed=d['projection_dim']), {}
+    for tower, kind in (('image', 'vision'), ('text', 'text')):
         t = d[kind]
-        sizes |= {f'{tower}.width':t['width'], f'{tower}.layers':len(t['heads'])}
-        sizes |= {f'{tower}.layers.{i}.{k}':n for k in ('heads', 'ffn') for i,n in enumerate(t[k])}
-        parts[kind] = dict(head_dim=t['head_dim']) | (dict(norm_kwargs=dict(eps=t['eps'])) if t['eps']!=1e-5 else {}) | (dict(ls_init_value=1e-5) if t['layer_scale'] else {})
-        if t['act']=='gelu_pytorch_tanh': parts[kind]['act_kwargs'] = dict(approximate='tanh')
-    v,t = d['vision'], d['text']
+        sizes |= {f'{tower}.width': t['width'], f'{tower}.layers': len(t['heads'])}
+        sizes |= {
+            f'{tower}.layers.{i}.{k}': n for k in ('heads', 'ffn') for i, n in enumerate(t[k])
+        }
+        parts[kind] = (
+            dict(head_dim=t['head_dim'])
+            | (dict(norm_kwargs=dict(eps=t['eps'])) if t['eps'] != 1e-5 else {})
+            | (dict(ls_init_value=1e-5) if t['layer_scale'] else {})
+        )
+        if t['act'] == 'gelu_pytorch_tanh':
+            parts[kind]['act_kwargs'] = dict(approximate='tanh')
+    v, t = d['vision'], d['text']
     parts['vision'] |= dict(image_size=one(v['image_size']), patch_size=one(v['patch_size']))
-    if not v['pre_norm']: parts['vision']['no_ln_pre'] = True
-    if v['pool']!='tok': parts['vision'] |= dict(pool_type='avg') | (dict(final_ln_after_pool=True) if v['pool']=='avg_first' else {})
+    if not v['pre_norm']:
+        parts['vision']['no_ln_pre'] = True
+    if v['pool'] != 'tok':
+        parts['vision'] |= dict(pool_type='avg') | (
+            dict(final_ln_after_pool=True) if v['pool'] == 'avg_first' else {}
+        )
     parts['text'] |= dict(context_length=t['context_length'], vocab_size=t['vocab_size'])
-    if t['eos_id'] is not None: parts['text'] |= dict(pool_type='eos', eos_id=t['eos_id'])
-    if t['projection_bias']: parts['text']['proj_bias'] = True
-    quick = dict(quick_gelu=True) if v['act']=='quick_gelu' else {}
-    return with_sizes(dict(embed_dim=0, vision_cfg=parts['vision'], text_cfg=parts['text'], **quick), sizes)
+    if t['eos_id'] is not None:
+        parts['text'] |= dict(pool_type='eos', eos_id=t['eos_id'])
+    if t['projection_bias']:
+        parts['text']['proj_bias'] = True
+    quick = dict(quick_gelu=True) if v['act'] == 'quick_gelu' else {}
+    return with_sizes(
+        dict(embed_dim=0, vision_cfg=parts['vision'], text_cfg=parts['text'], **quick), sizes
+    )
 
 # %% ../../nbs/zoo/07_from_transformers.ipynb #19208df8
 def unpack(
-    state:dict, # Names of a CLIPModel
-    d:dict, # From `clip_description`
-    source:str, # For the error
-)->dict: # open_clip's names
-    "The weights of a CLIPModel as those of an open_clip CLIP; the inverse of `pack` where nothing was padded"
-    state = {k:v for k,v in state.items() if not k.endswith('.position_ids')} # a constant that old files hold
+    state: dict,  # Names of a CLIPModel
+    d: dict,  # From `clip_description`
+    source: str,  # For the error
+) -> dict:  # open_clip's names
+    """The weights of a CLIPModel as those of an open_clip CLIP; the inverse of `pack` where
+    nothing was padded"""
+    state = {
+        k: v for k, v in state.items() if not k.endswith('.position_ids')
+    }  # a constant that old files hold
+
     def take(name, dims):
         t = state.pop(name, None)
-        if t is None or t.ndim!=dims: raise TinyclipError(f'The weights in {source} do not fit its configuration: {name} ' + ('is missing.' if t is None else f'has the shape {tuple(t.shape)}.'))
+        if t is None or t.ndim != dims:
+            raise TinyclipError(
+                f'The weights in {source} do not fit its configuration: {name} '
+                + ('is missing.' if t is None else f'has the shape {tuple(t.shape)}.')
+            )
         return t
-    new = {a:take(b, 2).T.contiguous() if a in TURNED else take(b, 0 if a=='logit_scale' else 1 if b.endswith('.bias') or '.ln_' in a or a[:3]=='ln_' or a.endswith('class_embedding') else 4 if 'conv1' in a else 2) for a,b in TOP.items()}
-    for tower,(here,there) in BLOCKS.items():
+
+    new = {
+        a: take(b, 2).T.contiguous()
+        if a in TURNED
+        else take(
+            b,
+            0
+            if a == 'logit_scale'
+            else 1
+            if b.endswith('.bias') or '.ln_' in a or a[:3] == 'ln_' or a.endswith('class_embedding')
+            else 4
+            if 'conv1' in a
+            else 2,
+        )
+        for a, b in TOP.items()
+    }
+    for tower, (here, there) in BLOCKS.items():
         for i in range(len(d[tower]['heads'])):
-            p,q = f'{here}.{i}.', f'{there}.{i}.'
-            for k,dims in (('weight', 2), ('bias', 1)):
+            p, q = f'{here}.{i}.', f'{there}.{i}.'
+            for k, dims in (('weight', 2), ('bias', 1)):
                 qkv = [take(f'{q}self_attn.{n}_proj.{k}', dims) for n in 'qkv']
-                if len({t.shape for t in qkv})>1: raise TinyclipError(f'The weights in {source} do not fit together: queries, keys and values of {there}.{i} differ in shape.')
+                if len({t.shape for t in qkv}) > 1:
+                    raise TinyclipError(
+                        f'The weights in {source} do not fit together: queries, keys and '
+                        f'values of {there}.{i} differ in shape.'
+                    )
                 new[f'{p}attn.in_proj_{k}'] = torch.cat(qkv)
-                for a,b in (('attn.out_proj', 'self_attn.out_proj'), ('mlp.c_fc', 'mlp.fc1'), ('mlp.c_proj', 'mlp.fc2')): new[f'{p}{a}.{k}'] = take(f'{q}{b}.{k}', dims)
-                for j in (1,2): new[f'{p}ln_{j}.{k}'] = take(f'{q}layer_norm{j}.{k}', 1)
-    if state: raise TinyclipError(f'The weights in {source} do not fit its configuration: {next(iter(state))} is not expected' + (f' (and {len(state)-1} more).' if len(state)>1 else '.'))
+                for a, b in (
+                    ('attn.out_proj', 'self_attn.out_proj'),
+                    ('mlp.c_fc', 'mlp.fc1'),
+                    ('mlp.c_proj', 'mlp.fc2'),
+                ):
+                    new[f'{p}{a}.{k}'] = take(f'{q}{b}.{k}', dims)
+                for j in (1, 2):
+                    new[f'{p}ln_{j}.{k}'] = take(f'{q}layer_norm{j}.{k}', 1)
+    if state:
+        raise TinyclipError(
+            (
+                f'The weights in {source} do not fit its configuration: {next(iter(state))} is '
+                'not expected'
+            )
+            + (f' (and {len(state) - 1} more).' if len(state) > 1 else '.')
+        )
     return new
 
 # %% ../../nbs/zoo/07_from_transformers.ipynb #93b51676
 def read_images(
-    folder:Path, # A folder of transformers
-    size:list, # Height and width that the model takes
-)->dict: # A `preprocess_cfg`
+    folder: Path,  # A folder of transformers
+    size: list,  # Height and width that the model takes
+) -> dict:  # A `preprocess_cfg`
     "How the folder wants images to be prepared; CLIP's own way where it does not say"
-    path = next((p for n in ('preprocessor_config.json', 'processor_config.json') if (p := folder/n).is_file()), None)
+    path = next(
+        (
+            p
+            for n in ('preprocessor_config.json', 'processor_config.json')
+            if (p := folder / n).is_file()
+        ),
+        None,
+    )
     cfg = read_json(path) if path else {}
-    cfg = cfg.get('image_processor', cfg) if isinstance(cfg.get('image_processor', cfg), dict) else {}
+    cfg = (
+        cfg.get('image_processor', cfg) if isinstance(cfg.get('image_processor', cfg), dict) else {}
+    )
+
     def box(v):
-        if isinstance(v, dict): v = v['shortest_edge'] if v.get('shortest_edge') else [v.get('height'), v.get('width')]
+        if isinstance(v, dict):
+            v = v['shortest_edge'] if v.get('shortest_edge') else [v.get('height'), v.get('width')]
         return v if v is None or isinstance(v, list) else [v, v]
-    to,crop,cuts = cfg.get('size', 224) if path else list(size), cfg.get('crop_size'), cfg.get('do_center_crop', True)
+
+    to = cfg.get('size', 224) if path else list(size)
+    crop = cfg.get('crop_size')
+    cuts = cfg.get('do_center_crop', True)
     squash = isinstance(to, dict) and not to.get('shortest_edge')
-    fine = dict(size=box(to)==list(size), crop_size=crop is None or cuts is False or box(crop)==list(size), do_center_crop=cuts is True or squash and cuts is False,
-                resample=cfg.get('resample', 3) in (2, 3), rescale_factor=abs(f*255-1) < 1e-6 if isinstance(f := cfg.get('rescale_factor', 1/255), float) else False)
-    odd = [k for k,ok in fine.items() if not ok] + [k for k in ('do_resize', 'do_rescale', 'do_normalize') if cfg.get(k, True) is not True]
-    triple = lambda v: isinstance(v, list) and len(v)==3 and all(type(x) in (int, float) and abs(x) < 1e6 for x in v)
-    odd += [k for k in ('image_mean', 'image_std') if k in cfg and not (triple(cfg[k]) and (k=='image_mean' or min(cfg[k]) > 0))]
-    if odd: raise TinyclipError(f'{str(path)!r}: open_clip cannot prepare images with {odd[0]} = {str(cfg.get(odd[0]))[:60]} for a model that takes {size[0]}x{size[1]}; change it there if the model allows.')
-    pre = dict(interpolation='bilinear' if cfg.get('resample')==2 else 'bicubic', resize_mode='squash' if squash else 'shortest')
-    return pre | {k:cfg[f'image_{k}'] for k in ('mean', 'std') if f'image_{k}' in cfg}
+    fine = dict(
+        size=box(to) == list(size),
+        crop_size=crop is None or cuts is False or box(crop) == list(size),
+        do_center_crop=cuts is True or squash and cuts is False,
+        resample=cfg.get('resample', 3) in (2, 3),
+        rescale_factor=abs(f * 255 - 1) < 1e-6
+        if isinstance(f := cfg.get('rescale_factor', 1 / 255), float)
+        else False,
+    )
+    odd = [k for k, ok in fine.items() if not ok] + [
+        k for k in ('do_resize', 'do_rescale', 'do_normalize') if cfg.get(k, True) is not True
+    ]
+
+    def triple(v):
+        return (
+            isinstance(v, list)
+            and len(v) == 3
+            and all(type(x) in (int, float) and abs(x) < 1e6 for x in v)
+        )
+
+    odd += [
+        k
+        for k in ('image_mean', 'image_std')
+        if k in cfg and not (triple(cfg[k]) and (k == 'image_mean' or min(cfg[k]) > 0))
+    ]
+    if odd:
+        raise TinyclipError(
+            f'{str(path)!r}: open_clip cannot prepare images with {odd[0]} = '
+            f'{str(cfg.get(odd[0]))[:60]} for a model that takes {size[0]}x{size[1]}; change '
+            'it there if the model allows.'
+        )
+    pre = dict(
+        interpolation='bilinear' if cfg.get('resample') == 2 else 'bicubic',
+        resize_mode='squash' if squash else 'shortest',
+    )
+    return pre | {k: cfg[f'image_{k}'] for k in ('mean', 'std') if f'image_{k}' in cfg}
+
 
 def read_merges_of(
-    folder:Path, # A folder of transformers
-    vocab_size:int, # Rows of the model's token table
-)->tuple|None: # Merges of a shortened vocabulary; None for CLIP's own
+    folder: Path,  # A folder of transformers
+    vocab_size: int,  # Rows of the model's token table
+) -> tuple | None:  # Merges of a shortened vocabulary; None for CLIP's own
     "Which tokens a model has"
-    if (path := folder/'tokenizer.json').is_file():
+    if (path := folder / 'tokenizer.json').is_file():
         held = read_json(path).get('model')
-        vocab,merges = (held.get('vocab'), held.get('merges')) if isinstance(held, dict) else (None, None)
-        if not isinstance(merges, list): raise TinyclipError(f'{str(path)!r} holds no byte pair encoding like that of CLIP.')
-        merges = check_merges(m.split() if isinstance(m, str) else m if isinstance(m, list) and all(isinstance(p, str) for p in m) else [] for m in merges)
-    elif (path := folder/'merges.txt').is_file() and (folder/'vocab.json').is_file(): vocab,merges = read_json(folder/'vocab.json'), read_merges(path)
-    elif vocab_size >= BPE: return None
-    else: raise TinyclipError(f'{str(folder)!r} has no tokenizer.json, and its {vocab_size} tokens are not the {BPE} of CLIP.')
-    own = len(merges)==BPE-514 and list(merges)==list(open_clip.SimpleTokenizer().bpe_ranks) # 256 bytes, once more at the end of a word, two marks
-    if vocab!=vocab_and_merges(merges)[0] or (vocab_size < BPE if own else vocab_size!=len(vocab)): raise TinyclipError(f'{str(path)!r} is not the tokenizer of CLIP nor a shortened one of {vocab_size} tokens, so its texts cannot be tokenised here.')
+        vocab, merges = (
+            (held.get('vocab'), held.get('merges')) if isinstance(held, dict) else (None, None)
+        )
+        if not isinstance(merges, list):
+            raise TinyclipError(f'{str(path)!r} holds no byte pair encoding like that of CLIP.')
+        merges = check_merges(
+            m.split()
+            if isinstance(m, str)
+            else m
+            if isinstance(m, list) and all(isinstance(p, str) for p in m)
+            else []
+            for m in merges
+        )
+    elif (path := folder / 'merges.txt').is_file() and (folder / 'vocab.json').is_file():
+        vocab = read_json(folder / 'vocab.json')
+        merges = read_merges(path)
+    elif vocab_size >= BPE:
+        return None
+    else:
+        raise TinyclipError(
+            f'{str(folder)!r} has no tokenizer.json, and its {vocab_size} tokens are not the '
+            f'{BPE} of CLIP.'
+        )
+    own = len(merges) == BPE - 514 and list(merges) == list(
+        open_clip.SimpleTokenizer().bpe_ranks
+    )  # 256 bytes, once more at the end of a word, two marks
+    if vocab != vocab_and_merges(merges)[0] or (
+        vocab_size < BPE if own else vocab_size != len(vocab)
+    ):
+        raise TinyclipError(
+            f'{str(path)!r} is not the tokenizer of CLIP nor a shortened one of {vocab_size} '
+            'tokens, so its texts cannot be tokenised here.'
+        )
     return None if own else merges
 
 # %% ../../nbs/zoo/07_from_transformers.ipynb #6cb48e37
 def weights_of(
-    folder:Path, # A folder of transformers
-)->dict: # All its tensors
+    folder: Path,  # A folder of transformers
+) -> dict:  # All its tensors
     "The weights of a folder, in one file or in several"
-    one = next((p for n in ('model.safetensors', 'pytorch_model.bin') if (p := folder/n).is_file()), None)
-    if one: return read_weights(one)
-    index = next((p for n in ('model.safetensors.index.json', 'pytorch_model.bin.index.json') if (p := folder/n).is_file()), None)
-    if index is None: raise TinyclipError(f'{str(folder)!r} has a configuration but no weights: model.safetensors is missing.')
+    one = next(
+        (p for n in ('model.safetensors', 'pytorch_model.bin') if (p := folder / n).is_file()), None
+    )
+    if one:
+        return read_weights(one)
+    index = next(
+        (
+            p
+            for n in ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
+            if (p := folder / n).is_file()
+        ),
+        None,
+    )
+    if index is None:
+        raise TinyclipError(
+            f'{str(folder)!r} has a configuration but no weights: model.safetensors is missing.'
+        )
     where = read_json(index).get('weight_map')
-    if not isinstance(where, dict) or not all(isinstance(n, str) and re.fullmatch(r'[\w-][\w.-]*', n) for n in where.values()): raise TinyclipError(f'{str(index)!r} names files that are not in its folder; it is damaged or hostile.')
+    if not isinstance(where, dict) or not all(
+        isinstance(n, str) and re.fullmatch(r'[\w-][\w.-]*', n) for n in where.values()
+    ):
+        raise TinyclipError(
+            f'{str(index)!r} names files that are not in its folder; it is damaged or hostile.'
+        )
     state = {}
-    for n in sorted(set(where.values())): state |= read_weights(folder/n)
+    for n in sorted(set(where.values())):
+        state |= read_weights(folder / n)
     return state
 
+
 def download_clip(
-    name:str, # `'org/repo'`
-)->Path: # Where it is now
+    name: str,  # `'org/repo'`
+) -> Path:  # Where it is now
     "Fetch a model of transformers from the Hugging Face hub"
     from huggingface_hub import snapshot_download
+
     try:
-        folder = Path(snapshot_download(name, allow_patterns=['*.json', '*.txt', 'model*.safetensors']))
-        if not any(folder.glob('model*.safetensors')): folder = Path(snapshot_download(name, allow_patterns=['*.json', '*.txt', 'pytorch_model*.bin']))
-    except Exception as e: # the hub client has many kinds, all of them mean that nothing came
-        raise TinyclipError(f'{name!r} could not be downloaded ({type(e).__name__}: {(str(e).splitlines() or [""])[0][:150]}). Check the name and the network, or give a folder.') from e
+        folder = Path(
+            snapshot_download(name, allow_patterns=['*.json', '*.txt', 'model*.safetensors'])
+        )
+        if not any(folder.glob('model*.safetensors')):
+            folder = Path(
+                snapshot_download(name, allow_patterns=['*.json', '*.txt', 'pytorch_model*.bin'])
+            )
+    except Exception as e:  # the hub client has many kinds, all of them mean that nothing came
+        raise TinyclipError(
+            f'{name!r} could not be downloaded ({type(e).__name__}: '
+            f'{(str(e).splitlines() or [""])[0][:150]}). Check the name and the network, or '
+            'give a folder.'
+        ) from e
     return folder
 
 # %% ../../nbs/zoo/07_from_transformers.ipynb #56827f32
 def from_transformers(
-    name, # A folder of a `CLIPModel` or of `to_transformers`; or a name on the hub, `'openai/clip-vit-base-patch32'`
-)->Loaded: # `model, preprocess, tokenizer`
-    "A model of transformers as an open_clip CLIP, or as the slim student it was; a padded one stays padded"
+    # A folder of a `CLIPModel` or of `to_transformers`; or a name on the hub,
+    # `'openai/clip-vit-base-patch32'`
+    name,
+) -> Loaded:  # `model, preprocess, tokenizer`
+    """A model of transformers as an open_clip CLIP, or as the slim student it was; a padded one
+    stays padded"""
     folder = Path(str(name).removeprefix('local-dir:')).expanduser()
     if not folder.is_dir():
-        if not re.fullmatch(r'(hf-hub:)?[\w-][\w.-]*/[\w-][\w.-]*', str(name)) or folder.exists(): raise TinyclipError(f"There is no model folder {str(name)!r}. Give a folder with config.json and model.safetensors, or a name like 'openai/clip-vit-base-patch32'.")
+        if not re.fullmatch(r'(hf-hub:)?[\w-][\w.-]*/[\w-][\w.-]*', str(name)) or folder.exists():
+            raise TinyclipError(
+                f"There is no model folder {str(name)!r}. Give a folder with config.json and "
+                "model.safetensors, or a name like 'openai/clip-vit-base-patch32'."
+            )
         folder = download_clip(str(name).removeprefix('hf-hub:'))
-    form,d = read_description(folder)
-    source,cfg = repr(str(folder)), model_cfg(d)
-    pre,merges = read_images(folder, d['vision']['image_size']), read_merges_of(folder, d['text']['vocab_size'])
+    form, d = read_description(folder)
+    source, cfg = repr(str(folder)), model_cfg(d)
+    pre = read_images(folder, d['vision']['image_size'])
+    merges = read_merges_of(folder, d['text']['vocab_size'])
     state = weights_of(folder)
-    if form=='clip': state = unpack(state, d, source)
-    elif odd := next((k for k in state if not k.startswith(('visual.', 'text.')) and k!='logit_scale'), None): raise TinyclipError(f'The weights in {source} do not fit its configuration: {odd} is not expected.')
-    else: state = {k.removeprefix('text.'):v for k,v in state.items()}
+    if form == 'clip':
+        state = unpack(state, d, source)
+    elif odd := next(
+        (k for k in state if not k.startswith(('visual.', 'text.')) and k != 'logit_scale'), None
+    ):
+        raise TinyclipError(
+            f'The weights in {source} do not fit its configuration: {odd} is not expected.'
+        )
+    else:
+        state = {k.removeprefix('text.'): v for k, v in state.items()}
     loaded = finish(assemble(cfg, state, source), cfg, pre)
-    if merges is None: return loaded
+    if merges is None:
+        return loaded
     loaded.model.merges = merges
     return loaded._replace(tokenizer=ShortTokenizer(merges, loaded.model.context_length))

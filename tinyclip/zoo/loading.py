@@ -7,87 +7,149 @@ __all__ = ['EMBEDDED', 'ASSETS', 'load_file', 'load_named', 'load_hub', 'is_path
 
 # %% ../../nbs/zoo/09_loading.ipynb #b069d335
 from pathlib import Path
+
 import open_clip
-import tinyclip
 import torch
+
+import tinyclip
 from ..core import TinyclipError, unknown
-from .folders import CONFIG, WEIGHTS, Loaded, finish, load_folder, save
+from .folders import CONFIG, Loaded, finish, load_folder, save
 from .from_transformers import from_transformers
 from .released import adopt, load_released, released
 from .weights import read_weights
 
 # %% ../../nbs/zoo/09_loading.ipynb #8453481f
 def load_file(
-    path, # A safetensors or torch file, read without running any code in it
-    base=None, # Name or `model_cfg` of the architecture, or of the one that the model was cut from; None where the file has a released model's name
-)->Loaded:
+    path,  # A safetensors or torch file, read without running any code in it
+    # Name or `model_cfg` of the architecture, or of the one that the model was cut from; None where
+    # the file has a released model's name
+    base=None,
+) -> Loaded:
     "Load a bare checkpoint, in any layout that the released code wrote"
     path = Path(path)
     known = released().get(path.stem)
-    if base is None and known: base = known['config'] or 'ViT-B-32'
-    if base is None: raise TinyclipError(f"{path.name!r} holds weights, and no configuration says what they belong to. Write 'ARCHITECTURE:{path}', e.g. 'ViT-B-32:{path}', or give load(..., config=) a configuration.")
-    model,cfg = adopt(read_weights(path), base, repr(str(path)))
+    if base is None and known:
+        base = known['config'] or 'ViT-B-32'
+    if base is None:
+        raise TinyclipError(
+            f"{path.name!r} holds weights, and no configuration says what they belong to. "
+            f"Write 'ARCHITECTURE:{path}', e.g. 'ViT-B-32:{path}', or give load(..., "
+            "config=) a configuration."
+        )
+    model, cfg = adopt(read_weights(path), base, repr(str(path)))
     return finish(model, cfg, {})
 
 # %% ../../nbs/zoo/09_loading.ipynb #4a0da8f4
 EMBEDDED = 'shapes-teacher'
-ASSETS = Path(tinyclip.__file__).parent/'assets'
+ASSETS = Path(tinyclip.__file__).parent / 'assets'
+
 
 def load_named(
-    name:str, # `'ARCHITECTURE:WEIGHTS'`, e.g. `'ViT-B-32:laion2b_s34b_b79k'`; weights are a tag of open_clip or a file
-)->Loaded:
+    # `'ARCHITECTURE:WEIGHTS'`, e.g. `'ViT-B-32:laion2b_s34b_b79k'`; weights are a tag of open_clip
+    # or a file
+    name: str,
+) -> Loaded:
     "Load an open_clip model by architecture and weights, downloading them if needed"
-    arch,_,tag = name.partition(':')
+    arch, _, tag = name.partition(':')
     arch = arch.replace('/', '-')
     if arch not in open_clip.list_models():
         e = unknown('model', arch, [*open_clip.list_models(), *released(), EMBEDDED], show=0)
-        raise TinyclipError(f'{e} Names are what open_clip.list_models() and `tinyclip zoo` list; or give a folder or a file.')
-    tags = open_clip.list_pretrained_tags_by_model(arch) + [n.removeprefix(arch+'-') for n in released() if n.startswith(arch+'-')]
-    if f'{arch}-{tag}' in released(): return finish(*load_released(f'{arch}-{tag}'), {}) # as the released code names them
-    if not tag: raise TinyclipError(f'{name!r} does not say which weights. Write {arch}:TAG' + (f'; known for {arch}: {", ".join(tags)}.' if tags else ' with a weights file as TAG; open_clip has none for it.'))
-    if tag not in tags and Path(tag).is_file(): return load_file(tag, arch)
-    if tag not in tags: raise unknown(f'weights for {arch}', tag, tags, show=40)
-    try: model = open_clip.create_model(arch, pretrained=tag)
-    except (RuntimeError, OSError) as e: raise TinyclipError(f'{name!r} could not be loaded: {str(e).splitlines()[0]}. Without a network, give a model folder.') from e
+        raise TinyclipError(
+            f'{e} Names are what open_clip.list_models() and `tinyclip zoo` list; or give a '
+            'folder or a file.'
+        )
+    tags = open_clip.list_pretrained_tags_by_model(arch) + [
+        n.removeprefix(arch + '-') for n in released() if n.startswith(arch + '-')
+    ]
+    if f'{arch}-{tag}' in released():
+        return finish(*load_released(f'{arch}-{tag}'), {})  # as the released code names them
+    if not tag:
+        raise TinyclipError(
+            f'{name!r} does not say which weights. Write {arch}:TAG'
+            + (
+                f'; known for {arch}: {", ".join(tags)}.'
+                if tags
+                else ' with a weights file as TAG; open_clip has none for it.'
+            )
+        )
+    if tag not in tags and Path(tag).is_file():
+        return load_file(tag, arch)
+    if tag not in tags:
+        raise unknown(f'weights for {arch}', tag, tags, show=40)
+    try:
+        model = open_clip.create_model(arch, pretrained=tag)
+    except (RuntimeError, OSError) as e:
+        raise TinyclipError(
+            f'{name!r} could not be loaded: {str(e).splitlines()[0]}. Without a network, '
+            'give a model folder.'
+        ) from e
     return finish(model, open_clip.get_model_config(arch), model.visual.preprocess_cfg, arch)
 
 # %% ../../nbs/zoo/09_loading.ipynb #e4a374f3
 def load_hub(
-    name:str, # `'hf-hub:org/repo'`
-)->Loaded:
+    name: str,  # `'hf-hub:org/repo'`
+) -> Loaded:
     "Load an open_clip or transformers model, or a slim student, from the Hugging Face hub"
     from huggingface_hub import HfApi, snapshot_download
+
     repo = name.removeprefix('hf-hub:')
     try:
         ours = CONFIG in HfApi().list_repo_files(repo)
-        folder = snapshot_download(repo, allow_patterns=['*.json', '*.txt', '*.model', *(['open_clip_*'] if ours else ['model.safetensors'])])
-    except Exception as e: # the hub client has many kinds, all of them mean that nothing came
-        raise TinyclipError(f'{name!r} could not be downloaded ({type(e).__name__}: {str(e).splitlines()[0][:150]}). Check the name and the network, or give a model folder.') from e
+        folder = snapshot_download(
+            repo,
+            allow_patterns=[
+                '*.json',
+                '*.txt',
+                '*.model',
+                *(['open_clip_*'] if ours else ['model.safetensors']),
+            ],
+        )
+    except Exception as e:  # the hub client has many kinds, all of them mean that nothing came
+        raise TinyclipError(
+            f'{name!r} could not be downloaded ({type(e).__name__}: '
+            f'{str(e).splitlines()[0][:150]}). Check the name and the network, or give a '
+            'model folder.'
+        ) from e
     return load_folder(folder) if ours else from_transformers(folder)
 
 # %% ../../nbs/zoo/09_loading.ipynb #6cd6fa40
-def is_path(text:str)->bool:
+def is_path(text: str) -> bool:
     "Whether a name that exists nowhere was meant as a path"
-    return text.startswith(('.', '/', '~')) or ('/' in text and text.replace('/', '-').split(':')[0] not in open_clip.list_models())
+    return text.startswith(('.', '/', '~')) or (
+        '/' in text and text.replace('/', '-').split(':')[0] not in open_clip.list_models()
+    )
 
-def is_transformers(folder:Path)->bool:
+
+def is_transformers(folder: Path) -> bool:
     "Whether a folder is one of transformers"
-    return (folder/'config.json').is_file() and not (folder/CONFIG).is_file()
+    return (folder / 'config.json').is_file() and not (folder / CONFIG).is_file()
+
 
 def load(
-    name, # A model folder, a file, or a name: see the table above
-    device:str|torch.device='cpu', # Where to put it
-    config=None, # For a bare file: name or `model_cfg` of its architecture, or of the one it was cut from
-)->Loaded: # `model, preprocess, tokenizer`
+    name,  # A model folder, a file, or a name: see the table above
+    device: str | torch.device = 'cpu',  # Where to put it
+    # For a bare file: name or `model_cfg` of its architecture, or of the one it was cut from
+    config=None,
+) -> Loaded:  # `model, preprocess, tokenizer`
     "Load a CLIP by name, from a folder or from a file, for use as a teacher or a student"
     text = str(name)
     path = Path(text.removeprefix('local-dir:')).expanduser()
-    if config is not None and not path.is_file(): raise TinyclipError(f'config= says what a bare weights file belongs to, and {text!r} is none.')
-    if text==EMBEDDED: loaded = load_folder(ASSETS/'teacher')
-    elif path.is_file(): loaded = load_file(path, config)
-    elif path.is_dir() and is_transformers(path): loaded = from_transformers(path)
-    elif text in released(): loaded = finish(*load_released(text), {})
-    elif text.startswith('hf-hub:'): loaded = load_hub(text)
-    elif text.startswith('local-dir:') or path.exists() or is_path(text): loaded = load_folder(path)
-    else: loaded = load_named(text)
+    if config is not None and not path.is_file():
+        raise TinyclipError(
+            f'config= says what a bare weights file belongs to, and {text!r} is none.'
+        )
+    if text == EMBEDDED:
+        loaded = load_folder(ASSETS / 'teacher')
+    elif path.is_file():
+        loaded = load_file(path, config)
+    elif path.is_dir() and is_transformers(path):
+        loaded = from_transformers(path)
+    elif text in released():
+        loaded = finish(*load_released(text), {})
+    elif text.startswith('hf-hub:'):
+        loaded = load_hub(text)
+    elif text.startswith('local-dir:') or path.exists() or is_path(text):
+        loaded = load_folder(path)
+    else:
+        loaded = load_named(text)
     return loaded._replace(model=loaded.model.to(device).eval())

@@ -9,25 +9,39 @@ __all__ = ['OPSETS', 'OPSET', 'ONE_FILE', 'IO', 'DTYPES', 'ONNX_CONFIG', 'FILES'
            'save_tokenizer', 'Parity', 'to_onnx', 'read_onnx_config', 'OnnxCLIP', 'onnx_report']
 
 # %% ../../nbs/zoo/08_onnx.ipynb #f0f70bda
-import contextlib, copy, importlib, json, logging, tempfile, warnings
+import contextlib
+import copy
+import importlib
+import json
+import logging
+import tempfile
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
+
 import numpy as np
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
+
 from ..core import Table, TinyclipError, evaluating, unknown, write_json
+from ..evaluate.cost import image_size
 from ..evaluate.zeroshot import finite, retrieval, zero_shot
 from .folders import preprocess_cfg, replacing
-from ..evaluate.cost import image_size
 from .vocabulary import ShortTokenizer, tokenizer_of
 
 # %% ../../nbs/zoo/08_onnx.ipynb #a4732179
 def need(
-    *names:str, # Modules
-)->list: # The modules
+    *names: str,  # Modules
+) -> list:  # The modules
     "Import optional packages, or say how to get them"
-    try: return [importlib.import_module(n) for n in names]
-    except ImportError as e: raise TinyclipError(f"ONNX needs the package {e.name or names[0]}, which cannot be imported here: pip install 'tinyclip[export]'.") from e
+    try:
+        return [importlib.import_module(n) for n in names]
+    except ImportError as e:
+        raise TinyclipError(
+            f"ONNX needs the package {e.name or names[0]}, which cannot be imported here: "
+            "pip install 'tinyclip[export]'."
+        ) from e
+
 
 @contextlib.contextmanager
 def quiet():
@@ -38,312 +52,563 @@ def quiet():
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             yield
-    finally: logging.disable(level)
+    finally:
+        logging.disable(level)
 
 # %% ../../nbs/zoo/08_onnx.ipynb #e18ba212
 def check_model(model):
     "Refuse what is not a finished CLIP"
-    if hasattr(model, 'log_alpha'): raise TinyclipError('This model still has its masks: cut it, masked.cut(), and export the student that it gives.')
-    if not isinstance(getattr(model, 'visual', None), nn.Module) or not hasattr(model, 'encode_text'):
-        raise TinyclipError(f'{type(model).__name__} is not an open_clip CLIP. Load one with tinyclip.zoo.load or open_clip.create_model.')
+    if hasattr(model, 'log_alpha'):
+        raise TinyclipError(
+            'This model still has its masks: cut it, masked.cut(), and export the student '
+            'that it gives.'
+        )
+    if not isinstance(getattr(model, 'visual', None), nn.Module) or not hasattr(
+        model, 'encode_text'
+    ):
+        raise TinyclipError(
+            f'{type(model).__name__} is not an open_clip CLIP. Load one with '
+            'tinyclip.zoo.load or open_clip.create_model.'
+        )
+
 
 def float_copy(
-    model:nn.Module, # A CLIP; left in its mode, type and place
-)->nn.Module: # On the CPU, in float32, in eval mode
+    model: nn.Module,  # A CLIP; left in its mode, type and place
+) -> nn.Module:  # On the CPU, in float32, in eval mode
     "The model that is exported"
     with evaluating(model):
-        model.train() # empties TinyViT's cache of position biases, which may be of another type
+        model.train()  # empties TinyViT's cache of position biases, which may be of another type
         new = copy.deepcopy(model)
     for o in new.modules():
-        if hasattr(o, 'grad_checkpointing'): o.grad_checkpointing = False
+        if hasattr(o, 'grad_checkpointing'):
+            o.grad_checkpointing = False
     return new.float().cpu().eval()
 
 # %% ../../nbs/zoo/08_onnx.ipynb #ea779adb
 def sample_inputs(
-    model:nn.Module, # A CLIP
-    n:int=3, # Rows
-)->tuple: # `(n,3,h,w)` noise; `(n,context)` tokens: texts of random length that end as the model expects, then zeros
+    model: nn.Module,  # A CLIP
+    n: int = 3,  # Rows
+) -> tuple:  # `(n,3,h,w)` noise; `(n,context)` tokens: texts of random length that end as the model expects, then zeros
     "Something to compare with, where the user gives nothing"
-    g,text = torch.Generator().manual_seed(0), getattr(model, 'text', model)
-    pool,eos = (getattr(text, a, getattr(text, f'text_{a}', None)) for a in ('pool_type', 'eos_id'))
-    ids = torch.randint(1, text.vocab_size-1, (n, model.context_length), generator=g)
-    end = torch.randint(1, model.context_length, (n,1), generator=g)
+    g = torch.Generator().manual_seed(0)
+    text = getattr(model, 'text', model)
+    pool, eos = (
+        getattr(text, a, getattr(text, f'text_{a}', None)) for a in ('pool_type', 'eos_id')
+    )
+    ids = torch.randint(1, text.vocab_size - 1, (n, model.context_length), generator=g)
+    end = torch.randint(1, model.context_length, (n, 1), generator=g)
     at = torch.arange(model.context_length)
-    ids = ids.masked_fill(at>end, 0).masked_fill(at==end, eos if pool=='eos' else text.vocab_size-1)
+    ids = ids.masked_fill(at > end, 0).masked_fill(
+        at == end, eos if pool == 'eos' else text.vocab_size - 1
+    )
     return torch.randn(n, 3, *image_size(model), generator=g), ids
 
 # %% ../../nbs/zoo/08_onnx.ipynb #9986d071
-OPSETS = range(18, 26) # What the exporter of torch writes and onnxruntime reads
+OPSETS = range(18, 26)  # What the exporter of torch writes and onnxruntime reads
 OPSET = 23
-ONE_FILE = 2**31 - 2**24 # Bytes; a file of this format holds no more than 2 GB
+ONE_FILE = 2**31 - 2**24  # Bytes; a file of this format holds no more than 2 GB
 IO = dict(image=('pixel_values', 'image_embeds'), text=('input_ids', 'text_embeds'))
 DTYPES = dict(image=torch.float32, text=torch.int64)
 
+
 class Tower(nn.Module):
     "One half of a CLIP, from pixels or tokens to unit rows"
-    def __init__(self,
-        model:nn.Module, # A CLIP
-        kind:str, # `'image'` or `'text'`
+
+    def __init__(
+        self,
+        model: nn.Module,  # A CLIP
+        kind: str,  # `'image'` or `'text'`
     ):
         super().__init__()
-        self.model,self.kind = model,kind
+        self.model = model
+        self.kind = kind
 
-    def forward(self, x:Tensor)->Tensor: return getattr(self.model, f'encode_{self.kind}')(x, normalize=True)
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self.model, f'encode_{self.kind}')(x, normalize=True)
 
 # %% ../../nbs/zoo/08_onnx.ipynb #b0f6fd29
 def export_tower(
-    model:nn.Module, # As from `float_copy`
-    kind:str, # `'image'` or `'text'`
-    x:Tensor, # Example input; its number of rows is not taken over
-    path, # The file; above 2 GB the weights go beside it, to `<name>.data`
-    opset:int=OPSET, # One of `OPSETS`
-    about:dict|None=None, # Facts for the file's metadata
-)->Path: # The file
+    model: nn.Module,  # As from `float_copy`
+    kind: str,  # `'image'` or `'text'`
+    x: Tensor,  # Example input; its number of rows is not taken over
+    path,  # The file; above 2 GB the weights go beside it, to `<name>.data`
+    opset: int = OPSET,  # One of `OPSETS`
+    about: dict | None = None,  # Facts for the file's metadata
+) -> Path:  # The file
     "Write one tower, with its weights"
-    onnx,_ = need('onnx', 'onnxscript')
-    if opset not in OPSETS: raise TinyclipError(f'opset={opset} cannot be written; choose {OPSETS[0]} to {OPSETS[-1]}.')
-    path,(inp,out) = Path(path), IO[kind]
+    onnx, _ = need('onnx', 'onnxscript')
+    if opset not in OPSETS:
+        raise TinyclipError(f'opset={opset} cannot be written; choose {OPSETS[0]} to {OPSETS[-1]}.')
+    path, (inp, out) = Path(path), IO[kind]
     try:
-        with quiet(), torch.no_grad(): proto = torch.onnx.export(Tower(model, kind).eval(), (torch.cat([x[:1]]*2),), dynamo=True, verbose=False, input_names=[inp], output_names=[out],
-                                                                 dynamic_shapes=({0:torch.export.Dim('batch')},), opset_version=opset).model_proto
-    except Exception as e: # the exporter has many kinds, and the reason stands in the cause
+        with quiet(), torch.no_grad():
+            proto = torch.onnx.export(
+                Tower(model, kind).eval(),
+                (torch.cat([x[:1]] * 2),),
+                dynamo=True,
+                verbose=False,
+                input_names=[inp],
+                output_names=[out],
+                dynamic_shapes=({0: torch.export.Dim('batch')},),
+                opset_version=opset,
+            ).model_proto
+    except Exception as e:  # the exporter has many kinds, and the reason stands in the cause
         why = (str(e.__cause__ or e).splitlines() or [''])[0]
-        raise TinyclipError(f'The {kind} tower cannot be exported to ONNX at opset {opset} ({type(e.__cause__ or e).__name__}: {why[:200]}).') from e
+        raise TinyclipError(
+            f'The {kind} tower cannot be exported to ONNX at opset {opset} '
+            f'({type(e.__cause__ or e).__name__}: {why[:200]}).'
+        ) from e
     forget_origins(proto)
-    onnx.helper.set_model_props(proto, {k:json.dumps(v) for k,v in (about or {}).items()})
+    onnx.helper.set_model_props(proto, {k: json.dumps(v) for k, v in (about or {}).items()})
     size = sum(len(t.raw_data) for t in proto.graph.initializer)
-    onnx.save(proto, str(path), **(dict(save_as_external_data=True, location=f'{path.name}.data') if size>ONE_FILE else {}))
+    onnx.save(
+        proto,
+        str(path),
+        **(
+            dict(save_as_external_data=True, location=f'{path.name}.data')
+            if size > ONE_FILE
+            else {}
+        ),
+    )
     return path
+
 
 def forget_origins(proto):
     "Remove source lines and inner shapes"
-    for o in (*proto.graph.node, *proto.graph.input, *proto.graph.output, *proto.graph.initializer, proto.graph, proto):
-        for f in ('metadata_props', 'doc_string'): o.ClearField(f)
+    for o in (
+        *proto.graph.node,
+        *proto.graph.input,
+        *proto.graph.output,
+        *proto.graph.initializer,
+        proto.graph,
+        proto,
+    ):
+        for f in ('metadata_props', 'doc_string'):
+            o.ClearField(f)
     del proto.graph.value_info[:]
 
 # %% ../../nbs/zoo/08_onnx.ipynb #cb5a5389
 def session(
-    path, # An ONNX file
-    providers=None, # Where it runs, as onnxruntime names it, e.g. `['CUDAExecutionProvider']`; None for the CPU
-): # An `onnxruntime.InferenceSession`
+    path,  # An ONNX file
+    # Where it runs, as onnxruntime names it, e.g. `['CUDAExecutionProvider']`; None for the CPU
+    providers=None,
+):  # An `onnxruntime.InferenceSession`
     "Open a file with onnxruntime, on as many threads as torch would use"
-    ort, = need('onnxruntime')
+    (ort,) = need('onnxruntime')
     providers = ['CPUExecutionProvider'] if providers is None else list(providers)
     odd = next((p for p in providers if p not in ort.get_available_providers()), None)
-    if odd: raise unknown('provider of onnxruntime here', odd, ort.get_available_providers())
+    if odd:
+        raise unknown('provider of onnxruntime here', odd, ort.get_available_providers())
     options = ort.SessionOptions()
-    options.log_severity_level,options.intra_op_num_threads = 3,torch.get_num_threads()
-    try: return ort.InferenceSession(str(path), options, providers=providers)
-    except Exception as e: raise TinyclipError(f'onnxruntime cannot read {str(path)!r} ({(str(e).splitlines() or [type(e).__name__])[0][:150]}); export it again.') from e
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        return ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as e:
+        raise TinyclipError(
+            f'onnxruntime cannot read {str(path)!r} '
+            f'({(str(e).splitlines() or [type(e).__name__])[0][:150]}); export it again.'
+        ) from e
+
 
 def run_rows(
-    s, # A session
-    x, # Its input, a tensor or an array
-)->np.ndarray: # Its output
+    s,  # A session
+    x,  # Its input, a tensor or an array
+) -> np.ndarray:  # Its output
     "Run a tower"
-    return s.run(None, {s.get_inputs()[0].name:np.asarray(x)})[0]
+    return s.run(None, {s.get_inputs()[0].name: np.asarray(x)})[0]
+
 
 def apart(
-    got:np.ndarray, # `(n, d)` rows
-    want:np.ndarray, # `(n, d)` rows, as they should be
-)->dict: # `difference`: the largest, as a share of the largest number wanted; `cosine`: of the worst row
+    got: np.ndarray,  # `(n, d)` rows
+    want: np.ndarray,  # `(n, d)` rows, as they should be
+) -> (
+    dict
+):  # `difference`: the largest, as a share of the largest number wanted; `cosine`: of the worst row
     "How far apart two sets of rows are"
-    norm = lambda a: np.linalg.norm(a, axis=1)
-    return dict(difference=float(abs(got-want).max()/abs(want).max()), cosine=float(((got*want).sum(1)/(norm(got)*norm(want))).min()))
+
+    def norm(a):
+        return np.linalg.norm(a, axis=1)
+
+    return dict(
+        difference=float(abs(got - want).max() / abs(want).max()),
+        cosine=float(((got * want).sum(1) / (norm(got) * norm(want))).min()),
+    )
 
 # %% ../../nbs/zoo/08_onnx.ipynb #d1b43e34
 def quantise_table(
-    proto, # A text tower; changed in place
-    rows:int, # Tokens
+    proto,  # A text tower; changed in place
+    rows: int,  # Tokens
 ):
     "Store the token table in 8 bits with a scale per row"
-    onnx, = need('onnx')
-    graph,make,pack = proto.graph, onnx.helper.make_node, onnx.numpy_helper.from_array
-    tables = {t.name:t for t in graph.initializer if len(t.dims)==2 and t.dims[0]==rows and t.data_type==onnx.TensorProto.FLOAT}
-    for i,n in [(i,n) for i,n in enumerate(graph.node) if n.op_type=='Gather' and n.input[0] in tables][::-1]:
-        name,ids,out = n.input[0], n.input[1], n.output[0]
+    (onnx,) = need('onnx')
+    graph = proto.graph
+    make = onnx.helper.make_node
+    pack = onnx.numpy_helper.from_array
+    tables = {
+        t.name: t
+        for t in graph.initializer
+        if len(t.dims) == 2 and t.dims[0] == rows and t.data_type == onnx.TensorProto.FLOAT
+    }
+    for i, n in [
+        (i, n) for i, n in enumerate(graph.node) if n.op_type == 'Gather' and n.input[0] in tables
+    ][::-1]:
+        name, ids, out = n.input[0], n.input[1], n.output[0]
         w = onnx.numpy_helper.to_array(tables[name])
-        scale = np.maximum(abs(w).max(1, keepdims=True)/127, 1e-12).astype(np.float32)
+        scale = np.maximum(abs(w).max(1, keepdims=True) / 127, 1e-12).astype(np.float32)
         graph.initializer.remove(tables[name])
-        graph.initializer.extend([pack(np.rint(w/scale).astype(np.int8), f'{name}_int8'), pack(scale, f'{name}_scale')])
+        graph.initializer.extend(
+            [pack(np.rint(w / scale).astype(np.int8), f'{name}_int8'), pack(scale, f'{name}_scale')]
+        )
         graph.node.remove(n)
-        for node in (make('Mul', [f'{out}_float', f'{out}_scale'], [out]), make('Gather', [f'{name}_scale', ids], [f'{out}_scale']),
-                     make('Cast', [f'{out}_int8'], [f'{out}_float'], to=onnx.TensorProto.FLOAT), make('Gather', [f'{name}_int8', ids], [f'{out}_int8'])): graph.node.insert(i, node)
+        for node in (
+            make('Mul', [f'{out}_float', f'{out}_scale'], [out]),
+            make('Gather', [f'{name}_scale', ids], [f'{out}_scale']),
+            make('Cast', [f'{out}_int8'], [f'{out}_float'], to=onnx.TensorProto.FLOAT),
+            make('Gather', [f'{name}_int8', ids], [f'{out}_int8']),
+        ):
+            graph.node.insert(i, node)
+
 
 def quantise(
-    source, # A tower's file
-    target, # The file to write
-    rows:int=0, # Tokens, for a text tower
-)->Path: # `target`
+    source,  # A tower's file
+    target,  # The file to write
+    rows: int = 0,  # Tokens, for a text tower
+) -> Path:  # `target`
     "Write a tower with 8-bit weights"
-    onnx,q = need('onnx', 'onnxruntime.quantization')
+    onnx, q = need('onnx', 'onnxruntime.quantization')
     proto = onnx.load(str(source), load_external_data=False)
-    grouped = lambda n: any(a.name=='group' and a.i>1 for a in n.attribute)
-    convs = [n.name for n in proto.graph.node if n.op_type=='Conv']
-    stay = convs[:1] + [n.name for n in proto.graph.node if n.op_type=='Conv' and grouped(n)]
+
+    def grouped(n):
+        return any(a.name == 'group' and a.i > 1 for a in n.attribute)
+
+    convs = [n.name for n in proto.graph.node if n.op_type == 'Conv']
+    stay = convs[:1] + [n.name for n in proto.graph.node if n.op_type == 'Conv' and grouped(n)]
     with quiet(), tempfile.TemporaryDirectory() as tmp:
-        q.quantize_dynamic(str(source), (part:=f'{tmp}/matrices.onnx'), op_types_to_quantize=['MatMul', 'Gemm'], per_channel=True, weight_type=q.QuantType.QInt8)
-        if set(convs)-set(stay): q.quantize_dynamic(part, (part:=f'{tmp}/convolutions.onnx'), op_types_to_quantize=['Conv'], per_channel=True, weight_type=q.QuantType.QUInt8, nodes_to_exclude=stay)
+        q.quantize_dynamic(
+            str(source),
+            (part := f'{tmp}/matrices.onnx'),
+            op_types_to_quantize=['MatMul', 'Gemm'],
+            per_channel=True,
+            weight_type=q.QuantType.QInt8,
+        )
+        if set(convs) - set(stay):
+            q.quantize_dynamic(
+                part,
+                (part := f'{tmp}/convolutions.onnx'),
+                op_types_to_quantize=['Conv'],
+                per_channel=True,
+                weight_type=q.QuantType.QUInt8,
+                nodes_to_exclude=stay,
+            )
         done = onnx.load(part)
-        if rows: quantise_table(done, rows)
+        if rows:
+            quantise_table(done, rows)
         forget_origins_keep_facts(done, proto)
         onnx.save(done, str(target))
     return Path(target)
 
+
 def forget_origins_keep_facts(proto, source):
     "As `forget_origins`, with the metadata of `source`"
-    facts = {p.key:p.value for p in source.metadata_props}
+    facts = {p.key: p.value for p in source.metadata_props}
     forget_origins(proto)
     need('onnx')[0].helper.set_model_props(proto, facts)
 
 # %% ../../nbs/zoo/08_onnx.ipynb #a5662348
 ONNX_CONFIG = 'onnx_config.json'
-FILES = (ONNX_CONFIG, *(f'{k}{q}.onnx{d}' for k in IO for q in ('', '.int8') for d in ('', '.data'))) # of an export; others are left alone
+FILES = (
+    ONNX_CONFIG,
+    *(f'{k}{q}.onnx{d}' for k in IO for q in ('', '.int8') for d in ('', '.data')),
+)  # of an export; others are left alone
 
-def onnx_config(model, opset)->dict:
+
+def onnx_config(model, opset) -> dict:
     "What a program needs besides the files"
-    image,text = (dict(input=i, output=o) for i,o in IO.values())
+    image, text = (dict(input=i, output=o) for i, o in IO.values())
     image |= preprocess_cfg(model) | dict(size=list(image_size(model)))
-    text |= dict(context_length=model.context_length, vocab_size=getattr(model, 'text', model).vocab_size)
-    number = lambda p: None if p is None else p.detach().float().reshape(-1)[0].item()
+    text |= dict(
+        context_length=model.context_length, vocab_size=getattr(model, 'text', model).vocab_size
+    )
+
+    def number(p):
+        return None if p is None else p.detach().float().reshape(-1)[0].item()
+
     bias = number(getattr(model, 'logit_bias', None))
-    return dict(format=1, opset=opset, unit_rows=True, logit_scale=float(np.exp(number(model.logit_scale))), logit_bias=bias, image=image, text=text)
+    return dict(
+        format=1,
+        opset=opset,
+        unit_rows=True,
+        logit_scale=float(np.exp(number(model.logit_scale))),
+        logit_bias=bias,
+        image=image,
+        text=text,
+    )
+
 
 def check_input(config, kind, x):
     "Refuse what a tower cannot read"
     c = config[kind]
-    shape = (3, *c['size']) if kind=='image' else (c['context_length'],)
-    said = f'{kind}s must be {"floats" if kind=="image" else "integers"} of shape (n, {", ".join(map(str, shape))})'
-    if not hasattr(x, 'shape') or tuple(x.shape[1:])!=shape or not len(x): raise TinyclipError(f'{said}, not {tuple(x.shape) if hasattr(x, "shape") else type(x).__name__}.')
-    if (kind=='image')!=('float' in str(x.dtype)) or 'bool' in str(x.dtype): raise TinyclipError(f'{said}, not {x.dtype}.')
-    if kind=='text' and not 0<=int(x.min())<=int(x.max())<c['vocab_size']: raise TinyclipError(f"Tokens must be numbers from 0 to {c['vocab_size']-1}, not {int(x.min())} to {int(x.max())}; use the tokenizer of this model.")
+    shape = (3, *c['size']) if kind == 'image' else (c['context_length'],)
+    said = (
+        f'{kind}s must be {"floats" if kind == "image" else "integers"} of shape (n, '
+        f'{", ".join(map(str, shape))})'
+    )
+    if not hasattr(x, 'shape') or tuple(x.shape[1:]) != shape or not len(x):
+        raise TinyclipError(
+            f'{said}, not {tuple(x.shape) if hasattr(x, "shape") else type(x).__name__}.'
+        )
+    if (kind == 'image') != ('float' in str(x.dtype)) or 'bool' in str(x.dtype):
+        raise TinyclipError(f'{said}, not {x.dtype}.')
+    if kind == 'text' and not 0 <= int(x.min()) <= int(x.max()) < c['vocab_size']:
+        raise TinyclipError(
+            f"Tokens must be numbers from 0 to {c['vocab_size'] - 1}, not {int(x.min())} to "
+            f"{int(x.max())}; use the tokenizer of this model."
+        )
 
-def parity(path, x, want)->dict:
+
+def parity(path, x, want) -> dict:
     "Run a file on one row and on all, and compare"
     s = session(path)
     got = np.concatenate([run_rows(s, x[:1]), run_rows(s, x)])
     size = sum(p.stat().st_size for p in (path, path.with_name(f'{path.name}.data')) if p.is_file())
-    return dict(file=path.name, **apart(got, np.concatenate([want[:1], want])), MB=size/1e6)
+    return dict(file=path.name, **apart(got, np.concatenate([want[:1], want])), MB=size / 1e6)
 
-def save_tokenizer(model, tokenizer, folder)->str|None:
+
+def save_tokenizer(model, tokenizer, folder) -> str | None:
     "Write a tokenizer that is not CLIP's own; what it is"
     if getattr(model, 'merges', None) is not None or isinstance(tokenizer, ShortTokenizer):
-        tokenizer_of(model, tokenizer).save(folder/'bpe.txt.gz')
+        tokenizer_of(model, tokenizer).save(folder / 'bpe.txt.gz')
         return 'bpe.txt.gz'
-    if not getattr(model, 'tokenizer_cfg', None): return None
-    if tokenizer is None: raise TinyclipError('This model uses a Hugging Face tokenizer; pass it as to_onnx(..., tokenizer=tokenizer), so that the folder is complete.')
+    if not getattr(model, 'tokenizer_cfg', None):
+        return None
+    if tokenizer is None:
+        raise TinyclipError(
+            'This model uses a Hugging Face tokenizer; pass it as to_onnx(..., '
+            'tokenizer=tokenizer), so that the folder is complete.'
+        )
     tokenizer.save_pretrained(str(folder))
     return 'huggingface'
 
 # %% ../../nbs/zoo/08_onnx.ipynb #de114c5b
-TOLERANCE = 1e-4 # Largest relative difference between torch and a float32 file
+TOLERANCE = 1e-4  # Largest relative difference between torch and a float32 file
+
 
 class Parity(Table):
     "One row per file: how near it comes to torch, and its size"
-    def cells(self): return Table({k:f'{v:.6f}' if k=='cosine' else v for k,v in row.items()} for row in self).cells()
+
+    def cells(self):
+        return Table(
+            {k: f'{v:.6f}' if k == 'cosine' else v for k, v in row.items()} for row in self
+        ).cells()
+
 
 def to_onnx(
-    model:nn.Module, # A CLIP or a student; left alone. Half precision is exported as float32
-    folder, # Made if absent; an older export in it is replaced
-    tokenizer=None, # Needed only for models with a Hugging Face tokenizer: its files go into the folder
-    images:Tensor|None=None, # `(n,3,h,w)` preprocessed images to compare with; None for noise
-    texts:Tensor|None=None, # `(n,context)` tokens to compare with; None for random ones
-    int8:bool=False, # Also write `image.int8.onnx` and `text.int8.onnx`
-    opset:int=OPSET, # One of `OPSETS`
-)->Parity: # `difference` and `cosine` to torch as in `apart`, and `MB`, of every file
+    model: nn.Module,  # A CLIP or a student; left alone. Half precision is exported as float32
+    folder,  # Made if absent; an older export in it is replaced
+    # Needed only for models with a Hugging Face tokenizer: its files go into the folder
+    tokenizer=None,
+    images: Tensor | None = None,  # `(n,3,h,w)` preprocessed images to compare with; None for noise
+    texts: Tensor | None = None,  # `(n,context)` tokens to compare with; None for random ones
+    int8: bool = False,  # Also write `image.int8.onnx` and `text.int8.onnx`
+    opset: int = OPSET,  # One of `OPSETS`
+) -> Parity:  # `difference` and `cosine` to torch as in `apart`, and `MB`, of every file
     "Write both towers of a CLIP as ONNX files that give what torch gives"
     need('onnx', 'onnxscript', 'onnxruntime')
     check_model(model)
     folder = Path(folder).expanduser()
-    m,rows = float_copy(model), Parity()
-    given,config = dict(zip(IO, sample_inputs(m))), onnx_config(m, opset)
-    given |= {k:v for k,v in dict(image=images, text=texts).items() if v is not None}
-    for k,x in given.items(): check_input(config, k, x)
-    given = {k:torch.as_tensor(x).detach().to('cpu', DTYPES[k]) for k,x in given.items()}
+    m, rows = float_copy(model), Parity()
+    given = dict(zip(IO, sample_inputs(m)))
+    config = onnx_config(m, opset)
+    given |= {k: v for k, v in dict(image=images, text=texts).items() if v is not None}
+    for k, x in given.items():
+        check_input(config, k, x)
+    given = {k: torch.as_tensor(x).detach().to('cpu', DTYPES[k]) for k, x in given.items()}
     with replacing(folder, FILES) as tmp:
-        for kind,x in given.items():
-            with torch.no_grad(): want = finite(Tower(m, kind)(x)).numpy() # before the export, which may leave its traces
-            path,about = tmp/f'{kind}.onnx', {k:config[k] for k in (kind, 'logit_scale', 'logit_bias')}
+        for kind, x in given.items():
+            with torch.no_grad():
+                want = finite(
+                    Tower(m, kind)(x)
+                ).numpy()  # before the export, which may leave its traces
+            path = tmp / f'{kind}.onnx'
+            about = {k: config[k] for k in (kind, 'logit_scale', 'logit_bias')}
             export_tower(m, kind, x, path, opset, about)
             rows.append(parity(path, x, want))
-            if not rows[-1]['difference']<=TOLERANCE: # not a number is no parity either
-                raise TinyclipError(f"The exported {kind} tower differs from torch by {rows[-1]['difference']:.1e} of the largest feature, more than {TOLERANCE:.0e}; nothing was written. Try another opset (this was {opset}).")
-            if int8: rows.append(parity(quantise(path, tmp/f'{kind}.int8.onnx', config['text']['vocab_size'] if kind=='text' else 0), x, want))
+            if not rows[-1]['difference'] <= TOLERANCE:  # not a number is no parity either
+                raise TinyclipError(
+                    f"The exported {kind} tower differs from torch by "
+                    f"{rows[-1]['difference']:.1e} of the largest feature, more than "
+                    f"{TOLERANCE:.0e}; nothing was written. Try another opset (this was "
+                    f"{opset})."
+                )
+            if int8:
+                rows.append(
+                    parity(
+                        quantise(
+                            path,
+                            tmp / f'{kind}.int8.onnx',
+                            config['text']['vocab_size'] if kind == 'text' else 0,
+                        ),
+                        x,
+                        want,
+                    )
+                )
         config['tokenizer'] = save_tokenizer(model, tokenizer, tmp)
-        config['files'] = {p.name:p.stat().st_size for p in sorted(tmp.glob('*.onnx*'))}
-        config['parity'] = {r['file']:{k:r[k] for k in ('difference', 'cosine')} for r in rows}
-        write_json(tmp/ONNX_CONFIG, config)
+        config['files'] = {p.name: p.stat().st_size for p in sorted(tmp.glob('*.onnx*'))}
+        config['parity'] = {r['file']: {k: r[k] for k in ('difference', 'cosine')} for r in rows}
+        write_json(tmp / ONNX_CONFIG, config)
     return rows
 
 # %% ../../nbs/zoo/08_onnx.ipynb #acce8f86
 def read_onnx_config(
-    folder:Path, # As written by `to_onnx`
-)->dict:
+    folder: Path,  # As written by `to_onnx`
+) -> dict:
     "The configuration of an export, once its files are known to be whole"
-    path = folder/ONNX_CONFIG
-    if not path.is_file(): raise TinyclipError(f'{str(folder)!r} holds no finished export: {ONNX_CONFIG} is missing. Export again with tinyclip.zoo.onnx.to_onnx.')
-    try: c = json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e: raise TinyclipError(f'{str(path)!r} is not valid JSON ({e}); export again.') from e
+    path = folder / ONNX_CONFIG
+    if not path.is_file():
+        raise TinyclipError(
+            f'{str(folder)!r} holds no finished export: {ONNX_CONFIG} is missing. Export '
+            'again with tinyclip.zoo.onnx.to_onnx.'
+        )
+    try:
+        c = json.loads(path.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as e:
+        raise TinyclipError(f'{str(path)!r} is not valid JSON ({e}); export again.') from e
     kinds = dict(image=dict, text=dict, logit_scale=float, files=dict)
-    lacking = next((k for k,kind in kinds.items() if not isinstance(c, dict) or not isinstance(c.get(k), kind)), None)
-    lacking = lacking or next((k for part,ks in (('image', ('size', 'mean', 'std')), ('text', ('context_length', 'vocab_size'))) for k in ks if k not in c[part]), None)
-    if lacking: raise TinyclipError(f'{str(path)!r} says nothing about {lacking!r}; it was not written by tinyclip, export again.')
-    odd = next((n for n,size in c['files'].items() if Path(n).name!=n or not (folder/n).is_file() or (folder/n).stat().st_size!=size), None)
-    if odd: raise TinyclipError(f'{str(folder/odd)!r} is missing or has another size than {ONNX_CONFIG} says; export again.')
+    lacking = next(
+        (
+            k
+            for k, kind in kinds.items()
+            if not isinstance(c, dict) or not isinstance(c.get(k), kind)
+        ),
+        None,
+    )
+    lacking = lacking or next(
+        (
+            k
+            for part, ks in (
+                ('image', ('size', 'mean', 'std')),
+                ('text', ('context_length', 'vocab_size')),
+            )
+            for k in ks
+            if k not in c[part]
+        ),
+        None,
+    )
+    if lacking:
+        raise TinyclipError(
+            f'{str(path)!r} says nothing about {lacking!r}; it was not written by tinyclip, '
+            'export again.'
+        )
+    odd = next(
+        (
+            n
+            for n, size in c['files'].items()
+            if Path(n).name != n
+            or not (folder / n).is_file()
+            or (folder / n).stat().st_size != size
+        ),
+        None,
+    )
+    if odd:
+        raise TinyclipError(
+            f'{str(folder / odd)!r} is missing or has another size than {ONNX_CONFIG} says; '
+            'export again.'
+        )
     return c
 
 # %% ../../nbs/zoo/08_onnx.ipynb #aa27e1f2
 class OnnxCLIP(nn.Module):
     "An export that answers as a CLIP does: `zero_shot`, `retrieval` and `transforms` take it"
-    def __init__(self,
-        folder, # As written by `to_onnx`
-        int8:bool=False, # The 8-bit files
-        providers=None, # As in `session`
+
+    def __init__(
+        self,
+        folder,  # As written by `to_onnx`
+        int8: bool = False,  # The 8-bit files
+        providers=None,  # As in `session`
     ):
         super().__init__()
         folder = Path(folder).expanduser()
         c = self.config = read_onnx_config(folder)
-        if int8 and 'image.int8.onnx' not in c['files']: raise TinyclipError(f'{str(folder)!r} has no 8-bit files; export with int8=True.')
-        self.sessions = {k:session(folder/f'{k}{".int8" if int8 else ""}.onnx', providers) for k in IO}
-        pre = {k:v for k,v in c['image'].items() if k not in ('input', 'output')} | dict(size=tuple(c['image']['size']))
-        self.visual = SimpleNamespace(image_size=pre['size'], preprocess_cfg=pre, image_mean=pre['mean'], image_std=pre['std'])
-        self.context_length,self.vocab_size = c['text']['context_length'],c['text']['vocab_size']
+        if int8 and 'image.int8.onnx' not in c['files']:
+            raise TinyclipError(f'{str(folder)!r} has no 8-bit files; export with int8=True.')
+        self.sessions = {
+            k: session(folder / f'{k}{".int8" if int8 else ""}.onnx', providers) for k in IO
+        }
+        pre = {k: v for k, v in c['image'].items() if k not in ('input', 'output')} | dict(
+            size=tuple(c['image']['size'])
+        )
+        self.visual = SimpleNamespace(
+            image_size=pre['size'], preprocess_cfg=pre, image_mean=pre['mean'], image_std=pre['std']
+        )
+        self.context_length = c['text']['context_length']
+        self.vocab_size = c['text']['vocab_size']
         self.logit_scale = nn.Parameter(torch.tensor(c['logit_scale']).log(), requires_grad=False)
-        self.logit_bias = None if c.get('logit_bias') is None else nn.Parameter(torch.tensor(c['logit_bias']), requires_grad=False)
+        self.logit_bias = (
+            None
+            if c.get('logit_bias') is None
+            else nn.Parameter(torch.tensor(c['logit_bias']), requires_grad=False)
+        )
         self.eval()
 
-    def encode_image(self, images, normalize:bool=True): return self._encode('image', images, normalize)
-    def encode_text(self, texts, normalize:bool=True): return self._encode('text', texts, normalize)
+    def encode_image(self, images, normalize: bool = True):
+        return self._encode('image', images, normalize)
+
+    def encode_text(self, texts, normalize: bool = True):
+        return self._encode('text', texts, normalize)
 
     def _encode(self, kind, x, normalize):
-        if not normalize: raise TinyclipError('An export gives rows of unit length; what they were before is not in it. Call it with normalize=True.')
+        if not normalize:
+            raise TinyclipError(
+                'An export gives rows of unit length; what they were before is not in it. '
+                'Call it with normalize=True.'
+            )
         check_input(self.config, kind, x)
         rows = run_rows(self.sessions[kind], torch.as_tensor(x).detach().to('cpu', DTYPES[kind]))
         return torch.from_numpy(rows).to(x.device) if isinstance(x, Tensor) else rows
 
-    def forward(self, image, text): # As open_clip: image features, text features, logit scale
+    def forward(self, image, text):  # As open_clip: image features, text features, logit scale
         return self.encode_image(image), self.encode_text(text), self.logit_scale.exp()
 
 # %% ../../nbs/zoo/08_onnx.ipynb #4aedfc2f
 def onnx_report(
-    model:nn.Module|None, # The model that was exported; None to leave its row out
-    folder, # Its export
-    tokenizer, # Its tokenizer
-    batches, # `data.labelled(...)` for zero-shot classification, `data.captioned(...)` for retrieval; or a list of such batches
-    classnames=None, # As in `evaluate.zero_shot`
-    templates='simple', # As in `evaluate.zero_shot`
-)->Table: # A row each for torch, float32 and, where it was written, 8 bits: `zero_shot` or `retrieval`, and `MB`
+    model: nn.Module | None,  # The model that was exported; None to leave its row out
+    folder,  # Its export
+    tokenizer,  # Its tokenizer
+    # `data.labelled(...)` for zero-shot classification, `data.captioned(...)` for retrieval; or a
+    # list of such batches
+    batches,
+    classnames=None,  # As in `evaluate.zero_shot`
+    templates='simple',  # As in `evaluate.zero_shot`
+) -> Table:  # A row each for torch, float32 and, where it was written, 8 bits: `zero_shot` or `retrieval`, and `MB`
     "Accuracy of an export beside that of its model, on the same data"
-    if iter(batches) is batches: raise TinyclipError('These batches can be read once only, and every model needs them: give tinyclip.data.labelled(...), captioned(...) or a list.')
-    sizes,first = read_onnx_config(Path(folder).expanduser())['files'], next(iter(batches), None)
-    if first is None: raise TinyclipError('There are no images to compare on.')
-    ask = (lambda m: retrieval(m, batches)) if len(first)==3 else (lambda m: zero_shot(m, tokenizer, batches, classnames, templates))
+    if iter(batches) is batches:
+        raise TinyclipError(
+            'These batches can be read once only, and every model needs them: give '
+            'tinyclip.data.labelled(...), captioned(...) or a list.'
+        )
+    sizes = read_onnx_config(Path(folder).expanduser())['files']
+    first = next(iter(batches), None)
+    if first is None:
+        raise TinyclipError('There are no images to compare on.')
+    ask = (
+        (lambda m: retrieval(m, batches))
+        if len(first) == 3
+        else (lambda m: zero_shot(m, tokenizer, batches, classnames, templates))
+    )
     rows = Table()
     if model is not None:
         check_model(model)
-        plain = all(p.dtype==torch.float32 for p in model.parameters())
+        plain = all(p.dtype == torch.float32 for p in model.parameters())
         rows.append(dict(model='torch', **ask(model if plain else float_copy(model))))
-    for name,q in (('onnx', ''), ('onnx int8', '.int8')):
+    for name, q in (('onnx', ''), ('onnx int8', '.int8')):
         mine = [f'{k}{q}.onnx' for k in IO]
-        if mine[0] in sizes: rows.append(dict(model=name, **ask(OnnxCLIP(folder, int8=bool(q))), MB=sum(sizes.get(n, 0)+sizes.get(f'{n}.data', 0) for n in mine)/1e6))
+        if mine[0] in sizes:
+            rows.append(
+                dict(
+                    model=name,
+                    **ask(OnnxCLIP(folder, int8=bool(q))),
+                    MB=sum(sizes.get(n, 0) + sizes.get(f'{n}.data', 0) for n in mine) / 1e6,
+                )
+            )
     return rows

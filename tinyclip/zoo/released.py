@@ -6,95 +6,153 @@
 __all__ = ['BASE', 'released', 'published', 'tower_sizes', 'slim_cfg', 'adopt', 'fetch', 'load_released']
 
 # %% ../../nbs/zoo/05_released.ipynb #0092654c
-import json, re
+import json
+import re
 from math import isqrt
 from pathlib import Path
+
 import tinyclip
-from ..towers.architecture import config, static_cfg, with_sizes
 from ..core import Table, TinyclipError, unknown
+from ..towers.architecture import config, static_cfg, with_sizes
 from .download import cache_folder, download
 from .weights import assemble, plain_names, read_weights, sketch
 
 # %% ../../nbs/zoo/05_released.ipynb #54e0e8a1
-def released()->dict: # name -> what was published: `inheritance`, `data`, `top1` (%), `macs` (G), `throughput` (pairs/s), `url`, `config`
+def released() -> (
+    dict
+):  # name -> what was published: `inheritance`, `data`, `top1` (%), `macs` (G), `throughput` (pairs/s), `url`, `config`
     "The released TinyCLIP checkpoints, by name"
-    path = Path(tinyclip.__file__).parent/'assets'/'released.json'
-    return {r['name']:r for r in json.loads(path.read_text(encoding='utf-8'))}
+    path = Path(tinyclip.__file__).parent / 'assets' / 'released.json'
+    return {r['name']: r for r in json.loads(path.read_text(encoding='utf-8'))}
 
-def published()->Table:
+
+def published() -> Table:
     "The published facts as a table"
-    return Table({'name':n, 'inheritance':r['inheritance'], 'trained on':r['data'], 'image + text':f"{r['image']} + {r['text']} M", 'ImageNet top-1 (%)':r['top1'], 'MACs (G)':r['macs'], 'pairs/s':str(r['throughput'])}
-                 for n,r in released().items())
+    return Table(
+        {
+            'name': n,
+            'inheritance': r['inheritance'],
+            'trained on': r['data'],
+            'image + text': f"{r['image']} + {r['text']} M",
+            'ImageNet top-1 (%)': r['top1'],
+            'MACs (G)': r['macs'],
+            'pairs/s': str(r['throughput']),
+        }
+        for n, r in released().items()
+    )
 
 # %% ../../nbs/zoo/05_released.ipynb #6a424098
 def tower_sizes(
-    state:dict, # Weights under open_clip's names
-    tower:str, # `'image'` or `'text'`
-    prefix:str, # Where its blocks are, e.g. `'visual.transformer.resblocks'`
-    depth:int, # Layers before the cut
-    head_dim:int, # Channels per head
-)->dict: # Axis -> size, as in `Layout.sizes`
+    state: dict,  # Weights under open_clip's names
+    tower: str,  # `'image'` or `'text'`
+    prefix: str,  # Where its blocks are, e.g. `'visual.transformer.resblocks'`
+    depth: int,  # Layers before the cut
+    head_dim: int,  # Channels per head
+) -> dict:  # Axis -> size, as in `Layout.sizes`
     "Layers, heads and neurons of a transformer"
-    rows = lambda i,part: state[n].shape[0] if (n:=f'{prefix}.{i}.{part}') in state else 0
-    there = [int(m[1]) for n in state if (m:=re.match(re.escape(prefix)+r'\.(\d+)\.', n))]
-    sizes = {f'{tower}.layers':max(depth, max(there, default=-1)+1)}
-    if sizes[f'{tower}.layers'] > 1024: raise TinyclipError(f'The weights name a layer {max(there)} of the {tower} tower, which no CLIP has; the file is damaged or hostile.')
+
+    def rows(i, part):
+        return state[n].shape[0] if (n := f'{prefix}.{i}.{part}') in state else 0
+
+    there = [int(m[1]) for n in state if (m := re.match(re.escape(prefix) + r'\.(\d+)\.', n))]
+    sizes = {f'{tower}.layers': max(depth, max(there, default=-1) + 1)}
+    if sizes[f'{tower}.layers'] > 1024:
+        raise TinyclipError(
+            f'The weights name a layer {max(there)} of the {tower} tower, which no CLIP has; '
+            'the file is damaged or hostile.'
+        )
     for i in range(sizes[f'{tower}.layers']):
         inner = rows(i, 'attn.in_proj_weight')
-        if inner % (3*head_dim): raise TinyclipError(f'Layer {i} of the {tower} tower has {inner//3} attention channels, which are no whole heads of {head_dim}; name the configuration that this model was cut from.')
-        sizes |= {f'{tower}.layers.{i}.heads':inner//(3*head_dim), f'{tower}.layers.{i}.ffn':rows(i, 'mlp.c_fc.weight')}
+        if inner % (3 * head_dim):
+            raise TinyclipError(
+                f'Layer {i} of the {tower} tower has {inner // 3} attention channels, which '
+                f'are no whole heads of {head_dim}; name the configuration that this model '
+                'was cut from.'
+            )
+        sizes |= {
+            f'{tower}.layers.{i}.heads': inner // (3 * head_dim),
+            f'{tower}.layers.{i}.ffn': rows(i, 'mlp.c_fc.weight'),
+        }
     return sizes
 
+
 def slim_cfg(
-    state:dict, # Weights under open_clip's names
-    base:dict, # `model_cfg` of what the model was cut from
-)->dict: # `model_cfg` with `tinyclip_cfg` where layers are unequal
+    state: dict,  # Weights under open_clip's names
+    base: dict,  # `model_cfg` of what the model was cut from
+) -> dict:  # `model_cfg` with `tinyclip_cfg` where layers are unequal
     "The configuration that weights show, with head size and activation from `base`"
     plan = sketch(base, 'The configuration')
     static = static_cfg(plan)
     text = 'text.' if any(n.startswith('text.') for n in state) else ''
-    if 'visual.conv1.weight' not in state or 'visual.class_embedding' not in state or f'{text}token_embedding.weight' not in state: return base # a ResNet or timm tower: shapes are not enough
-    conv,position,table = state['visual.conv1.weight'], state['visual.positional_embedding'], state[f'{text}token_embedding.weight']
-    static['vision_cfg'] |= dict(patch_size=conv.shape[-1], image_size=isqrt(position.shape[0]-1)*conv.shape[-1])
-    static['text_cfg'] |= dict(vocab_size=table.shape[0], context_length=state[f'{text}positional_embedding'].shape[0])
-    sizes = {'embed':state['visual.proj'].shape[1], 'image.width':conv.shape[0], 'text.width':table.shape[1]}
-    for tower,prefix,key in (('image', 'visual.transformer.resblocks', 'vision_cfg'), ('text', f'{text}transformer.resblocks', 'text_cfg')):
+    if (
+        'visual.conv1.weight' not in state
+        or 'visual.class_embedding' not in state
+        or f'{text}token_embedding.weight' not in state
+    ):
+        return base  # a ResNet or timm tower: shapes are not enough
+    conv = state['visual.conv1.weight']
+    position = state['visual.positional_embedding']
+    table = state[f'{text}token_embedding.weight']
+    static['vision_cfg'] |= dict(
+        patch_size=conv.shape[-1], image_size=isqrt(position.shape[0] - 1) * conv.shape[-1]
+    )
+    static['text_cfg'] |= dict(
+        vocab_size=table.shape[0], context_length=state[f'{text}positional_embedding'].shape[0]
+    )
+    sizes = {
+        'embed': state['visual.proj'].shape[1],
+        'image.width': conv.shape[0],
+        'text.width': table.shape[1],
+    }
+    for tower, prefix, key in (
+        ('image', 'visual.transformer.resblocks', 'vision_cfg'),
+        ('text', f'{text}transformer.resblocks', 'text_cfg'),
+    ):
         blocks = plan.get_submodule(prefix)
         sizes |= tower_sizes(state, tower, prefix, len(blocks), static[key]['head_dim'])
     return with_sizes(static, sizes)
 
 # %% ../../nbs/zoo/05_released.ipynb #9ea63075
 def adopt(
-    state:dict, # A checkpoint in any released layout, as from `read_weights`
-    base, # Name or `model_cfg` of the model, or of what it was cut from
-    source:str='the checkpoint', # For errors
-)->tuple: # (model in eval mode, its `model_cfg`)
+    state: dict,  # A checkpoint in any released layout, as from `read_weights`
+    base,  # Name or `model_cfg` of the model, or of what it was cut from
+    source: str = 'the checkpoint',  # For errors
+) -> tuple:  # (model in eval mode, its `model_cfg`)
     "Make a model of a released checkpoint, plain or slim"
     base = config(base) if isinstance(base, str) else base
     state = plain_names(state, source)
-    try: cfg = slim_cfg(state, base)
-    except (KeyError, IndexError) as e: raise TinyclipError(f'The weights in {source} do not fit its configuration: {e} is missing.') from e
+    try:
+        cfg = slim_cfg(state, base)
+    except (KeyError, IndexError) as e:
+        raise TinyclipError(
+            f'The weights in {source} do not fit its configuration: {e} is missing.'
+        ) from e
     return assemble(cfg, state, source), cfg
 
 # %% ../../nbs/zoo/05_released.ipynb #7ccecdac
-BASE = 'ViT-B-32' # what the five auto-inherited models were cut from
+BASE = 'ViT-B-32'  # what the five auto-inherited models were cut from
+
 
 def fetch(
-    name:str, # One of `released()`
-    folder=None, # Where downloads are kept; None for `download.cache_folder()`
-    progress:bool=True, # Show a bar
-)->Path: # The checkpoint's file
+    name: str,  # One of `released()`
+    folder=None,  # Where downloads are kept; None for `download.cache_folder()`
+    progress: bool = True,  # Show a bar
+) -> Path:  # The checkpoint's file
     "Download a released checkpoint, once; a part that a broken download left is gone on from"
-    if name not in released(): raise unknown('released model', name, released())
+    if name not in released():
+        raise unknown('released model', name, released())
     fact = released()[name]
-    return download(fact['url'], Path(folder or cache_folder())/fact['file'], progress=progress)
+    return download(fact['url'], Path(folder or cache_folder()) / fact['file'], progress=progress)
+
 
 def load_released(
-    name:str, # One of `released()`
-    **options, # As in `fetch`
-)->tuple: # (model, `model_cfg`)
+    name: str,  # One of `released()`
+    **options,  # As in `fetch`
+) -> tuple:  # (model, `model_cfg`)
     "A released model, downloaded if it is not here yet"
     path = fetch(name, **options)
-    try: state = read_weights(path)
-    except TinyclipError as e: raise TinyclipError(f'{e} Delete {str(path)!r} to have it downloaded again.') from e
+    try:
+        state = read_weights(path)
+    except TinyclipError as e:
+        raise TinyclipError(f'{e} Delete {str(path)!r} to have it downloaded again.') from e
     return adopt(state, released()[name]['config'] or BASE, name)

@@ -8,190 +8,392 @@ __all__ = ['BPE', 'TOP', 'TURNED', 'BLOCKS', 'FILES', 'FORMS', 'MODELLING', 'tow
            'slim_config', 'snippet', 'to_transformers']
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #723e0e6a
-import json, math, shutil
+import json
+import math
+import shutil
 from pathlib import Path
-import tinyclip
+
 import torch
 from open_clip.transformer import VisionTransformer
 from safetensors.torch import save_file
 from torch import nn
-from ..towers.architecture import architecture
+
+import tinyclip
 from ..core import TinyclipError, unknown
+from ..towers.architecture import architecture
 from .folders import preprocess_cfg, replacing
 from .vocabulary import tokenizer_of, vocab_and_merges
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #7d97df1d
-BPE = 49408 # tokens of CLIP's vocabulary; the last one ends a text
+BPE = 49408  # tokens of CLIP's vocabulary; the last one ends a text
 
-def tower_of(cfg, tower)->dict:
+
+def tower_of(cfg, tower) -> dict:
     "Heads and neurons of every layer, and what the layers are made of"
-    part = cfg['vision_cfg' if tower=='image' else 'text_cfg']
-    width,n = part['width'], part['layers']
-    head_dim = part['head_width'] if tower=='image' else width//part['heads']
-    even = dict(head_dim=head_dim, heads=[width//head_dim]*n, ffn=[int(width*part.get('mlp_ratio', 4.))]*n)
-    act = 'quick_gelu' if cfg.get('quick_gelu') else 'gelu_pytorch_tanh' if 'act_kwargs' in part else 'gelu'
-    return dict(width=width, **cfg.get('tinyclip_cfg', {}).get(tower, even), act=act, eps=part.get('norm_kwargs', {}).get('eps', 1e-5), layer_scale='ls_init_value' in part)
+    part = cfg['vision_cfg' if tower == 'image' else 'text_cfg']
+    width, n = part['width'], part['layers']
+    head_dim = part['head_width'] if tower == 'image' else width // part['heads']
+    even = dict(
+        head_dim=head_dim,
+        heads=[width // head_dim] * n,
+        ffn=[int(width * part.get('mlp_ratio', 4.0))] * n,
+    )
+    act = (
+        'quick_gelu'
+        if cfg.get('quick_gelu')
+        else 'gelu_pytorch_tanh'
+        if 'act_kwargs' in part
+        else 'gelu'
+    )
+    return dict(
+        width=width,
+        **cfg.get('tinyclip_cfg', {}).get(tower, even),
+        act=act,
+        eps=part.get('norm_kwargs', {}).get('eps', 1e-5),
+        layer_scale='ls_init_value' in part,
+    )
+
 
 def describe(
-    model:nn.Module, # A CLIP or a student
-)->dict: # `vision`, `text`, `projection_dim`
+    model: nn.Module,  # A CLIP or a student
+) -> dict:  # `vision`, `text`, `projection_dim`
     "What transformers has to know of a model; a sentence where it cannot hold it"
     cfg = architecture(model)
-    vision,text = cfg['vision_cfg'], cfg['text_cfg']
-    if not isinstance(model.visual, VisionTransformer): raise TinyclipError(f'The image tower is a {type(model.visual).__name__}; transformers is offered vision transformers only. Keep this model as an open_clip folder, or export it to ONNX.')
-    if model.logit_bias is not None: raise TinyclipError('This model has a logit_bias (SigLIP); the CLIP of transformers has none.')
-    if text.get('pool_type', 'argmax') not in ('argmax', 'eos'): raise TinyclipError(f"The text tower pools by {text['pool_type']!r}; the CLIP of transformers takes the token that ends the text.")
-    if text.get('no_causal_mask'): raise TinyclipError('The text tower has no causal mask, so padding changes its features; the tokenizer of transformers pads otherwise than open_clip.')
-    if getattr(model, 'tokenizer_cfg', None): raise TinyclipError('This model has a Hugging Face tokenizer of its own; only models with the tokenizer of CLIP can be exported.')
-    pair = lambda v: [v, v] if isinstance(v, int) else list(v)
+    vision, text = cfg['vision_cfg'], cfg['text_cfg']
+    if not isinstance(model.visual, VisionTransformer):
+        raise TinyclipError(
+            f'The image tower is a {type(model.visual).__name__}; transformers is offered '
+            'vision transformers only. Keep this model as an open_clip folder, or export it '
+            'to ONNX.'
+        )
+    if model.logit_bias is not None:
+        raise TinyclipError(
+            'This model has a logit_bias (SigLIP); the CLIP of transformers has none.'
+        )
+    if text.get('pool_type', 'argmax') not in ('argmax', 'eos'):
+        raise TinyclipError(
+            f"The text tower pools by {text['pool_type']!r}; the CLIP of transformers takes "
+            "the token that ends the text."
+        )
+    if text.get('no_causal_mask'):
+        raise TinyclipError(
+            'The text tower has no causal mask, so padding changes its features; the '
+            'tokenizer of transformers pads otherwise than open_clip.'
+        )
+    if getattr(model, 'tokenizer_cfg', None):
+        raise TinyclipError(
+            'This model has a Hugging Face tokenizer of its own; only models with the '
+            'tokenizer of CLIP can be exported.'
+        )
+
+    def pair(v):
+        return [v, v] if isinstance(v, int) else list(v)
+
     pool = vision.get('pool_type', 'tok')
-    v = dict(image_size=pair(vision['image_size']), patch_size=pair(vision['patch_size']), pre_norm=not vision.get('no_ln_pre', False),
-             pool='avg_first' if pool=='avg' and vision.get('final_ln_after_pool') else pool)
-    t = dict(vocab_size=text['vocab_size'], context_length=text['context_length'], eos_id=text['eos_id'] if text.get('pool_type')=='eos' else None, projection_bias=text.get('proj_bias', False))
-    return dict(vision=tower_of(cfg, 'image')|v, text=tower_of(cfg, 'text')|t, projection_dim=cfg['embed_dim'])
+    v = dict(
+        image_size=pair(vision['image_size']),
+        patch_size=pair(vision['patch_size']),
+        pre_norm=not vision.get('no_ln_pre', False),
+        pool='avg_first' if pool == 'avg' and vision.get('final_ln_after_pool') else pool,
+    )
+    t = dict(
+        vocab_size=text['vocab_size'],
+        context_length=text['context_length'],
+        eos_id=text['eos_id'] if text.get('pool_type') == 'eos' else None,
+        projection_bias=text.get('proj_bias', False),
+    )
+    return dict(
+        vision=tower_of(cfg, 'image') | v,
+        text=tower_of(cfg, 'text') | t,
+        projection_dim=cfg['embed_dim'],
+    )
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #0c7dccf6
 def fit(
-    tower:dict, # From `describe`
-)->tuple|None: # (heads, head size, neurons) of every layer of a CLIPModel; None if there are none that fit
+    tower: dict,  # From `describe`
+) -> (
+    tuple | None
+):  # (heads, head size, neurons) of every layer of a CLIPModel; None if there are none that fit
     "The smallest even layers that hold the layers of a tower"
-    width,heads = tower['width'], max(1, *tower['heads'])
-    size = next((d for d in range(tower['head_dim'], width+1) if width%d==0 and width//d >= heads), None)
-    return size and (width//size, size, max(1, *tower['ffn']))
+    width, heads = tower['width'], max(1, *tower['heads'])
+    size = next(
+        (d for d in range(tower['head_dim'], width + 1) if width % d == 0 and width // d >= heads),
+        None,
+    )
+    return size and (width // size, size, max(1, *tower['ffn']))
+
 
 def obstacle(
-    d:dict, # From `describe`
-)->str: # Empty if it can
+    d: dict,  # From `describe`
+) -> str:  # Empty if it can
     "Why a model cannot be a CLIPModel"
-    v,t = d['vision'], d['text']
-    if v['pool']!='tok': return 'the image tower pools by average'
-    if not v['pre_norm']: return 'the image tower has no norm before its layers'
-    if any(a!=b for a,b in (v['image_size'], v['patch_size'])): return 'images or patches are not square'
-    if t['projection_bias']: return 'the text projection has a bias'
-    if t['eos_id']==2: return 'texts end with token 2, to which CLIPModel gives another meaning'
+    v, t = d['vision'], d['text']
+    if v['pool'] != 'tok':
+        return 'the image tower pools by average'
+    if not v['pre_norm']:
+        return 'the image tower has no norm before its layers'
+    if any(a != b for a, b in (v['image_size'], v['patch_size'])):
+        return 'images or patches are not square'
+    if t['projection_bias']:
+        return 'the text projection has a bias'
+    if t['eos_id'] == 2:
+        return 'texts end with token 2, to which CLIPModel gives another meaning'
     odd = [k for k in ('vision', 'text') if fit(d[k]) is None]
-    return f'{max(d[odd[0]]["heads"])} heads of {d[odd[0]]["head_dim"]} do not fit into the width {d[odd[0]]["width"]} of its {odd[0]} tower' if odd else ''
+    return (
+        (
+            f'{max(d[odd[0]]["heads"])} heads of {d[odd[0]]["head_dim"]} do not fit into the '
+            f'width {d[odd[0]]["width"]} of its {odd[0]} tower'
+        )
+        if odd
+        else ''
+    )
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #67b3290c
-TOP = {'visual.class_embedding':'vision_model.embeddings.class_embedding', 'visual.conv1.weight':'vision_model.embeddings.patch_embedding.weight',
-       'visual.positional_embedding':'vision_model.embeddings.position_embedding.weight', 'visual.proj':'visual_projection.weight',
-       'token_embedding.weight':'text_model.embeddings.token_embedding.weight', 'positional_embedding':'text_model.embeddings.position_embedding.weight',
-       'text_projection':'text_projection.weight', 'logit_scale':'logit_scale'}
-TOP |= {f'{a}.{k}':f'{b}.{k}' for a,b in (('visual.ln_pre', 'vision_model.pre_layrnorm'), ('visual.ln_post', 'vision_model.post_layernorm'), ('ln_final', 'text_model.final_layer_norm')) for k in ('weight', 'bias')}
-TURNED = 'visual.proj', 'text_projection' # stored the other way round
-BLOCKS = dict(vision=('visual.transformer.resblocks', 'vision_model.encoder.layers'), text=('transformer.resblocks', 'text_model.encoder.layers'))
+TOP = {
+    'visual.class_embedding': 'vision_model.embeddings.class_embedding',
+    'visual.conv1.weight': 'vision_model.embeddings.patch_embedding.weight',
+    'visual.positional_embedding': 'vision_model.embeddings.position_embedding.weight',
+    'visual.proj': 'visual_projection.weight',
+    'token_embedding.weight': 'text_model.embeddings.token_embedding.weight',
+    'positional_embedding': 'text_model.embeddings.position_embedding.weight',
+    'text_projection': 'text_projection.weight',
+    'logit_scale': 'logit_scale',
+}
+TOP |= {
+    f'{a}.{k}': f'{b}.{k}'
+    for a, b in (
+        ('visual.ln_pre', 'vision_model.pre_layrnorm'),
+        ('visual.ln_post', 'vision_model.post_layernorm'),
+        ('ln_final', 'text_model.final_layer_norm'),
+    )
+    for k in ('weight', 'bias')
+}
+TURNED = 'visual.proj', 'text_projection'  # stored the other way round
+BLOCKS = dict(
+    vision=('visual.transformer.resblocks', 'vision_model.encoder.layers'),
+    text=('transformer.resblocks', 'text_model.encoder.layers'),
+)
+
 
 def pack_block(
-    b:dict, # Tensors of a residual block, open_clip's names
-    width:int, # Of the residual stream
-    head_dim:int, # Channels per head
-    to:tuple, # From `fit`
-)->dict: # Tensors of a CLIPEncoderLayer
+    b: dict,  # Tensors of a residual block, open_clip's names
+    width: int,  # Of the residual stream
+    head_dim: int,  # Channels per head
+    to: tuple,  # From `fit`
+) -> dict:  # Tensors of a CLIPEncoderLayer
     "A residual block, padded to even size"
-    (heads,size,ffn),bias = to, b['attn.out_proj.bias']
+    (heads, size, ffn), bias = to, b['attn.out_proj.bias']
     zeros = bias.new_zeros
-    qkv,qkv_bias,out = zeros(3, heads, size, width), zeros(3, heads, size), zeros(width, heads, size)
+    qkv = zeros(3, heads, size, width)
+    qkv_bias = zeros(3, heads, size)
+    out = zeros(width, heads, size)
     if 'attn.in_proj_weight' in b:
-        h = len(b['attn.in_proj_bias'])//(3*head_dim)
-        qkv[:,:h,:head_dim],qkv_bias[:,:h,:head_dim] = b['attn.in_proj_weight'].view(3, h, head_dim, width), b['attn.in_proj_bias'].view(3, h, head_dim)
-        out[:,:h,:head_dim] = b['attn.out_proj.weight'].view(width, h, head_dim)
-    if size!=head_dim:
-        for t in (qkv, qkv_bias): t[0] = t[0].double()*math.sqrt(size/head_dim)
-    up,up_bias,down = zeros(ffn, width), zeros(ffn), zeros(width, ffn)
+        h = len(b['attn.in_proj_bias']) // (3 * head_dim)
+        qkv[:, :h, :head_dim] = b['attn.in_proj_weight'].view(3, h, head_dim, width)
+        qkv_bias[:, :h, :head_dim] = b['attn.in_proj_bias'].view(3, h, head_dim)
+        out[:, :h, :head_dim] = b['attn.out_proj.weight'].view(width, h, head_dim)
+    if size != head_dim:
+        for t in (qkv, qkv_bias):
+            t[0] = t[0].double() * math.sqrt(size / head_dim)
+    up = zeros(ffn, width)
+    up_bias = zeros(ffn)
+    down = zeros(width, ffn)
     if 'mlp.c_fc.weight' in b:
         n = len(b['mlp.c_fc.bias'])
-        up[:n],up_bias[:n],down[:,:n] = b['mlp.c_fc.weight'], b['mlp.c_fc.bias'], b['mlp.c_proj.weight']
-    parts = {'self_attn.out_proj':(out.flatten(1), bias, b.get('ls_1.gamma')), 'mlp.fc2':(down, b['mlp.c_proj.bias'], b.get('ls_2.gamma'))}
-    new = {'mlp.fc1.weight':up, 'mlp.fc1.bias':up_bias}
-    for name,(w,c,gamma) in parts.items():
-        new[f'{name}.weight'],new[f'{name}.bias'] = (w, c) if gamma is None else ((w.double()*gamma.double()[:,None]).to(w.dtype), (c.double()*gamma.double()).to(c.dtype))
-    for i,n in enumerate('qkv'): new[f'self_attn.{n}_proj.weight'],new[f'self_attn.{n}_proj.bias'] = qkv[i].flatten(0,1), qkv_bias[i].flatten()
-    for i in (1,2):
-        new[f'layer_norm{i}.weight'],new[f'layer_norm{i}.bias'] = b.get(f'ln_{i}.weight', torch.ones_like(bias)), b.get(f'ln_{i}.bias', zeros(width))
+        up[:n] = b['mlp.c_fc.weight']
+        up_bias[:n] = b['mlp.c_fc.bias']
+        down[:, :n] = b['mlp.c_proj.weight']
+    parts = {
+        'self_attn.out_proj': (out.flatten(1), bias, b.get('ls_1.gamma')),
+        'mlp.fc2': (down, b['mlp.c_proj.bias'], b.get('ls_2.gamma')),
+    }
+    new = {'mlp.fc1.weight': up, 'mlp.fc1.bias': up_bias}
+    for name, (w, c, gamma) in parts.items():
+        new[f'{name}.weight'], new[f'{name}.bias'] = (
+            (w, c)
+            if gamma is None
+            else (
+                (w.double() * gamma.double()[:, None]).to(w.dtype),
+                (c.double() * gamma.double()).to(c.dtype),
+            )
+        )
+    for i, n in enumerate('qkv'):
+        new[f'self_attn.{n}_proj.weight'] = qkv[i].flatten(0, 1)
+        new[f'self_attn.{n}_proj.bias'] = qkv_bias[i].flatten()
+    for i in (1, 2):
+        new[f'layer_norm{i}.weight'] = b.get(f'ln_{i}.weight', torch.ones_like(bias))
+        new[f'layer_norm{i}.bias'] = b.get(f'ln_{i}.bias', zeros(width))
     return new
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #878b07d9
 def pack(
-    state:dict, # open_clip's names
-    d:dict, # From `describe`
-)->dict: # Names and shapes of a CLIPModel
+    state: dict,  # open_clip's names
+    d: dict,  # From `describe`
+) -> dict:  # Names and shapes of a CLIPModel
     "The weights of a CLIPModel with the same outputs"
-    new = {b:state[a].T if a in TURNED else state[a] for a,b in TOP.items()}
+    new = {b: state[a].T if a in TURNED else state[a] for a, b in TOP.items()}
     new['logit_scale'] = new['logit_scale'].reshape(())
-    for tower,(here,there) in BLOCKS.items():
+    for tower, (here, there) in BLOCKS.items():
         t = d[tower]
         for i in range(len(t['heads'])):
             p = f'{here}.{i}.'
-            block = {k[len(p):]:v for k,v in state.items() if k.startswith(p)}
-            new |= {f'{there}.{i}.{k}':v for k,v in pack_block(block, t['width'], t['head_dim'], fit(t)).items()}
+            block = {k[len(p) :]: v for k, v in state.items() if k.startswith(p)}
+            new |= {
+                f'{there}.{i}.{k}': v
+                for k, v in pack_block(block, t['width'], t['head_dim'], fit(t)).items()
+            }
     return new
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #feb6f806
 def transformers_or_why():
     "The transformers package, or what to do without it"
-    try: import transformers
-    except ImportError as e: raise TinyclipError(f"This needs the transformers package, which cannot be imported ({e}): pip install 'tinyclip[export]'.") from e
+    try:
+        import transformers
+    except ImportError as e:
+        raise TinyclipError(
+            f"This needs the transformers package, which cannot be imported ({e}): pip "
+            "install 'tinyclip[export]'."
+        ) from e
     return transformers
 
+
 def image_processor_cfg(
-    model:nn.Module, # A CLIP
-)->dict: # Arguments of `CLIPImageProcessor`
+    model: nn.Module,  # A CLIP
+) -> dict:  # Arguments of `CLIPImageProcessor`
     "How images are prepared, in transformers' words"
     pre = preprocess_cfg(model)
-    size,mode = pre['size'] if isinstance(pre['size'], (tuple, list)) else (pre['size'],)*2, pre['resize_mode']
-    if mode=='longest': raise TinyclipError("Images are padded to a square here (resize_mode='longest'), which CLIPImageProcessor cannot do; set model.visual.preprocess_cfg['resize_mode'] to 'shortest' or 'squash'.")
-    if mode=='shortest' and size[0]!=size[1]: raise TinyclipError(f"Images of {size[0]}x{size[1]} are cut out of larger ones here, which CLIPImageProcessor can do for squares only; set model.visual.preprocess_cfg['resize_mode'] to 'squash'.")
+    size = pre['size'] if isinstance(pre['size'], (tuple, list)) else (pre['size'],) * 2
+    mode = pre['resize_mode']
+    if mode == 'longest':
+        raise TinyclipError(
+            "Images are padded to a square here (resize_mode='longest'), which "
+            "CLIPImageProcessor cannot do; set model.visual.preprocess_cfg['resize_mode'] to "
+            "'shortest' or 'squash'."
+        )
+    if mode == 'shortest' and size[0] != size[1]:
+        raise TinyclipError(
+            f"Images of {size[0]}x{size[1]} are cut out of larger ones here, which "
+            "CLIPImageProcessor can do for squares only; set "
+            "model.visual.preprocess_cfg['resize_mode'] to 'squash'."
+        )
     box = dict(height=size[0], width=size[1])
-    how = dict(size=box, do_center_crop=False) if mode=='squash' else dict(size=dict(shortest_edge=size[0]), crop_size=box)
-    return dict(**how, resample=2 if pre['interpolation']=='bilinear' else 3, image_mean=list(pre['mean']), image_std=list(pre['std']))
+    how = (
+        dict(size=box, do_center_crop=False)
+        if mode == 'squash'
+        else dict(size=dict(shortest_edge=size[0]), crop_size=box)
+    )
+    return dict(
+        **how,
+        resample=2 if pre['interpolation'] == 'bilinear' else 3,
+        image_mean=list(pre['mean']),
+        image_std=list(pre['std']),
+    )
+
 
 def processor(
-    model:nn.Module, # A CLIP or a student; its vocabulary may be shortened
-): # A `CLIPProcessor`
+    model: nn.Module,  # A CLIP or a student; its vocabulary may be shortened
+):  # A `CLIPProcessor`
     "Tokenizer and image preparation of a model, as transformers has them"
     tf = transformers_or_why()
-    if getattr(model, 'merges', None) is None and model.vocab_size!=BPE: raise TinyclipError(f'The model has {model.vocab_size} tokens and the tokenizer of CLIP {BPE}; only a table shortened by tinyclip.zoo.vocabulary.shorten says which ones are its own.')
-    vocab,merges = vocab_and_merges(tokenizer_of(model).bpe_ranks)
-    tokenizer = tf.CLIPTokenizer(vocab=vocab, merges=[tuple(m.split()) for m in merges], model_max_length=model.context_length)
-    return tf.CLIPProcessor(image_processor=tf.CLIPImageProcessor(**image_processor_cfg(model)), tokenizer=tokenizer)
+    if getattr(model, 'merges', None) is None and model.vocab_size != BPE:
+        raise TinyclipError(
+            f'The model has {model.vocab_size} tokens and the tokenizer of CLIP {BPE}; only '
+            'a table shortened by tinyclip.zoo.vocabulary.shorten says which ones are its own.'
+        )
+    vocab, merges = vocab_and_merges(tokenizer_of(model).bpe_ranks)
+    tokenizer = tf.CLIPTokenizer(
+        vocab=vocab,
+        merges=[tuple(m.split()) for m in merges],
+        model_max_length=model.context_length,
+    )
+    return tf.CLIPProcessor(
+        image_processor=tf.CLIPImageProcessor(**image_processor_cfg(model)), tokenizer=tokenizer
+    )
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #ac32300a
-FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json', 'config.json', 'modeling_tinyclip.py', 'preprocessor_config.json',
-         'processor_config.json', 'tokenizer.json', 'tokenizer_config.json', 'vocab.json', 'merges.txt', 'special_tokens_map.json', 'added_tokens.json') # of a model, its sign first; others are left alone
+FILES = (
+    'model.safetensors',
+    'model.safetensors.index.json',
+    'pytorch_model.bin',
+    'pytorch_model.bin.index.json',
+    'config.json',
+    'modeling_tinyclip.py',
+    'preprocessor_config.json',
+    'processor_config.json',
+    'tokenizer.json',
+    'tokenizer_config.json',
+    'vocab.json',
+    'merges.txt',
+    'special_tokens_map.json',
+    'added_tokens.json',
+)  # of a model, its sign first; others are left alone
 FORMS = ('auto', 'clip', 'slim')
-MODELLING = Path(tinyclip.__file__).parent/'assets'/'transformers'/'modeling_tinyclip.py'
+MODELLING = Path(tinyclip.__file__).parent / 'assets' / 'transformers' / 'modeling_tinyclip.py'
 
-def flat_state(model, dtype=None)->dict:
+
+def flat_state(model, dtype=None) -> dict:
     "The weights under the names of a flat CLIP, on the CPU, in one type"
-    state = {k.removeprefix('text.'):v.detach().cpu() for k,v in model.state_dict().items()}
+    state = {k.removeprefix('text.'): v.detach().cpu() for k, v in model.state_dict().items()}
     kinds = {v.dtype for v in state.values()}
-    dtype = dtype or (kinds.pop() if len(kinds)==1 else torch.float32)
-    return {k:v.to(dtype) for k,v in state.items()}
+    dtype = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
+    return {k: v.to(dtype) for k, v in state.items()}
+
 
 def clip_config(d, logit_scale, dtype):
     "A `CLIPConfig`"
-    def tower(t, **more):
-        heads,_,ffn = fit(t)
-        return dict(hidden_size=t['width'], intermediate_size=ffn, num_hidden_layers=len(t['heads']), num_attention_heads=heads, hidden_act=t['act'], layer_norm_eps=t['eps'],
-                    projection_dim=d['projection_dim'], **more)
-    v,t = d['vision'], d['text']
-    end = min(t['vocab_size'], BPE)-1
-    text = tower(t, vocab_size=t['vocab_size'], max_position_embeddings=t['context_length'], bos_token_id=end-1, eos_token_id=end if t['eos_id'] is None else t['eos_id'], pad_token_id=end)
-    vision = tower(v, image_size=v['image_size'][0], patch_size=v['patch_size'][0])
-    return transformers_or_why().CLIPConfig(vision_config=vision, text_config=text, projection_dim=d['projection_dim'], logit_scale_init_value=logit_scale, architectures=['CLIPModel'], dtype=dtype)
 
-def slim_config(d, dtype)->dict:
+    def tower(t, **more):
+        heads, _, ffn = fit(t)
+        return dict(
+            hidden_size=t['width'],
+            intermediate_size=ffn,
+            num_hidden_layers=len(t['heads']),
+            num_attention_heads=heads,
+            hidden_act=t['act'],
+            layer_norm_eps=t['eps'],
+            projection_dim=d['projection_dim'],
+            **more,
+        )
+
+    v, t = d['vision'], d['text']
+    end = min(t['vocab_size'], BPE) - 1
+    text = tower(
+        t,
+        vocab_size=t['vocab_size'],
+        max_position_embeddings=t['context_length'],
+        bos_token_id=end - 1,
+        eos_token_id=end if t['eos_id'] is None else t['eos_id'],
+        pad_token_id=end,
+    )
+    vision = tower(v, image_size=v['image_size'][0], patch_size=v['patch_size'][0])
+    return transformers_or_why().CLIPConfig(
+        vision_config=vision,
+        text_config=text,
+        projection_dim=d['projection_dim'],
+        logit_scale_init_value=logit_scale,
+        architectures=['CLIPModel'],
+        dtype=dtype,
+    )
+
+
+def slim_config(d, dtype) -> dict:
     "The configuration of the form that brings its own code"
     own = MODELLING.stem
-    return dict(model_type='tinyclip', architectures=['TinyCLIPModel'], auto_map=dict(AutoConfig=f'{own}.TinyCLIPConfig', AutoModel=f'{own}.TinyCLIPModel'), dtype=dtype, **d)
+    return dict(
+        model_type='tinyclip',
+        architectures=['TinyCLIPModel'],
+        auto_map=dict(AutoConfig=f'{own}.TinyCLIPConfig', AutoModel=f'{own}.TinyCLIPModel'),
+        dtype=dtype,
+        **d,
+    )
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #429cd0fc
 def snippet(
-    form:str, # `'clip'` or `'slim'`
-    folder='FOLDER', # Where the model is
-)->str: # Python
+    form: str,  # `'clip'` or `'slim'`
+    folder='FOLDER',  # Where the model is
+) -> str:  # Python
     "How to use an export"
-    kind,own = ('CLIPModel', '') if form=='clip' else ('AutoModel', ', trust_remote_code=True')
+    kind, own = ('CLIPModel', '') if form == 'clip' else ('AutoModel', ', trust_remote_code=True')
     return f"""from PIL import Image
 from transformers import {kind}, CLIPProcessor
 
@@ -200,28 +402,56 @@ processor = CLIPProcessor.from_pretrained({str(folder)!r}{own}, backend='pil') #
 inputs = processor(text=['a photo of a cat', 'a photo of a dog'], images=Image.open('photo.jpg'), return_tensors='pt', padding=True, truncation=True)
 probs = model(**inputs).logits_per_image.softmax(dim=1)"""
 
+
 def to_transformers(
-    model:nn.Module, # A CLIP or a student with vision transformer and CLIP's tokenizer
-    folder, # Made if absent; a model that transformers would find in it is replaced
-    form:str='auto', # `'clip'`: a `CLIPModel`; `'slim'`: with its own modelling file; `'auto'`: the first where possible
-    dtype:torch.dtype|None=None, # Store weights in this type; None for as they are (float32 where they are mixed)
-)->dict: # `folder`, `form`, `why` not a CLIPModel, `parameters` of the model, `stored` in the folder (the rest is padding), `snippet`
+    model: nn.Module,  # A CLIP or a student with vision transformer and CLIP's tokenizer
+    folder,  # Made if absent; a model that transformers would find in it is replaced
+    # `'clip'`: a `CLIPModel`; `'slim'`: with its own modelling file; `'auto'`: the first where
+    # possible
+    form: str = 'auto',
+    dtype: torch.dtype
+    # Store weights in this type; None for as they are (float32 where they are mixed)
+    | None = None,
+) -> dict:  # `folder`, `form`, `why` not a CLIPModel, `parameters` of the model, `stored` in the folder (the rest is padding), `snippet`
     "Write a folder that transformers loads, all or nothing"
-    if form not in FORMS: raise unknown('form', form, FORMS)
-    d,both = describe(model), processor(model)
+    if form not in FORMS:
+        raise unknown('form', form, FORMS)
+    d, both = describe(model), processor(model)
     why = obstacle(d)
-    if form=='clip' and why: raise TinyclipError(f"This model cannot be a CLIPModel: {why}. Use form='slim'.")
-    form = 'slim' if why or form=='slim' else 'clip'
+    if form == 'clip' and why:
+        raise TinyclipError(f"This model cannot be a CLIPModel: {why}. Use form='slim'.")
+    form = 'slim' if why or form == 'slim' else 'clip'
     state = flat_state(model, dtype)
     kind = str(state['logit_scale'].dtype).removeprefix('torch.')
-    if form=='clip': new = pack(state, d)
-    else: new = {k if k.startswith('visual.') or k=='logit_scale' else f'text.{k}':v for k,v in state.items()} | dict(logit_scale=state['logit_scale'].reshape(()))
+    if form == 'clip':
+        new = pack(state, d)
+    else:
+        new = {
+            k if k.startswith('visual.') or k == 'logit_scale' else f'text.{k}': v
+            for k, v in state.items()
+        } | dict(logit_scale=state['logit_scale'].reshape(()))
     with replacing(folder, FILES) as tmp:
-        both.tokenizer.save_pretrained(str(tmp)); both.image_processor.save_pretrained(str(tmp))
-        save_file({k:v.contiguous().clone() for k,v in new.items()}, tmp/'model.safetensors', metadata=dict(format='pt'))
-        if form=='clip': clip_config(d, float(new['logit_scale']), kind).save_pretrained(str(tmp))
+        both.tokenizer.save_pretrained(str(tmp))
+        both.image_processor.save_pretrained(str(tmp))
+        save_file(
+            {k: v.contiguous().clone() for k, v in new.items()},
+            tmp / 'model.safetensors',
+            metadata=dict(format='pt'),
+        )
+        if form == 'clip':
+            clip_config(d, float(new['logit_scale']), kind).save_pretrained(str(tmp))
         else:
             shutil.copy(MODELLING, tmp)
-            (tmp/'config.json').write_text(json.dumps(slim_config(d, kind), indent=2))
-    count = lambda state: sum(v.numel() for v in state.values())
-    return dict(folder=str(folder), form=form, why=why, parameters=count(state), stored=count(new), snippet=snippet(form, folder))
+            (tmp / 'config.json').write_text(json.dumps(slim_config(d, kind), indent=2))
+
+    def count(state):
+        return sum(v.numel() for v in state.values())
+
+    return dict(
+        folder=str(folder),
+        form=form,
+        why=why,
+        parameters=count(state),
+        stored=count(new),
+        snippet=snippet(form, folder),
+    )

@@ -7,159 +7,270 @@ __all__ = ['MOST', 'merges_used', 'strings', 'check_tokenizer', 'check_merges', 
            'tokenizer_of', 'text_part', 'select_rows', 'shorten', 'coverage', 'table_sizes', 'vocab_and_merges']
 
 # %% ../../nbs/zoo/03_vocabulary.ipynb #4667cf5d
-import copy, gzip, io, zlib
+import copy
+import gzip
+import io
+import zlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+
 import open_clip
 import torch
-from torch import nn
 from open_clip.tokenizer import SimpleTokenizer, bytes_to_unicode, get_clean_fn
+from torch import nn
+
 from ..core import Table, TinyclipError, atomic_path, human
 from ..evaluate.cost import parameters
 
 # %% ../../nbs/zoo/03_vocabulary.ipynb #f324eefa
 def merges_used(
-    texts:Iterable, # Captions, class names in their prompts, ...: all that the model shall read as before. Read once, one at a time
-    tokenizer=None, # open_clip's `SimpleTokenizer` or a `ShortTokenizer`; None for CLIP's own
-    least:int=1, # Leave out merges that apply less often than this, counted over all texts: for corpora from the web, where nearly every token occurs
-)->list: # Pairs of pieces, in the order of their rank
+    # Captions, class names in their prompts, ...: all that the model shall read as before. Read
+    # once, one at a time
+    texts: Iterable,
+    tokenizer=None,  # open_clip's `SimpleTokenizer` or a `ShortTokenizer`; None for CLIP's own
+    # Leave out merges that apply less often than this, counted over all texts: for corpora from the
+    # web, where nearly every token occurs
+    least: int = 1,
+) -> list:  # Pairs of pieces, in the order of their rank
     "The merges that apply anywhere while `texts` are tokenised"
     tokenizer = SimpleTokenizer() if tokenizer is None else check_tokenizer(tokenizer)
-    ids,times = tokenizer.encoder, Counter()
-    for text in strings(texts): times.update(tokenizer.encode(text))
-    for a,b in reversed(tokenizer.bpe_ranks): # the parts of a token stand before it
-        n = times[ids[a+b]]
-        times[ids[a]] += n; times[ids[b]] += n
-    return [(a, b) for a,b in tokenizer.bpe_ranks if times[ids[a+b]]>=max(1, least)]
+    ids, times = tokenizer.encoder, Counter()
+    for text in strings(texts):
+        times.update(tokenizer.encode(text))
+    for a, b in reversed(tokenizer.bpe_ranks):  # the parts of a token stand before it
+        n = times[ids[a + b]]
+        times[ids[a]] += n
+        times[ids[b]] += n
+    return [(a, b) for a, b in tokenizer.bpe_ranks if times[ids[a + b]] >= max(1, least)]
+
 
 def strings(texts):
     "The texts, one by one; refuses what is no text"
-    if isinstance(texts, str): raise TinyclipError(f'texts={texts[:40]!r} is one string; give a list of texts.')
+    if isinstance(texts, str):
+        raise TinyclipError(f'texts={texts[:40]!r} is one string; give a list of texts.')
     n = 0
-    for n,t in enumerate(texts, 1):
-        if not isinstance(t, str): raise TinyclipError(f'Text {n} is a {type(t).__name__}; all texts must be strings.')
+    for n, t in enumerate(texts, 1):
+        if not isinstance(t, str):
+            raise TinyclipError(f'Text {n} is a {type(t).__name__}; all texts must be strings.')
         yield t
-    if not n: raise TinyclipError('There are no texts: give the captions or prompts whose tokens shall stay.')
+    if not n:
+        raise TinyclipError(
+            'There are no texts: give the captions or prompts whose tokens shall stay.'
+        )
 
-def check_tokenizer(tokenizer)->SimpleTokenizer:
+
+def check_tokenizer(tokenizer) -> SimpleTokenizer:
     "Refuse tokenizers that a list of merges does not describe"
-    if not isinstance(tokenizer, SimpleTokenizer): raise TinyclipError(f"Only CLIP's own BPE can be shortened (open_clip's SimpleTokenizer); this tokenizer is a {type(tokenizer).__name__}.")
-    if len(tokenizer.all_special_ids)!=2 or tokenizer.clean_fn is not get_clean_fn('lower') or tokenizer.reduction_fn is not None:
-        raise TinyclipError('This tokenizer has a clean=, additional_special_tokens= or reduction_mask= of its own, which a list of merges cannot hold; use one without.')
+    if not isinstance(tokenizer, SimpleTokenizer):
+        raise TinyclipError(
+            "Only CLIP's own BPE can be shortened (open_clip's SimpleTokenizer); this "
+            f"tokenizer is a {type(tokenizer).__name__}."
+        )
+    if (
+        len(tokenizer.all_special_ids) != 2
+        or tokenizer.clean_fn is not get_clean_fn('lower')
+        or tokenizer.reduction_fn is not None
+    ):
+        raise TinyclipError(
+            'This tokenizer has a clean=, additional_special_tokens= or reduction_mask= of '
+            'its own, which a list of merges cannot hold; use one without.'
+        )
     return tokenizer
 
 # %% ../../nbs/zoo/03_vocabulary.ipynb #ae7b7fd8
-MOST = 49408 - 2*256 - 2 # CLIP's merges: its tokens but the bytes and the two marks; open_clip reads no more from a file
+MOST = (
+    49408 - 2 * 256 - 2
+)  # CLIP's merges: its tokens but the bytes and the two marks; open_clip reads no more from a file
+
 
 def check_merges(
-    merges:Iterable, # Pairs of pieces
-)->tuple: # The same, as tuples
+    merges: Iterable,  # Pairs of pieces
+) -> tuple:  # The same, as tuples
     "Refuse merges that no BPE could have learnt"
     merges = tuple(map(tuple, merges))
-    if len(merges)>MOST: raise TinyclipError(f"{len(merges)} merges are more than CLIP's {MOST}.")
-    known = {c+end for c in bytes_to_unicode().values() for end in ('', '</w>')}
-    for n,pair in enumerate(merges, 1):
-        if len(pair)!=2: raise TinyclipError(f'Merge {n} has {len(pair)} pieces where there must be two; this is not a BPE file.')
+    if len(merges) > MOST:
+        raise TinyclipError(f"{len(merges)} merges are more than CLIP's {MOST}.")
+    known = {c + end for c in bytes_to_unicode().values() for end in ('', '</w>')}
+    for n, pair in enumerate(merges, 1):
+        if len(pair) != 2:
+            raise TinyclipError(
+                f'Merge {n} has {len(pair)} pieces where there must be two; this is not a BPE file.'
+            )
         odd = next((p for p in pair if p not in known), None)
-        if odd is not None: raise TinyclipError(f'Merge {n} joins {odd[:40]!r}, which is no byte and which no merge before it makes; keep merges in the order of their rank.')
-        if ''.join(pair) in known: raise TinyclipError(f'Merge {n} makes {"".join(pair)[:40]!r} a second time.')
+        if odd is not None:
+            raise TinyclipError(
+                f'Merge {n} joins {odd[:40]!r}, which is no byte and which no merge before '
+                'it makes; keep merges in the order of their rank.'
+            )
+        if ''.join(pair) in known:
+            raise TinyclipError(f'Merge {n} makes {"".join(pair)[:40]!r} a second time.')
         known.add(''.join(pair))
     return merges
 
 # %% ../../nbs/zoo/03_vocabulary.ipynb #8f66e3ac
 class ShortTokenizer(SimpleTokenizer):
     "CLIP's tokenizer with fewer merges; called like any tokenizer of open_clip"
-    def __init__(self,
-        merges, # Pairs of pieces in the order of their rank, as from `merges_used`
-        context_length:int=77, # Tokens per text, start and end included; longer texts are cut and end with the end
+
+    def __init__(
+        self,
+        merges,  # Pairs of pieces in the order of their rank, as from `merges_used`
+        # Tokens per text, start and end included; longer texts are cut and end with the end
+        context_length: int = 77,
     ):
         self.merges = check_merges(merges)
-        super().__init__(io.BytesIO(gzip.compress(bpe_text(self.merges))), context_length=context_length)
+        super().__init__(
+            io.BytesIO(gzip.compress(bpe_text(self.merges))), context_length=context_length
+        )
 
-    def __repr__(self): return f'ShortTokenizer: {self.vocab_size} tokens, {len(self.merges)} of them merges; context length {self.context_length}'
+    def __repr__(self):
+        return (
+            f'ShortTokenizer: {self.vocab_size} tokens, {len(self.merges)} of them merges; '
+            f'context length {self.context_length}'
+        )
 
-    def save(self,
-        path, # A file, e.g. `'bpe.txt.gz'`
-    )->Path: # The file
+    def save(
+        self,
+        path,  # A file, e.g. `'bpe.txt.gz'`
+    ) -> Path:  # The file
         "Write the merges, for `from_file` and for `open_clip.SimpleTokenizer(bpe_path=path)`"
-        if Path(path).is_dir(): raise TinyclipError(f'{str(path)!r} is a folder; name a file in it.')
-        with atomic_path(path) as tmp: tmp.write_bytes(gzip.compress(bpe_text(self.merges), mtime=0))
+        if Path(path).is_dir():
+            raise TinyclipError(f'{str(path)!r} is a folder; name a file in it.')
+        with atomic_path(path) as tmp:
+            tmp.write_bytes(gzip.compress(bpe_text(self.merges), mtime=0))
         return Path(path)
 
     @classmethod
-    def from_file(cls,
-        path, # A BPE file, gzipped or not: a line to skip, then a merge per line, as `save` or CLIP have it
-        context_length:int=77, # As above
+    def from_file(
+        cls,
+        # A BPE file, gzipped or not: a line to skip, then a merge per line, as `save` or CLIP have
+        # it
+        path,
+        context_length: int = 77,  # As above
     ):
         "Read what `save` wrote"
         return cls(read_merges(path), context_length)
 
-def bpe_text(merges)->bytes:
-    "The lines of a BPE file; no line end after the last one, where open_clip would see one more token"
+
+def bpe_text(merges) -> bytes:
+    """The lines of a BPE file; no line end after the last one, where open_clip would see one
+    more token"""
     return '\n'.join(['#version: 0.2', *map(' '.join, merges)]).encode()
 
 # %% ../../nbs/zoo/03_vocabulary.ipynb #ed263f42
 def read_merges(
-    path, # A BPE file, gzipped or not
-    most:int=2**24, # Refuse files that unpack to more bytes than this
-)->tuple: # Pairs of pieces; no more than open_clip would read
+    path,  # A BPE file, gzipped or not
+    most: int = 2**24,  # Refuse files that unpack to more bytes than this
+) -> tuple:  # Pairs of pieces; no more than open_clip would read
     "The merges of a BPE file"
     path = Path(path)
-    if not path.is_file(): raise TinyclipError(f'There is no BPE file {str(path)!r}.')
+    if not path.is_file():
+        raise TinyclipError(f'There is no BPE file {str(path)!r}.')
     try:
-        with open(path, 'rb') as f: packed = f.read(2)==b'\x1f\x8b'
-        with (gzip.open if packed else open)(path, 'rb') as f: raw = f.read(most+1)
-        if len(raw)>most: raise TinyclipError(f'{str(path)!r} unpacks to more than {human(most)}B; this is not a BPE file.')
+        with open(path, 'rb') as f:
+            packed = f.read(2) == b'\x1f\x8b'
+        with (gzip.open if packed else open)(path, 'rb') as f:
+            raw = f.read(most + 1)
+        if len(raw) > most:
+            raise TinyclipError(
+                f'{str(path)!r} unpacks to more than {human(most)}B; this is not a BPE file.'
+            )
         lines = raw.decode().removesuffix('\n').split('\n')
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e: raise TinyclipError(f'{str(path)!r} cannot be read ({type(e).__name__}: {e}); the file is damaged, copy it again.') from e
-    return check_merges(l.split() for l in lines[1:MOST+1])
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
+        raise TinyclipError(
+            f'{str(path)!r} cannot be read ({type(e).__name__}: {e}); the file is damaged, '
+            'copy it again.'
+        ) from e
+    return check_merges(l.split() for l in lines[1 : MOST + 1])
 
 # %% ../../nbs/zoo/03_vocabulary.ipynb #adf62317
 def tokenizer_of(
-    model:nn.Module, # A CLIP or a student of one
-    tokenizer=None, # The tokenizer it came with, to be checked; None for CLIP's own, or for what `model.merges` says
-)->SimpleTokenizer: # Its tokens are the rows of the token table
+    model: nn.Module,  # A CLIP or a student of one
+    # The tokenizer it came with, to be checked; None for CLIP's own, or for what `model.merges`
+    # says
+    tokenizer=None,
+) -> SimpleTokenizer:  # Its tokens are the rows of the token table
     "The tokenizer that belongs to a model's token table"
-    if hasattr(model, 'log_alpha'): raise TinyclipError('This model still has its masks: shorten it before masking, or cut it first, masked.cut().')
-    if not isinstance(model, (open_clip.CLIP, open_clip.CustomTextCLIP)): raise TinyclipError(f'{type(model).__name__} is not an open_clip CLIP. Load one with tinyclip.zoo.load or open_clip.create_model.')
-    table,own,merges = getattr(text_part(model), 'token_embedding', None), getattr(model, 'tokenizer_cfg', None), getattr(model, 'merges', None)
-    if own or not isinstance(table, nn.Embedding): raise TinyclipError("This model does not use CLIP's own BPE" + (f' ({next(iter(own.values()))})' if own else '') + '; only that can be shortened.')
-    if tokenizer is None: tokenizer = SimpleTokenizer(context_length=model.context_length) if merges is None else ShortTokenizer(merges, model.context_length)
-    if check_tokenizer(tokenizer).vocab_size!=table.num_embeddings or merges is not None and tuple(tokenizer.bpe_ranks)!=tuple(merges):
-        raise TinyclipError(f'The token table has {table.num_embeddings} rows, but they are not the {tokenizer.vocab_size} tokens of the tokenizer; pass the one that belongs to this model as tokenizer=.')
+    if hasattr(model, 'log_alpha'):
+        raise TinyclipError(
+            'This model still has its masks: shorten it before masking, or cut it first, '
+            'masked.cut().'
+        )
+    if not isinstance(model, (open_clip.CLIP, open_clip.CustomTextCLIP)):
+        raise TinyclipError(
+            f'{type(model).__name__} is not an open_clip CLIP. Load one with '
+            'tinyclip.zoo.load or open_clip.create_model.'
+        )
+    table = getattr(text_part(model), 'token_embedding', None)
+    own = getattr(model, 'tokenizer_cfg', None)
+    merges = getattr(model, 'merges', None)
+    if own or not isinstance(table, nn.Embedding):
+        raise TinyclipError(
+            "This model does not use CLIP's own BPE"
+            + (f' ({next(iter(own.values()))})' if own else '')
+            + '; only that can be shortened.'
+        )
+    if tokenizer is None:
+        tokenizer = (
+            SimpleTokenizer(context_length=model.context_length)
+            if merges is None
+            else ShortTokenizer(merges, model.context_length)
+        )
+    if (
+        check_tokenizer(tokenizer).vocab_size != table.num_embeddings
+        or merges is not None
+        and tuple(tokenizer.bpe_ranks) != tuple(merges)
+    ):
+        raise TinyclipError(
+            f'The token table has {table.num_embeddings} rows, but they are not the '
+            f'{tokenizer.vocab_size} tokens of the tokenizer; pass the one that belongs to '
+            'this model as tokenizer=.'
+        )
     return tokenizer
 
-def text_part(model)->nn.Module:
-    "What holds the token table: the text tower, or the model itself where open_clip keeps that flat"
+
+def text_part(model) -> nn.Module:
+    """What holds the token table: the text tower, or the model itself where open_clip keeps that
+    flat"""
     return getattr(model, 'text', model)
 
 # %% ../../nbs/zoo/03_vocabulary.ipynb #a1eb3392
 def select_rows(
-    model:nn.Module, # A CLIP or a student of one; left alone
-    short:ShortTokenizer, # The tokenizer to be: with tokens that the model has, e.g. from a model shortened before
-    tokenizer=None, # The tokenizer until now, as in `tokenizer_of`
-)->nn.Module: # In eval mode; `merges` says which tokens it has
+    model: nn.Module,  # A CLIP or a student of one; left alone
+    # The tokenizer to be: with tokens that the model has, e.g. from a model shortened before
+    short: ShortTokenizer,
+    tokenizer=None,  # The tokenizer until now, as in `tokenizer_of`
+) -> nn.Module:  # In eval mode; `merges` says which tokens it has
     "The same model with the part of its token table that another tokenizer needs"
     ids = tokenizer_of(model, tokenizer).encoder
     lacking = next((t for t in short.encoder if t not in ids), None)
-    if lacking is not None: raise TinyclipError(f'The model has no token {lacking!r}: its vocabulary was shortened to other texts. Start from the model with the longer one.')
+    if lacking is not None:
+        raise TinyclipError(
+            f'The model has no token {lacking!r}: its vocabulary was shortened to other '
+            'texts. Start from the model with the longer one.'
+        )
     rows = [ids[t] for t in short.encoder]
     new = copy.deepcopy(model).requires_grad_(True).eval()
     text = text_part(new)
-    text.token_embedding = nn.Embedding.from_pretrained(text.token_embedding.weight.detach()[rows], freeze=False)
+    text.token_embedding = nn.Embedding.from_pretrained(
+        text.token_embedding.weight.detach()[rows], freeze=False
+    )
     new.vocab_size = text.vocab_size = len(rows)
-    eos = 'text_eos_id' if text is new else 'eos_id' # read by models that pool at this token instead of at the highest number
-    if getattr(text, eos, None) in rows: setattr(text, eos, rows.index(getattr(text, eos)))
+    eos = (
+        'text_eos_id' if text is new else 'eos_id'
+    )  # read by models that pool at this token instead of at the highest number
+    if getattr(text, eos, None) in rows:
+        setattr(text, eos, rows.index(getattr(text, eos)))
     new.merges = short.merges
     return new
 
+
 def shorten(
-    model:nn.Module, # A CLIP with CLIP's own tokenizer, or a student of one; left alone
-    texts:Iterable, # All that it shall read as before, as in `merges_used`
-    tokenizer=None, # Its tokenizer, as in `tokenizer_of`
-    least:int=1, # As in `merges_used`
-)->tuple: # The model with a shorter token table, and its `ShortTokenizer`
+    model: nn.Module,  # A CLIP with CLIP's own tokenizer, or a student of one; left alone
+    texts: Iterable,  # All that it shall read as before, as in `merges_used`
+    tokenizer=None,  # Its tokenizer, as in `tokenizer_of`
+    least: int = 1,  # As in `merges_used`
+) -> tuple:  # The model with a shorter token table, and its `ShortTokenizer`
     "Keep only the tokens that `texts` need; their features stay the same, bit for bit"
     tokenizer = tokenizer_of(model, tokenizer)
     short = ShortTokenizer(merges_used(texts, tokenizer, least), model.context_length)
@@ -167,35 +278,59 @@ def shorten(
 
 # %% ../../nbs/zoo/03_vocabulary.ipynb #41d806b3
 def coverage(
-    texts:Iterable, # Texts to try, e.g. of another data set
-    short, # The short tokenizer
-    tokenizer=None, # The long one; None for CLIP's own
-)->dict: # `same`: share of texts with the same tokens in both; `tokens_before`, `tokens_after`: mean per text, without start and end; `texts`
+    texts: Iterable,  # Texts to try, e.g. of another data set
+    short,  # The short tokenizer
+    tokenizer=None,  # The long one; None for CLIP's own
+) -> dict:  # `same`: share of texts with the same tokens in both; `tokens_before`, `tokens_after`: mean per text, without start and end; `texts`
     "How much of `texts` a short tokenizer reads as the long one does"
     full = SimpleTokenizer() if tokenizer is None else tokenizer
-    n,same,before,after = 0,0,0,0
-    for n,text in enumerate(strings(texts), 1):
-        a,b = ([t.decoder[i] for i in t.encode(text)] for t in (full, short))
-        same,before,after = same+(a==b), before+len(a), after+len(b)
-    return dict(same=same/n, tokens_before=before/n, tokens_after=after/n, texts=n)
+    n = 0
+    same = 0
+    before = 0
+    after = 0
+    for n, text in enumerate(strings(texts), 1):
+        a, b = ([t.decoder[i] for i in t.encode(text)] for t in (full, short))
+        same = same + (a == b)
+        before = before + len(a)
+        after = after + len(b)
+    return dict(same=same / n, tokens_before=before / n, tokens_after=after / n, texts=n)
 
 # %% ../../nbs/zoo/03_vocabulary.ipynb #4e9217bc
 def table_sizes(
-    models:dict, # name -> CLIP, e.g. before and after
-)->Table: # One row per model; parameters, and the bytes they take
+    models: dict,  # name -> CLIP, e.g. before and after
+) -> Table:  # One row per model; parameters, and the bytes they take
     "How much of each model is its token table"
+
     def row(name, model):
-        p,rows = parameters(model), text_part(model).token_embedding.num_embeddings
-        size = sum(t.numel()*t.element_size() for t in model.parameters())
-        return {'model':name, 'tokens':rows, 'towers':human(p['towers']), 'token table':human(p['token_table']), 'share':f"{p['token_table']/p['total']:.0%}", 'total':human(p['total']), 'MB':f'{size/1e6:.1f}'}
-    return Table(row(n, m) for n,m in models.items())
+        p = parameters(model)
+        rows = text_part(model).token_embedding.num_embeddings
+        size = sum(t.numel() * t.element_size() for t in model.parameters())
+        return {
+            'model': name,
+            'tokens': rows,
+            'towers': human(p['towers']),
+            'token table': human(p['token_table']),
+            'share': f"{p['token_table'] / p['total']:.0%}",
+            'total': human(p['total']),
+            'MB': f'{size / 1e6:.1f}',
+        }
+
+    return Table(row(n, m) for n, m in models.items())
 
 # %% ../../nbs/zoo/03_vocabulary.ipynb #4cef39a8
 def vocab_and_merges(
-    merges, # Pairs of pieces, e.g. `short.merges`
-)->tuple: # (`vocab.json`: token -> number, `merges.txt`: its lines after the first, `'#version: 0.2'`)
+    merges,  # Pairs of pieces, e.g. `short.merges`
+) -> (
+    tuple
+):  # (`vocab.json`: token -> number, `merges.txt`: its lines after the first, `'#version: 0.2'`)
     "A vocabulary in the files of transformers' CLIPTokenizer"
     merges = check_merges(merges)
     single = list(bytes_to_unicode().values())
-    tokens = [*single, *(c+'</w>' for c in single), *map(''.join, merges), '<|startoftext|>', '<|endoftext|>']
-    return {t:i for i,t in enumerate(tokens)}, [' '.join(m) for m in merges]
+    tokens = [
+        *single,
+        *(c + '</w>' for c in single),
+        *map(''.join, merges),
+        '<|startoftext|>',
+        '<|endoftext|>',
+    ]
+    return {t: i for i, t in enumerate(tokens)}, [' '.join(m) for m in merges]

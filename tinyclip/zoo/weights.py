@@ -7,160 +7,285 @@ __all__ = ['ALLOWED', 'WRAPPERS', 'MOST', 'foreign', 'check_archive', 'tensors_i
            'check_numbers', 'offline', 'sketch', 'misfits', 'assemble']
 
 # %% ../../nbs/zoo/01_weights.ipynb #b703af3f
-import json, pickletools, re, zipfile
+import json
+import pickletools
+import re
+import zipfile
 from pathlib import Path
+
 import torch
 from safetensors import safe_open
-from torch import nn, Tensor
+from torch import Tensor, nn
+
 from ..core import TinyclipError, human
 from ..inheritance import Remainder, build
 
 # %% ../../nbs/zoo/01_weights.ipynb #b8b472cb
-ALLOWED = {'collections.OrderedDict', 'collections.defaultdict', 'builtins.dict', '__builtin__.dict', 'builtins.set', '__builtin__.set',
-           'torch._utils._rebuild_tensor_v2', 'torch._utils._rebuild_parameter', 'torch.Size', 'torch.device'}
+ALLOWED = {
+    'collections.OrderedDict',
+    'collections.defaultdict',
+    'builtins.dict',
+    '__builtin__.dict',
+    'builtins.set',
+    '__builtin__.set',
+    'torch._utils._rebuild_tensor_v2',
+    'torch._utils._rebuild_parameter',
+    'torch.Size',
+    'torch.device',
+}
+
 
 def foreign(
-    program:bytes, # A pickle
-)->list: # Names like `'os.system'`, without repeats
-    "The functions and classes that a pickle names and that tensors do not need; the pickle is read, not run"
+    program: bytes,  # A pickle
+) -> list:  # Names like `'os.system'`, without repeats
+    """The functions and classes that a pickle names and that tensors do not need; the pickle is
+    read, not run"""
     names = []
-    for op,arg,_ in pickletools.genops(program):
-        if op.name=='GLOBAL': names.append(arg.replace(' ', '.', 1))
-        elif op.name in ('STACK_GLOBAL', 'INST', 'OBJ', 'EXT1', 'EXT2', 'EXT4'): names.append(f'something by the opcode {op.name}')
-    return [n for n in dict.fromkeys(names) if n not in ALLOWED and not re.fullmatch(r'torch\.(\w+Storage|b?float\d*|u?int\d+|bool)', n)]
+    for op, arg, _ in pickletools.genops(program):
+        if op.name == 'GLOBAL':
+            names.append(arg.replace(' ', '.', 1))
+        elif op.name in ('STACK_GLOBAL', 'INST', 'OBJ', 'EXT1', 'EXT2', 'EXT4'):
+            names.append(f'something by the opcode {op.name}')
+    return [
+        n
+        for n in dict.fromkeys(names)
+        if n not in ALLOWED and not re.fullmatch(r'torch\.(\w+Storage|b?float\d*|u?int\d+|bool)', n)
+    ]
 
 # %% ../../nbs/zoo/01_weights.ipynb #1b2f42f6
 def check_archive(
-    path:Path, # A torch file, which is a zip archive
+    path: Path,  # A torch file, which is a zip archive
 ):
     "Refuse an archive that would unpack to more than it is, or that names functions of its own"
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        if any(e.compress_type!=zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > path.stat().st_size:
-            raise TinyclipError(f'{path.name!r} holds compressed or overlapping parts, which torch never writes; it is damaged or hostile.')
+        if (
+            any(e.compress_type != zipfile.ZIP_STORED for e in entries)
+            or sum(e.file_size for e in entries) > path.stat().st_size
+        ):
+            raise TinyclipError(
+                f'{path.name!r} holds compressed or overlapping parts, which torch never '
+                'writes; it is damaged or hostile.'
+            )
         program = next((e for e in entries if e.filename.endswith('/data.pkl')), None)
-        if program is None: raise TinyclipError(f'{path.name!r} is a zip archive but no torch file. Give what torch.save or safetensors wrote.')
-        if any('/code/' in e.filename for e in entries): raise TinyclipError(f'{path.name!r} is a TorchScript program, not a file of weights; save the state_dict of the model instead.')
+        if program is None:
+            raise TinyclipError(
+                f'{path.name!r} is a zip archive but no torch file. Give what torch.save or '
+                'safetensors wrote.'
+            )
+        if any('/code/' in e.filename for e in entries):
+            raise TinyclipError(
+                f'{path.name!r} is a TorchScript program, not a file of weights; save the '
+                'state_dict of the model instead.'
+            )
         odd = foreign(archive.read(program))
-    if odd: raise TinyclipError(f'{path.name!r} wants to call {odd[0]} when it is opened. Weights need no such thing, and nothing was run. If you trust where it comes from, '
-                                'load it there with torch and save only model.state_dict(), best as safetensors.')
+    if odd:
+        raise TinyclipError(
+            f'{path.name!r} wants to call {odd[0]} when it is opened. Weights need no such '
+            'thing, and nothing was run. If you trust where it comes from, '
+            'load it there with torch and save only model.state_dict(), best as safetensors.'
+        )
 
 # %% ../../nbs/zoo/01_weights.ipynb #b17e1d6e
 def tensors_in(
-    held, # What a torch file holds
-    name:str, # The file's
-)->dict: # name -> tensor
+    held,  # What a torch file holds
+    name: str,  # The file's
+) -> dict:  # name -> tensor
     "The state dict in a checkpoint, bare or under `state_dict` or `model`"
     for key in ('state_dict', 'model'):
-        if isinstance(held, dict) and isinstance(held.get(key), dict): held = held[key]
-    odd = next((k for k,v in held.items() if not isinstance(v, Tensor) or not isinstance(k, str)), None) if isinstance(held, dict) else 'nothing by name'
-    if odd is not None or not held: raise TinyclipError(f'{name!r} holds no weights by name ({odd!r} is no tensor). Save model.state_dict(), bare or as dict(state_dict=...).' if held else f'{name!r} holds no weights.')
+        if isinstance(held, dict) and isinstance(held.get(key), dict):
+            held = held[key]
+    odd = (
+        next(
+            (k for k, v in held.items() if not isinstance(v, Tensor) or not isinstance(k, str)),
+            None,
+        )
+        if isinstance(held, dict)
+        else 'nothing by name'
+    )
+    if odd is not None or not held:
+        raise TinyclipError(
+            (
+                f'{name!r} holds no weights by name ({odd!r} is no tensor). Save '
+                'model.state_dict(), bare or as dict(state_dict=...).'
+            )
+            if held
+            else f'{name!r} holds no weights.'
+        )
     return dict(held)
 
+
 def read_weights(
-    path, # A safetensors or torch file
-)->dict: # name -> tensor on the CPU, names as in the file
-    "The tensors of a checkpoint; no code of the file is run and no more memory is used than the file is large"
+    path,  # A safetensors or torch file
+) -> dict:  # name -> tensor on the CPU, names as in the file
+    """The tensors of a checkpoint; no code of the file is run and no more memory is used than
+    the file is large"""
     path = Path(path)
-    if not path.is_file(): raise TinyclipError(f'There is no file {str(path)!r}.')
-    with open(path, 'rb') as f: head = f.read(9)
+    if not path.is_file():
+        raise TinyclipError(f'There is no file {str(path)!r}.')
+    with open(path, 'rb') as f:
+        head = f.read(9)
     try:
-        if head[8:]==b'{':
-            with safe_open(path, 'pt') as f: state = {k:f.get_tensor(k) for k in f.keys()}
-        elif head[:4]==b'PK\x03\x04':
+        if head[8:] == b'{':
+            with safe_open(path, 'pt') as f:
+                state = {k: f.get_tensor(k) for k in f.keys()}
+        elif head[:4] == b'PK\x03\x04':
             check_archive(path)
             state = torch.load(path, map_location='cpu', weights_only=True)
-        else: raise TinyclipError(f'{path.name!r} is neither a safetensors file nor one that torch.save writes (since 1.6); it is damaged, incomplete, or something else.')
+        else:
+            raise TinyclipError(
+                f'{path.name!r} is neither a safetensors file nor one that torch.save writes '
+                '(since 1.6); it is damaged, incomplete, or something else.'
+            )
         state = tensors_in(state, path.name)
-        claimed = sum(t.numel()*t.element_size() for t in state.values())
-    except TinyclipError: raise
-    except Exception as e: # readers of damaged files fail in every way there is
-        raise TinyclipError(f'{str(path)!r} cannot be read ({type(e).__name__}: {(str(e).splitlines() or [""])[0][:120]}); the file is damaged or incomplete, copy it again.') from e
-    if claimed > 4*path.stat().st_size: raise TinyclipError(f'{path.name!r} claims tensors of {human(claimed)}B in a file of {human(path.stat().st_size)}B; it is damaged or hostile.')
+        claimed = sum(t.numel() * t.element_size() for t in state.values())
+    except TinyclipError:
+        raise
+    except Exception as e:  # readers of damaged files fail in every way there is
+        raise TinyclipError(
+            f'{str(path)!r} cannot be read ({type(e).__name__}: '
+            f'{(str(e).splitlines() or [""])[0][:120]}); the file is damaged or incomplete, '
+            'copy it again.'
+        ) from e
+    if claimed > 4 * path.stat().st_size:
+        raise TinyclipError(
+            f'{path.name!r} claims tensors of {human(claimed)}B in a file of '
+            f'{human(path.stat().st_size)}B; it is damaged or hostile.'
+        )
     return state
 
 # %% ../../nbs/zoo/01_weights.ipynb #880b4277
-WRAPPERS = re.compile(r'^(?:(?:module|_orig_mod|_image_encoder|_text_encoder|_logit_scale|(?:image_encoder|text_encoder|logit_scale)_without_ddp)\.)+')
+WRAPPERS = re.compile(
+    r'^(?:(?:module|_orig_mod|_image_encoder|_text_encoder|_logit_scale|(?:image_encoder|text_encoder|logit_scale)_without_ddp)\.)+'
+)
+
 
 def plain_names(
-    state:dict, # name -> tensor
-    source:str='the checkpoint', # For the error
-)->dict: # open_clip's name -> tensor
+    state: dict,  # name -> tensor
+    source: str = 'the checkpoint',  # For the error
+) -> dict:  # open_clip's name -> tensor
     "Take the wrappers of the released layouts off the names; what is there twice must be the same"
     plain = {}
-    for name,t in state.items():
+    for name, t in state.items():
         new = WRAPPERS.sub('', name)
-        if new in plain and not (plain[new].shape==t.shape and torch.equal(plain[new], t)):
-            raise TinyclipError(f'{new} is in {source} twice, with different values (once as {name}); it is not clear which one is meant.')
+        if new in plain and not (plain[new].shape == t.shape and torch.equal(plain[new], t)):
+            raise TinyclipError(
+                f'{new} is in {source} twice, with different values (once as {name}); it is '
+                'not clear which one is meant.'
+            )
         plain[new] = t
     return plain
 
 # %% ../../nbs/zoo/01_weights.ipynb #50b72782
-MOST = dict(layers=1024, depths=1024, number=2**26) # beyond every CLIP there is
+MOST = dict(layers=1024, depths=1024, number=2**26)  # beyond every CLIP there is
+
 
 def check_numbers(
-    cfg, # A configuration, or a part of one
-    source:str, # For the error
-    key:str='', # Where we are
+    cfg,  # A configuration, or a part of one
+    source: str,  # For the error
+    key: str = '',  # Where we are
 ):
     "Refuse absurd numbers before anything is built from them"
-    if isinstance(cfg, dict): items = cfg.items()
-    elif isinstance(cfg, list): items = ((key, v) for v in cfg)
-    else: items = ()
-    for k,v in items: check_numbers(v, source, k)
-    if isinstance(cfg, (int, float)) and not abs(cfg) <= MOST.get(key, MOST['number']) or isinstance(cfg, list) and len(cfg) > MOST['layers']:
-        raise TinyclipError(f'{source} asks for {key} = {str(cfg)[:30]}, more than any CLIP has; it is damaged or hostile.')
+    if isinstance(cfg, dict):
+        items = cfg.items()
+    elif isinstance(cfg, list):
+        items = ((key, v) for v in cfg)
+    else:
+        items = ()
+    for k, v in items:
+        check_numbers(v, source, k)
+    if (
+        isinstance(cfg, (int, float))
+        and not abs(cfg) <= MOST.get(key, MOST['number'])
+        or isinstance(cfg, list)
+        and len(cfg) > MOST['layers']
+    ):
+        raise TinyclipError(
+            f'{source} asks for {key} = {str(cfg)[:30]}, more than any CLIP has; it is '
+            'damaged or hostile.'
+        )
+
 
 def offline(
-    cfg:dict, # `model_cfg`
-    source:str, # For the error
-)->dict: # The same, made from the file alone
-    "A configuration without anything to fetch: the weights come from the checkpoint, not from elsewhere"
+    cfg: dict,  # `model_cfg`
+    source: str,  # For the error
+) -> dict:  # The same, made from the file alone
+    """A configuration without anything to fetch: the weights come from the checkpoint, not from
+    elsewhere"""
     cfg = json.loads(json.dumps(cfg))
-    vision,text = cfg.get('vision_cfg'), cfg.get('text_cfg')
+    vision, text = cfg.get('vision_cfg'), cfg.get('text_cfg')
     if isinstance(vision, dict) and 'timm_model_name' in vision:
-        if not re.fullmatch(r'[\w.]+', str(vision['timm_model_name'])): raise TinyclipError(f"{source} asks for the image tower {vision['timm_model_name']!r}, which is no name of timm's.")
+        if not re.fullmatch(r'[\w.]+', str(vision['timm_model_name'])):
+            raise TinyclipError(
+                f"{source} asks for the image tower {vision['timm_model_name']!r}, which is "
+                "no name of timm's."
+            )
         vision['timm_model_pretrained'] = False
-    if isinstance(text, dict) and 'hf_model_name' in text: text['hf_model_pretrained'] = False
+    if isinstance(text, dict) and 'hf_model_name' in text:
+        text['hf_model_pretrained'] = False
     return cfg
 
+
 def sketch(
-    cfg:dict, # `model_cfg`
-    source:str, # For the error
-)->nn.Module: # On the meta device: shapes without memory
+    cfg: dict,  # `model_cfg`
+    source: str,  # For the error
+) -> nn.Module:  # On the meta device: shapes without memory
     "A model's shapes"
     check_numbers(cfg, source)
     try:
-        with torch.device('meta'): return build(cfg)
-    except TinyclipError: raise
-    except Exception as e: # a configuration may be wrong in every way there is
-        raise TinyclipError(f'{source} describes no model ({type(e).__name__}: {(str(e).splitlines() or [""])[0][:120]}).') from e
+        with torch.device('meta'):
+            return build(cfg)
+    except TinyclipError:
+        raise
+    except Exception as e:  # a configuration may be wrong in every way there is
+        raise TinyclipError(
+            f'{source} describes no model ({type(e).__name__}: '
+            f'{(str(e).splitlines() or [""])[0][:120]}).'
+        ) from e
 
 # %% ../../nbs/zoo/01_weights.ipynb #34545af3
 def misfits(
-    want:dict, # The model's state dict
-    state:dict, # The weights
-)->list: # Sentences
+    want: dict,  # The model's state dict
+    state: dict,  # The weights
+) -> list:  # Sentences
     "What does not fit"
-    odd = [f'{k} is missing' for k in want if k not in state] + [f'{k} is not expected' for k in state if k not in want]
+    odd = [f'{k} is missing' for k in want if k not in state] + [
+        f'{k} is not expected' for k in state if k not in want
+    ]
     both = [k for k in want if k in state]
-    odd += [f'{k} is {tuple(state[k].shape)} where the configuration says {tuple(want[k].shape)}' for k in both if state[k].shape!=want[k].shape]
-    return odd + [f'{k} is of type {str(state[k].dtype).removeprefix("torch.")}' for k in both if state[k].is_floating_point()!=want[k].is_floating_point()]
+    odd += [
+        f'{k} is {tuple(state[k].shape)} where the configuration says {tuple(want[k].shape)}'
+        for k in both
+        if state[k].shape != want[k].shape
+    ]
+    return odd + [
+        f'{k} is of type {str(state[k].dtype).removeprefix("torch.")}'
+        for k in both
+        if state[k].is_floating_point() != want[k].is_floating_point()
+    ]
+
 
 def assemble(
-    cfg:dict, # `model_cfg`
-    state:dict, # The weights under open_clip's names
-    source:str, # For the error, e.g. the file
-)->nn.Module: # In eval mode, filled
-    "Build a model and fill it, strictly; in a branch that was cut away altogether, a bias that is not there is zero"
+    cfg: dict,  # `model_cfg`
+    state: dict,  # The weights under open_clip's names
+    source: str,  # For the error, e.g. the file
+) -> nn.Module:  # In eval mode, filled
+    """Build a model and fill it, strictly; in a branch that was cut away altogether, a bias that
+    is not there is zero"""
     cfg = offline(cfg, f'The configuration of {source}')
     plan = sketch(cfg, f'The configuration of {source}')
-    state = {k:v for k,v in state.items() if not k.endswith('.attn_mask')} # a constant that old files hold
-    bare = [f'{n}.{m.projection}.bias' for n,m in plan.named_modules() if isinstance(m, Remainder)]
+    state = {
+        k: v for k, v in state.items() if not k.endswith('.attn_mask')
+    }  # a constant that old files hold
+    bare = [f'{n}.{m.projection}.bias' for n, m in plan.named_modules() if isinstance(m, Remainder)]
     want = plan.state_dict()
-    state |= {k:torch.zeros(want[k].shape) for k in bare if k not in state}
+    state |= {k: torch.zeros(want[k].shape) for k in bare if k not in state}
     odd = misfits(want, state)
-    if odd: raise TinyclipError(f'The weights in {source} do not fit its configuration: {odd[0]}' + (f' (and {len(odd)-1} more).' if len(odd)>1 else '.'))
+    if odd:
+        raise TinyclipError(
+            f'The weights in {source} do not fit its configuration: {odd[0]}'
+            + (f' (and {len(odd) - 1} more).' if len(odd) > 1 else '.')
+        )
     model = build(cfg)
     model.load_state_dict(state)
     return model.eval()
