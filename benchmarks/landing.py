@@ -7,12 +7,12 @@ import argparse
 import shutil
 from pathlib import Path
 
-from tinyclip.comparison import Contest, by_masks, by_rule
+from tinyclip.comparison import Comparison, by_masks, by_rule
 from tinyclip.core import environment, record_run
 from tinyclip.lab.demo import BATCH, MASKS, RECIPE
-from tinyclip.lab.setup import bench
+from tinyclip.lab.setup import lab_setup
 from tinyclip.live import new_folder
-from tinyclip.train.history import told
+from tinyclip.train.history import read_log
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(
@@ -23,14 +23,14 @@ if __name__ == '__main__':
     p.add_argument('--mask-steps', type=int, default=40)
     p.add_argument('--seed', type=int, default=0)
     a = p.parse_args()
-    b = bench(batch_size=BATCH, n=1280, seed=a.seed, device='cpu')
+    b = lab_setup(batch_size=BATCH, n=1280, seed=a.seed, device='cpu')
     where = environment()
     ways = dict(
         manual=by_rule(a.share, a.steps),
         automatic=by_masks(a.share, a.steps, a.mask_steps, masks=MASKS),
     )
     folder = new_folder('runs/landing')
-    contest = Contest(
+    contest = Comparison(
         ways,
         b.teacher,
         b.pairs,
@@ -56,4 +56,4 @@ if __name__ == '__main__':
         to = Path('results/landing') / log.relative_to(folder)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(log, to)
-    print(len(told('results/landing')), 'events')
+    print(len(read_log('results/landing')), 'events')

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tinyclip.core import Table, pick_device, record_run, seed_everything
 from tinyclip.evaluate.cost import peak_memory, seconds
 from tinyclip.losses import affinity_mimicking, contrastive
-from tinyclip.losses.distributed import share
+from tinyclip.losses.distributed import local_rows
 from tinyclip.losses.tiled import tile_size, tiled_cross_entropy
 
 
@@ -45,7 +45,7 @@ def theirs(x, scale, tile):
 
 
 def some(x, scale, tile, processes):
-    own = share(len(x[0]), 0, processes)
+    own = local_rows(len(x[0]), 0, processes)
     return sum(
         v.mean() for v in tiled_cross_entropy(x[0][own], x[1], x[2][own], x[3], scale, 50.0, tile)
     )

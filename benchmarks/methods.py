@@ -19,8 +19,8 @@ from tinyclip.data.shapes import Shapes
 from tinyclip.distill import Distiller
 from tinyclip.evaluate import zero_shot
 from tinyclip.evaluate.cost import parameters
-from tinyclip.inheritance import fresh, inherit
-from tinyclip.keep import at_share
+from tinyclip.inheritance import reinitialized, inherit
+from tinyclip.keep import keep_for_size
 from tinyclip.lab.demo import examine
 from tinyclip.stages import SHORT, Stage, Stages
 from tinyclip.zoo import load
@@ -76,9 +76,9 @@ def one(task, plan, share, seed, a, folder, masks=SHORT):
     start = time.perf_counter()
     if isinstance(plan, str):
         seed_everything(seed)
-        student = inherit(teacher, at_share(teacher, share))
+        student = inherit(teacher, keep_for_size(teacher, share))
         if plan == 'fresh':
-            student = fresh(student)
+            student = reinitialized(student)
         student = (
             Distiller(student, teacher, pairs(seed, a.batch), seed=seed, **settings)
             .fit(a.steps)

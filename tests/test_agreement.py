@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tinyclip.core import TinyclipError
 from tinyclip.data.pairs import captioned, labelled
 from tinyclip.evaluate import zero_shot
-from tinyclip.evaluate.agreement import Answers, agreement, answers, divergence, overlap
+from tinyclip.evaluate.agreement import Answers, agreement, model_answers, divergence, overlap
 from tinyclip.inheritance import inherit
 from tinyclip.keep import manual
 from tinyclip.losses import affinity_mimicking
@@ -199,7 +199,7 @@ def test_photographs(shared):
     names = (shared / 'data/cifar10/classnames.txt').read_text().split()
     student = inherit(teacher, manual(teacher, text_depth=0.5))
     modes = [m.training for m in student.train().modules()]
-    told = answers(teacher, batches, tokenizer, names)
+    told = model_answers(teacher, batches, tokenizer, names)
     r = agreement(student, told, batches, tokenizer, names)
     assert (
         r == agreement(student, teacher, batches, tokenizer, names)

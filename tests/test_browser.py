@@ -24,7 +24,7 @@ LONG = {
     'b = bench()': 'b = bench(steps=2000, batch_size=8)',
     'b.steps//100': '1',
     'warmup=.6': 'warmup=.005',
-    'feel=.15': 'feel=.005',
+    'importance_warmup=.15': 'importance_warmup=.005',
 }  # the target arrives within 20 steps, and every step is told
 BOTH = {'b = bench()': 'b = bench(steps=190, batch_size=8, n=64)'}
 KNOWN = (  # what pages may say, and why
@@ -288,7 +288,7 @@ def test_without_widgets_a_picture_is_updated(masks):
 def test_a_mistake_in_a_cell_costs_one_sentence(masks, code, says):
     nb = masks
     nb.idle()
-    nb.ask('from tinyclip.lab.setup import bench')
+    nb.ask('from tinyclip.lab.setup import lab_setup')
     nb.add(code)
     (said,) = nb.outputs(code)
     assert says in said and len(said.strip().splitlines()) == 1 and 'Traceback' not in said
@@ -340,7 +340,9 @@ def test_a_finished_contest_shows_a_table_and_saves(both, tmp_path):
     nb = both
     short = 'short = Arena(bench(steps=8, batch_size=8, n=64), share=.35).start()\nshort'
     nb.idle()
-    nb.ask('from tinyclip.lab.comparison_app import Arena\nfrom tinyclip.lab.setup import bench')
+    nb.ask(
+        'from tinyclip.lab.comparison_app import ComparisonApp\nfrom tinyclip.lab.setup import lab_setup'
+    )
     nb.add(short)
     nb.shows(short, 'finished')
     cell = nb.cell(short)

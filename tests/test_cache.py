@@ -30,7 +30,7 @@ from tinyclip.data.fingerprints import differing, teacher_print
 from tinyclip.data.mix import mix
 from tinyclip.data.pairs import labelled
 from tinyclip.data.shapes import Shapes
-from tinyclip.data.sources import Order, Skip, as_source, read_shard
+from tinyclip.data.sources import SamplingPlan, Skip, as_source, read_shard
 from tinyclip.zoo import load as load_model
 
 # --- what is written
@@ -525,7 +525,7 @@ def entries(source):
             s.label,
             s.image if isinstance(s.image, bytes) else Path(s.image).read_bytes(),
         )
-        for c in as_source(source).chunks(Order(shuffle=False))
+        for c in as_source(source).chunks(SamplingPlan(shuffle=False))
         for s in c
         if not isinstance(s, Skip)
     }

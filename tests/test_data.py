@@ -20,7 +20,7 @@ from tinyclip.data import check, open_pairs
 from tinyclip.data.mix import mix
 from tinyclip.data.pairs import captioned, labelled, worker_count
 from tinyclip.data.shapes import Shapes
-from tinyclip.data.sources import Order, as_source
+from tinyclip.data.sources import SamplingPlan, as_source
 
 # --- order
 
@@ -118,7 +118,9 @@ def test_leaves_the_generators_alone():
 
 def test_ranks_share_without_overlap(tmp_path):
     source = as_source(shards(tmp_path, 5, 4))
-    keys = [[s.key for c in source.chunks(Order(rank=r, world=2)) for s in c] for r in range(2)]
+    keys = [
+        [s.key for c in source.chunks(SamplingPlan(rank=r, world=2)) for s in c] for r in range(2)
+    ]
     assert len(keys[0] + keys[1]) == 20 == len(set(keys[0] + keys[1]))
 
 
@@ -168,8 +170,8 @@ def test_workers_chosen_by_the_cores(tmp_path, monkeypatch, cores, shards_, expe
     "One per core this process may use, at most eight, at most one per shard; shared between ranks"
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(cores)), raising=False)
     source = as_source(shards(tmp_path, shards_, 1))
-    assert worker_count(None, source, Order()) == expected
-    assert worker_count(None, source, Order(world=5)) == min(expected, shards_ // 5)
+    assert worker_count(None, source, SamplingPlan()) == expected
+    assert worker_count(None, source, SamplingPlan(world=5)) == min(expected, shards_ // 5)
 
 
 def test_ranks_of_a_real_group(tmp_path, monkeypatch):

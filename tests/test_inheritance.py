@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinyclip.core import TinyclipError
-from tinyclip.inheritance import build, fresh, inherit
-from tinyclip.keep import Keep, like, manual, student_sizes
+from tinyclip.inheritance import build, reinitialized, inherit
+from tinyclip.keep import Keep, keep_for_config, manual, student_sizes
 from tinyclip.towers import layout
 from tinyclip.towers.architecture import architecture
 
@@ -97,7 +97,7 @@ def test_the_student_has_the_sizes_of_its_keep(data):
     student = inherit(model, keep)
     assert layout(student).sizes == student_sizes(keep)
     assert architecture(build(architecture(student))) == architecture(student)
-    assert architecture(fresh(student)) == architecture(student)
+    assert architecture(reinitialized(student)) == architecture(student)
     assert all(f.isfinite().all() for f in outputs(student))
 
 
@@ -135,7 +135,7 @@ def test_released_configurations_fit_their_teachers(name):
     with torch.device('meta'):
         big = build(cfg)
         small = open_clip.CLIP(**open_clip.get_model_config(name))
-    assert student_sizes(like(big, name)) == layout(small).sizes
+    assert student_sizes(keep_for_config(big, name)) == layout(small).sizes
 
 
 def test_half_precision_and_grad_survive():

@@ -14,7 +14,7 @@ import pytest
 from test_distill import Pairs, job, tiny
 from test_stages import MASKS, plan
 
-from tinyclip.comparison import Contest, by_masks, by_rule
+from tinyclip.comparison import Comparison, by_masks, by_rule
 from tinyclip.live import Dashboard, Replay, watch
 from tinyclip.live.background import Background
 from tinyclip.train.events import read_events
@@ -262,7 +262,7 @@ def stages(folder):
 
 def contest(folder):
     teacher = tiny(0, layers=2)
-    return Contest(
+    return Comparison(
         dict(masks=by_masks(0.6, 8, 4, masks=MASKS), rule=by_rule(0.6, 8)),
         teacher,
         Pairs,

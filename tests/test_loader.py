@@ -24,8 +24,8 @@ from tinyclip.data.jpeg import MARGIN, first_step, opener, reduction, window
 from tinyclip.data.mix import mix
 from tinyclip.data.pairs import captioned, labelled, rebatch
 from tinyclip.data.shapes import Shapes
-from tinyclip.data.sources import Order, Sample, as_source, decode
-from tinyclip.data.transforms import as_bytes, cook, pictures, with_label
+from tinyclip.data.sources import SamplingPlan, Sample, as_source, decode
+from tinyclip.data.transforms import as_bytes, collate, pictures, with_label
 
 TRAIN, VAL = (image_transform_v2(PreprocessCfg(size=32), is_train=t) for t in (True, False))
 TOKENIZER = open_clip.SimpleTokenizer(context_length=12)
@@ -280,8 +280,8 @@ OTHERS = [
     ids=[f'{k}-{i}' for k, o in (('ours', OURS), ('other', OTHERS)) for i in range(len(o))],
 )  # processes must agree on the names
 def test_parted_or_whole_the_same_to_the_bit(transform, reduced):
-    chunk = cook(entries(), Order(seed=3), transform, with_label, reduced=reduced)
-    whole = torch.stack(pictures(entries(), Order(seed=3), transform, reduced=reduced)[1])
+    chunk = collate(entries(), SamplingPlan(seed=3), transform, with_label, reduced=reduced)
+    whole = torch.stack(pictures(entries(), SamplingPlan(seed=3), transform, reduced=reduced)[1])
     assert chunk.ready()[0].dtype == torch.float32 and torch.equal(chunk.ready()[0], whole)
     assert (
         (chunk.fields[0].dtype == torch.uint8)
@@ -310,7 +310,7 @@ def test_workers_hand_over_bytes(tmp_path, monkeypatch):
 # --- mixing
 
 
-def flow(source, order=Order(size=4), workers=1):
+def flow(source, order=SamplingPlan(size=4), workers=1):
     "As a loader with so many workers collects them"
     from itertools import zip_longest
 
@@ -370,12 +370,12 @@ def test_a_mix_repeats_itself_whatever_the_workers(tmp_path, length):
 
 def test_ranks_share_a_mix(tmp_path):
     m = mix([*two(tmp_path).items(), (Shapes(n=50), 2)])
-    parts = [flow(m, Order(size=4, rank=r, world=2)) for r in range(2)]
+    parts = [flow(m, SamplingPlan(size=4, rank=r, world=2)) for r in range(2)]
     firsts = [s.key + s.where for p in parts for s in p if s.where[0] == 'a']
     assert len(firsts) == 64 == len(set(firsts))
     assert all(abs(len(p) - 64) <= 4 for p in parts)
     with pytest.raises(TinyclipError, match='too small for 3 processes'):
-        flow(mix([(shards(tmp_path / 'c'), 1), (Shapes(n=2), 1)]), Order(world=3))
+        flow(mix([(shards(tmp_path / 'c'), 1), (Shapes(n=2), 1)]), SamplingPlan(world=3))
 
 
 def test_labels_stay_where_they_mean_the_same(tmp_path):

@@ -255,11 +255,11 @@ def test_killed_in_the_mask_phase(tmp_path):
 def test_a_target_that_was_moved_is_moved_again(tmp_path):
     def moved():
         j = masked_job(folder=tmp_path, save_every=2)
-        j.listeners = [when('log', 2, lambda: j.penalty.aim(0.8))]
+        j.listeners = [when('log', 2, lambda: j.penalty.set_target(0.8))]
         return j
 
     straight = masked_job()
-    straight.listeners = [when('log', 2, lambda: straight.penalty.aim(0.8))]
+    straight.listeners = [when('log', 2, lambda: straight.penalty.set_target(0.8))]
     a = straight.fit(6).student
     half = moved()
     half.listeners.append(when('log', 4, half.stop))

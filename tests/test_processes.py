@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from test_distill import Batch, Pairs, tiny
 
-from tinyclip.core import processes
+from tinyclip.core import rank_and_world_size
 from tinyclip.distill import Distiller
 from tinyclip.losses import LOSSES, Objective
 from tinyclip.masking import MaskedCLIP
@@ -59,7 +59,7 @@ def cases(world):
 
 def gradients(objective, masked, way):
     "Loss, norm and gradients by name, as the first process sees them"
-    rank, world = processes()
+    rank, world = rank_and_world_size()
     torch.manual_seed(0)
     student, teacher = tiny(1, layers=2), tiny(0)
     if masked:
@@ -72,7 +72,7 @@ def gradients(objective, masked, way):
     own = slice(N // world * rank, N // world * (rank + 1))
     torch.manual_seed(3)
     with student.one_draw() if masked else contextlib.nullcontext():
-        out = engine.slopes(b._replace(image=b.image[own], text=b.text[own]), True, 0.5)
+        out = engine.backward(b._replace(image=b.image[own], text=b.text[own]), True, 0.5)
     grads = {n: full(p.grad) for n, p in student.named_parameters() if p.grad is not None}
     norm = engine.clip([p for p in student.parameters()])
     engine.release()
@@ -94,7 +94,7 @@ def started(rank, world, port):
     }
     torch.set_num_threads(1)
     make_accelerator('fp32', 'cpu')  # joins the processes
-    assert processes() == (rank, world)
+    assert rank_and_world_size() == (rank, world)
 
 
 def worker(rank, world, port, out):
@@ -182,7 +182,7 @@ def sharded(rank, world, port, folder):
         .student
     )
     masked = MaskedCLIP(tiny(1, layers=2), start=0.0)
-    penalty = Sparsity(masked, 0.6, form='projected', feel=0.3)
+    penalty = Sparsity(masked, 0.6, form='projected', importance_warmup=0.3)
     job(None, rank, world, student=masked, penalty=penalty, shard=True).fit(6)
     cut = penalty.cut()
     torch.save(

@@ -13,8 +13,8 @@ from tinyclip.inheritance import build, inherit
 from tinyclip.losses import affinity_mimicking, contrastive
 from tinyclip.masking import MaskedCLIP
 from tinyclip.masks import (
-    Constraint,
-    chance_open,
+    LagrangianConstraint,
+    keep_prob,
     eval_masks,
     hard_concrete,
     released_count,
@@ -87,11 +87,11 @@ def test_hard_concrete(vectors, case):
     cfg = json.loads((vectors / 'meta.json').read_text())['l0'][case]
     v = load_file(vectors / f'l0_{case}.safetensors')
     log_alpha = {k: v[f'{k}_loga'].clone().requires_grad_() for k in KINDS}
-    chance = {k: chance_open(a) for k, a in log_alpha.items()}
+    chance = {k: keep_prob(a) for k, a in log_alpha.items()}
     expected, prunable = released_count(*(chance[k] for k in KINDS))
     done = cfg['step'] / cfg['lagrangian_warmup'] if cfg['lagrangian_warmup'] else 1.0
     target = target_share(done, 1 - cfg['start_sparsity'], 1 - cfg['target_sparsity'], warmup=1.0)
-    constraint = Constraint(1, 'one-sided')
+    constraint = LagrangianConstraint(1, 'one-sided')
     assert (
         constraint.linear.item() == v['lambda_1'].item()
         and constraint.quadratic.item() == v['lambda_2'].item()

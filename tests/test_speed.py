@@ -18,7 +18,7 @@ from tinyclip.masking import MaskedCLIP
 from tinyclip.sparsity import Sparsity
 from tinyclip.stages import SHORT
 from tinyclip.train.engine import Engine, make_accelerator
-from tinyclip.train.speed import lean
+from tinyclip.train.speed import half_precision_copy
 
 
 def resnet(seed=0):
@@ -41,7 +41,7 @@ def batch(size=16, **kw):
 
 def slopes(e, b):
     "Gradients of one batch by name"
-    e.slopes(b, False, 0.0)
+    e.backward(b, False, 0.0)
     grads = {n: p.grad.clone() for n, p in e.live.named_parameters() if p.grad is not None}
     e.release()
     return grads
@@ -254,7 +254,7 @@ def test_a_resnet_is_laid_out_for_its_convolutions_and_back():
 def test_batch_norm_counts_a_step_in_chunks_once_per_chunk():
     a, b = resnet(1), resnet(1)
     e = engine(a, resnet(), chunk_size=4)
-    e.slopes(batch(32), False, 0.0)
+    e.backward(batch(32), False, 0.0)
     e.release()
     for i in (0, 4):
         b.train()(batch(32).image[i : i + 4], batch(32).text[i : i + 4])
@@ -282,7 +282,7 @@ def test_a_lean_teacher_says_the_same(name):
     torch.manual_seed(0)
     teacher = MODELS[name]().eval()
     b = batch(32 if name == 'resnet' else 16)
-    light = lean(teacher, torch.bfloat16)
+    light = half_precision_copy(teacher, torch.bfloat16)
     with torch.no_grad():
         exact = teacher(*b)[:2]
         with autocast('cpu', 'bf16'):

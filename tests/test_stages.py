@@ -14,13 +14,13 @@ from tinyclip.core import TinyclipError
 from tinyclip.data import open_pairs
 from tinyclip.data.shapes import Shapes
 from tinyclip.evaluate.cost import parameters
-from tinyclip.keep import at_share
+from tinyclip.keep import keep_for_size
 from tinyclip.sparsity import Sparsity
 from tinyclip.stages import SHORT, Stage, Stages, compare, laion400m, yfcc15m
 from tinyclip.zoo import load
 
 PLAN = [Stage(0.7, 4, 4), Stage(0.4, 4, 4)]
-MASKS = dict(SHORT, feel=0.5)
+MASKS = dict(SHORT, importance_warmup=0.5)
 
 
 def plan(folder, teacher=None, stages=PLAN, pairs=None, **kw):
@@ -222,7 +222,7 @@ def test_refused_plans(tmp_path, stages, says):
         (dict(masks=dict(form='tow-sided')), "Did you mean 'two-sided'"),
         (dict(lr=-1), 'trains nothing'),
         (dict(masks=dict(kinds=['heads'], uniform=True)), 'needs masks on'),
-        (dict(masks=dict(feel=1.0)), 'feel=1.0'),
+        (dict(masks=dict(importance_warmup=1.0)), 'importance_warmup=1.0'),
     ],
 )
 def test_refused_settings(tmp_path, settings, says):
@@ -281,7 +281,7 @@ def test_the_rule_at_a_share():
     for share in (0.75, 0.5, 0.25):
         assert (
             abs(
-                parameters(inherit(teacher, at_share(teacher, share)))['towers']
+                parameters(inherit(teacher, keep_for_size(teacher, share)))['towers']
                 / parameters(teacher)['towers']
                 - share
             )

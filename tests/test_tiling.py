@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from open_clip.loss import DistillClipLoss
 from torch.nn import functional as F
 
-from tinyclip.core import TinyclipError, processes
+from tinyclip.core import TinyclipError, rank_and_world_size
 from tinyclip.evaluate.cost import peak_memory
 from tinyclip.losses import LOSSES, Features, Objective, affinity_mimicking, contrastive
-from tinyclip.losses.distributed import gather, share
+from tinyclip.losses.distributed import gather, local_rows
 from tinyclip.losses.tiled import SMALL, tile_size, tiled_cross_entropy, tiled_log_sum_exp
 
 
@@ -334,8 +334,10 @@ def test_no_second_derivative():
 def test_shares_are_the_whole():
     for n in range(12):
         for world in range(1, 6):
-            assert [i for r in range(world) for i in range(n)[share(n, r, world)]] == list(range(n))
-    assert processes() == (0, 1)
+            assert [i for r in range(world) for i in range(n)[local_rows(n, r, world)]] == list(
+                range(n)
+            )
+    assert rank_and_world_size() == (0, 1)
 
 
 # of nine pairs the shares are uneven; of one pair the first process has none
@@ -368,7 +370,7 @@ def uneven(rank, N):
     """Rows given to the tiles directly, nine over two processes: what the columns say, and the
     gradient of everything"""
     a, b, c, d = (unit(N, 5, seed=i).requires_grad_(i < 2) for i in range(4))
-    own = share(N) if rank is not None else slice(None)
+    own = local_rows(N) if rank is not None else slice(None)
     rows, columns = tiled_cross_entropy(
         a[own], b, c[own], d, 30.0, 50.0, tile=2, shared=rank is not None
     )

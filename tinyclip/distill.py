@@ -24,7 +24,7 @@ from .train.checkpoint import checkpoints, step_seed, sweep
 from .train.checks import check_batch, check_models, check_settings
 from .train.engine import Engine, learning_rate, make_accelerator
 from .train.events import Events, Progress, plain, rewind
-from .train.run import Result, Run, assess, read_run, write_run
+from .train.run import Result, Run, evaluate_student, resume_run, save_run
 
 # %% ../nbs/06_distill.ipynb #9a6a418f
 def batches(
@@ -283,7 +283,7 @@ def advance(
         epoch, taken, batch = next(stream)
     except Exception:  # the data failed, between two steps: all that was learned so far is sound
         if a.num_processes == 1:
-            write_run(run)
+            save_run(run)
         raise
     if not run.seen:
         check_batch(batch, run.engine.plain)
@@ -298,9 +298,9 @@ def advance(
     if watch:
         run.log(out, lr)
     if due(job.every['evaluate']):
-        assess(run, job.evaluate)
+        evaluate_student(run, job.evaluate)
     if due(job.every['save']):
-        write_run(run)
+        save_run(run)
 
 # %% ../nbs/06_distill.ipynb #f5ebd41c
 def loop(
@@ -350,7 +350,7 @@ def loop(
                 if halt():
                     break
                 advance(run, job, stream)
-            write_run(run)
+            save_run(run)
         if interrupted and run.result.steps < steps:
             raise ENDS[interrupted[0]](f'stopped after step {run.result.steps}')
     except BaseException as e:
@@ -400,7 +400,7 @@ def train(
     run = Run(engine, Events(), config, job.folder, job.max_skipped, job.pairs)
     try:
         if last:
-            read_run(run, last)
+            resume_run(run, last)
         if run.result.steps == steps:
             run.result.finished = True  # nothing left to do
         else:

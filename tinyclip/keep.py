@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHOOSERS', 'leading', 'evenly_spaced', 'by_magnitude', 'magnitudes', 'Keep', 'check_indices', 'within', 'is_depth',
-           'after', 'student_sizes', 'keep_table', 'describe', 'runs', 'counted', 'tower_of', 'by_counts',
-           'resolve_chooser', 'with_needed', 'manual', 'at_share', 'choose', 'like', 'same_otherwise', 'tower_kind']
+           'renamed_axes', 'student_sizes', 'keep_table', 'describe', 'runs', 'counted', 'tower_of', 'by_counts',
+           'resolve_chooser', 'with_needed', 'manual', 'keep_for_size', 'choose', 'keep_for_config', 'same_otherwise',
+           'tower_kind']
 
 # %% ../nbs/01_keep.ipynb #7a8ece06
 import fnmatch
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from .core import Table, TinyclipError, unknown
-from .masks import Size
+from .masks import ParamCount
 from .towers.architecture import config, create
 from .towers.layout import Layout, layout
 
@@ -160,7 +161,7 @@ class Keep:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise TinyclipError(f'This is not a keep written by Keep.to_json: {e!r}.') from e
 
-    def then(
+    def compose(
         self,
         other: 'Keep',  # What stays of this keep's student
     ) -> 'Keep':  # In terms of the first teacher
@@ -173,7 +174,7 @@ class Keep:
                 f'first and {other.sizes.get(a, "absent")} before the second.'
             )
         axes, values = dict(self.axes), {}
-        for a, new in after(self).items():
+        for a, new in renamed_axes(self).items():
             if new not in other.sizes:
                 continue
             inner = other[new]
@@ -221,7 +222,7 @@ def is_depth(axis: str) -> bool:  # By its name
     return axis.endswith('.layers')
 
 
-def after(
+def renamed_axes(
     keep: Keep,  # A keep
 ) -> dict:  # teacher's axis -> (student's axis or None if its layer is dropped)
     "What each axis is called in the student"
@@ -244,7 +245,9 @@ def student_sizes(
 ) -> dict:  # student's axis -> size; empty axes are gone
     "The sizes of a student cut by `keep`"
     return {
-        new: len(keep[a]) for a, new in after(keep).items() if new and (len(keep[a]) or is_depth(a))
+        new: len(keep[a])
+        for a, new in renamed_axes(keep).items()
+        if new and (len(keep[a]) or is_depth(a))
     }
 
 # %% ../nbs/01_keep.ipynb #40e7420c
@@ -252,7 +255,7 @@ def keep_table(
     keep: Keep,  # A keep
 ) -> Table:  # One row per kind of axis
     "What stays, of how much, and where"
-    names = after(keep)
+    names = renamed_axes(keep)
     depths = [a for a in keep.sizes if is_depth(a)]
     groups = {}
     for a in keep.sizes:
@@ -389,7 +392,7 @@ def manual(
     return by_counts(model, counts, width_by, depth_by)
 
 # %% ../nbs/01_keep.ipynb #26fca728
-def at_share(
+def keep_for_size(
     model: nn.Module,  # The teacher, with a ViT image tower
     share: float,  # Of its tower parameters, the token table not counted
 ) -> Keep:  # Within a thousandth where the towers are not tiny
@@ -397,7 +400,7 @@ def at_share(
     (leading channels, heads and neurons)"""
     if not 0 < share <= 1:
         raise TinyclipError(f'share={share} is no share; give a number above 0 and at most 1.')
-    l, size = layout(model), Size(model)
+    l, size = layout(model), ParamCount(model)
     if 'image.width' not in l.sizes:
         raise TinyclipError(
             'at_share needs a ViT image tower; shrink this one by width and depth: '
@@ -455,7 +458,7 @@ def choose(
     return Keep(l.sizes, {**some.axes, **explicit})
 
 # %% ../nbs/01_keep.ipynb #75bb1a14
-def like(
+def keep_for_config(
     model: nn.Module,  # The teacher
     student,  # A name that open_clip knows, or its `model_cfg` as a dict
     width_by='leading',  # Chooser for widths

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'SLACK', 'head_dim', 'floor_counts', 'check_share', 'zeros_for', 'uniform_shape', 'check_kinds', 'per_tower',
-           'Goal', 'picture', 'saved_by', 'rank', 'project', 'Sparsity']
+           'Goal', 'mask_summary', 'params_per_mask', 'init_from_importance', 'project', 'Sparsity']
 
 # %% ../nbs/05_sparsity.ipynb #25d00bcd
 import math
@@ -13,9 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .core import TinyclipError, filled, processes, unknown
+from .core import TinyclipError, scalars_on_device, rank_and_world_size, unknown
 from .masking import BRANCHES, KINDS, MaskedCLIP
-from .masks import LIMIT, TOWERS, Constraint, chance_open, target_share
+from .masks import LIMIT, TOWERS, LagrangianConstraint, keep_prob, target_share
 
 # %% ../nbs/05_sparsity.ipynb #4b011282
 FORMS = ('two-sided', 'one-sided', 'projected')
@@ -260,7 +260,7 @@ class Goal:
             )
         if self.towers == 'each':
             return m.shares()
-        whole = filled([m.size.whole[t] for t in TOWERS], m.log_alpha)
+        whole = scalars_on_device([m.size.whole[t] for t in TOWERS], m.log_alpha)
         return (m.shares() @ whole / whole.sum())[None]
 
     def together(self) -> list:  # In the order of `names`
@@ -293,20 +293,20 @@ class Goal:
         return {g: n for t in TOWERS for g, n in zeros_for(m, self.share[t], (t,)).items()}
 
 # %% ../nbs/05_sparsity.ipynb #0765e52b
-def picture(
+def mask_summary(
     masked: MaskedCLIP,  # A masked CLIP
     bins: int = 64,  # Longer axes are averaged down to so many
 ) -> dict:  # axis -> chances to be open, 0..1, rounded
     "How open every axis is, small enough for a log"
     out = {}
     with torch.no_grad():
-        for a, p in masked.chances().items():
+        for a, p in masked.keep_probs().items():
             parts = p.float().cpu().tensor_split(min(bins, len(p)))
             out[a] = [round(q.mean().item(), 3) for q in parts]
     return out
 
 # %% ../nbs/05_sparsity.ipynb #0f48fc6f
-def saved_by(
+def params_per_mask(
     masked: MaskedCLIP,  # A masked CLIP
 ) -> dict:  # group -> parameters that one closed mask of it saves
     "What closing a mask is good for"
@@ -323,13 +323,13 @@ def saved_by(
 
 
 @torch.no_grad()
-def rank(
+def init_from_importance(
     masked: MaskedCLIP,  # Its log alphas are set
     fisher: Tensor,  # `(total,)`: sums of squared gradients of the masks
     spread: float = 5.0,  # Standard deviation of the log alphas of a tower
 ):
     "Set log alphas to normal scores of importance per parameter saved, tower by tower"
-    cost, felt = saved_by(masked), masked.by_group(fisher)
+    cost, felt = params_per_mask(masked), masked.by_group(fisher)
     for t in TOWERS:
         if not (groups := [g for g in masked.groups if g.startswith(t)]):
             continue
@@ -378,14 +378,17 @@ class Sparsity:
         lr: float = 0.01,  # Constant rate of the masks, without decay; the paper's, for 3,000 steps
         # Share of the phase, after feeling, in which the target walks to its end
         warmup: float = 0.5,
-        feel: float = 0.0,  # Share of the phase in which masks only feel
-        spread: float = 5.0,  # How far feeling tells them apart, see `rank`
+        importance_warmup: float = 0.0,  # Share of the phase in which masks only feel
+        spread: float = 5.0,  # How far feeling tells them apart, see `init_from_importance`
     ):
         if form not in FORMS:
             raise unknown('form of the constraint', form, FORMS)
         if not lr > 0:
             raise TinyclipError(f'lr={lr} moves no mask: give a positive rate.')
-        for n, v, ok in (('warmup', warmup, 0 <= warmup <= 1), ('feel', feel, 0 <= feel < 1)):
+        for n, v, ok in (
+            ('warmup', warmup, 0 <= warmup <= 1),
+            ('importance_warmup', importance_warmup, 0 <= importance_warmup < 1),
+        ):
             if not ok:
                 raise TinyclipError(
                     f'{n}={v} is a share of the mask phase: give a number from 0 to '
@@ -396,12 +399,14 @@ class Sparsity:
         self.form = form
         self.lr = lr
         self.warmup = warmup
-        self.feel = feel
+        self.importance_warmup = importance_warmup
         self.spread = spread
-        self.constraint = None if form == 'projected' else Constraint(len(self.goal.names), form)
+        self.constraint = (
+            None if form == 'projected' else LagrangianConstraint(len(self.goal.names), form)
+        )
         self.start = [round(s, 6) for s in self.goal.measure().tolist()]
         self.done = 0.0
-        self.feeling = feel > 0
+        self.measuring = importance_warmup > 0
         self.fisher = torch.zeros_like(masked.log_alpha.data)
         self.config = dict(
             share=self.goal.asked,
@@ -410,7 +415,7 @@ class Sparsity:
             form=form,
             lr=lr,
             warmup=warmup,
-            feel=feel,
+            importance_warmup=importance_warmup,
             spread=spread,
             hard=masked.hard,
             masks=len(masked.log_alpha),
@@ -438,23 +443,25 @@ class Sparsity:
     ) -> Tensor:  # Scalar, to be added to the loss
         "The penalty of this step"
         self.done = done
-        if self.feeling and done >= self.feel:
-            self.wake()
+        if self.measuring and done >= self.importance_warmup:
+            self.start_pruning()
         if not self.constraint:
             return self.masked.log_alpha.sum() * 0
-        return self.constraint(self.goal.measure(), filled(self.targets(), self.masked.log_alpha))
+        return self.constraint(
+            self.goal.measure(), scalars_on_device(self.targets(), self.masked.log_alpha)
+        )
 
     def targets(self) -> list[float]:  # In the order of `goal.names`
         "Where the shares shall be now"
-        done = max(0.0, self.done - self.feel) / (1 - self.feel)
+        done = max(0.0, self.done - self.importance_warmup) / (1 - self.importance_warmup)
         return [
             target_share(done, s, t, self.warmup) for s, t in zip(self.start, self.goal.targets())
         ]
 
-    def wake(self):
+    def start_pruning(self):
         "From feeling to closing"
-        self.feeling = False
-        rank(self.masked, self.fisher, self.spread)
+        self.measuring = False
+        init_from_importance(self.masked, self.fisher, self.spread)
         self.project()
 
     def project(self):
@@ -462,7 +469,7 @@ class Sparsity:
         m, goal = self.masked, self.goal
         for i, (groups, t) in enumerate(zip(goal.together(), self.targets())):
             mine = (
-                (lambda: chance_open(m.by_group(m.log_alpha)[groups[0]]).mean())
+                (lambda: keep_prob(m.by_group(m.log_alpha)[groups[0]]).mean())
                 if goal.shape
                 else (lambda: goal.measure()[i])
             )
@@ -472,7 +479,7 @@ class Sparsity:
     @torch.no_grad()
     def before_step(self, ok: Tensor):  # Is this step's gradient finite?
         "Take note of the masks' gradients; while they feel, nothing moves"
-        if self.feeling:
+        if self.measuring:
             self.fisher += torch.where(ok, self.masked.probe.grad.square(), 0.0)
             for p in (
                 self.masked.log_alpha,
@@ -487,15 +494,15 @@ class Sparsity:
         step, where they were"""
         a = self.masked.log_alpha
         before = a.clone()
-        if self.form == 'projected' and not self.feeling:
+        if self.form == 'projected' and not self.measuring:
             self.project()
-        elif not self.feel:
+        elif not self.importance_warmup:
             a.clamp_(-LIMIT, LIMIT)
         a.copy_(torch.where(ok, a, before))
 
-    def aim(self, share):
+    def set_target(self, share):
         "Another target, from the next step on"
-        if processes()[1] > 1:
+        if rank_and_world_size()[1] > 1:
             raise TinyclipError(
                 'With several processes the target cannot be moved while they train: stop, '
                 'and begin a stage with the new share.'
@@ -523,7 +530,7 @@ class Sparsity:
 
     def picture(self) -> dict:
         "For listeners"
-        return picture(self.masked)
+        return mask_summary(self.masked)
 
     def state_dict(self) -> dict:
         "What a checkpoint needs of it"
@@ -532,14 +539,16 @@ class Sparsity:
             and {k: v.cpu() for k, v in self.constraint.state_dict().items()},
             share=self.goal.asked,
             fisher=self.fisher.cpu(),
-            feeling=self.feeling,
+            feeling=self.measuring,
         )
 
     def load_state_dict(self, state):
-        "Go on from there; what `aim` changed is changed again"
+        "Go on from there; what `set_target` changed is changed again"
         if self.constraint:
             self.constraint.load_state_dict(state['constraint'])
         self.fisher = state['fisher'].to(self.fisher.device)
-        self.feeling = state['feeling']
+        self.measuring = state['feeling']
         if state['share'] != self.goal.asked:
-            self.aim(state['share'] if self.goal.towers == 'each' else state['share']['image'])
+            self.set_target(
+                state['share'] if self.goal.towers == 'each' else state['share']['image']
+            )

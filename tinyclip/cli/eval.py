@@ -16,9 +16,9 @@ from pathlib import Path
 from ..core import PRECISIONS, Table, TinyclipError, pick_device
 from ..data.pairs import captioned, labelled
 from ..data.shapes import Shapes
-from ..data.sources import Listing, as_source
+from ..data.sources import IndexedSource, as_source
 from ..data.transforms import transforms
-from ..evaluate.agreement import agreement, answers
+from ..evaluate.agreement import agreement, model_answers
 from ..evaluate.benchmarks import benchmark
 from ..evaluate.cost import compare, macs, parameters, profiles, weight_bytes
 from ..evaluate.probe import PROTOCOLS, linear_probe
@@ -118,7 +118,7 @@ def evaluation(
     )
     bar = partial(
         watched,
-        total=len(source) if isinstance(source, Listing) else None,
+        total=len(source) if isinstance(source, IndexedSource) else None,
         title='images',
         progress=progress,
     )
@@ -285,7 +285,7 @@ def answers_to(
         if source.classnames
         else captioned(source, loaded.preprocess, loaded.tokenizer, 128, workers=args.workers)
     )
-    return answers(
+    return model_answers(
         loaded.model,
         batches,
         loaded.tokenizer,

@@ -14,7 +14,7 @@ import torch
 
 from .eval import data_options, evaluation, source_of
 from ..core import Table, TinyclipError, evaluating, human
-from ..data.sources import Order, as_source
+from ..data.sources import SamplingPlan, as_source
 from ..evaluate.cost import inputs
 from ..zoo.folders import Loaded, save
 from ..zoo.from_transformers import from_transformers
@@ -42,7 +42,7 @@ def texts_in(
         with open(path, encoding='utf-8') as f:
             yield from (l.strip() for l in f if l.strip())
         return
-    for chunk in as_source(source).chunks(Order(shuffle=False)):
+    for chunk in as_source(source).chunks(SamplingPlan(shuffle=False)):
         for sample in chunk:
             yield from getattr(sample, 'captions', ())
 

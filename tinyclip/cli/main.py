@@ -30,7 +30,7 @@ from tinyclip.core import (
     TinyclipError,
     human,
     pick_device,
-    processes,
+    rank_and_world_size,
     seed_everything,
     write_json,
 )
@@ -38,11 +38,11 @@ from ..data.cache import DTYPES, cache_size, embedding_width, write_cache
 from ..data.cached import cached_pairs
 from ..data.inspect import check
 from ..data.pairs import open_pairs
-from ..data.sources import Drawn
+from ..data.sources import SyntheticSource
 from ..data.transforms import transforms
 from ..distill import Distiller, Terminated
-from ..inheritance import build, fresh, inherit
-from ..keep import CHOOSERS, like, manual
+from ..inheritance import build, reinitialized, inherit
+from ..keep import CHOOSERS, keep_for_config, manual
 from ..lab.demo import STEPS
 from ..lab.demo import run as run_demo
 from ..live.panels import write_replay
@@ -148,12 +148,12 @@ def make_student(
             'Give either --student or shares (--image-width, --text-depth, ...), not both.'
         )
     keep = (
-        like(teacher.model, read_cfg(args.student), **by)
+        keep_for_config(teacher.model, read_cfg(args.student), **by)
         if args.student
         else manual(teacher.model, **shares, **by)
     )
     student = inherit(teacher.model, keep)
-    return teacher._replace(model=fresh(student) if args.random_start else student)
+    return teacher._replace(model=reinitialized(student) if args.random_start else student)
 
 # %% ../../nbs/cli/03_main.ipynb #ace15132
 def _demo(args) -> dict:
@@ -195,7 +195,7 @@ def _cache(args) -> dict:
     source = source_of(args)
     out = Path(args.out)
     tell = (lambda *a: None) if args.json else partial(print, file=sys.stderr, flush=True)
-    rank, world = processes()
+    rank, world = rank_and_world_size()
     need = cache_size(source, embedding_width(model, tokenizer), args.views, args.dtype)
     there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     if rank == 0:
@@ -308,7 +308,9 @@ def _distill(args) -> dict:
     teacher = load(args.teacher) if args.teacher else None
     student = teacher if args.share else make_student(args, teacher)
     check_stages(args)
-    drawn = isinstance(source_of(args), Drawn)  # a random crop would make the drawn captions untrue
+    drawn = isinstance(
+        source_of(args), SyntheticSource
+    )  # a random crop would make the drawn captions untrue
     opened = partial(cached_pairs, folder=args.cache) if args.cache else open_pairs
     pairs = opened(
         source_of(args),
@@ -365,7 +367,7 @@ def _distill(args) -> dict:
             evaluation=r.evaluation,
             skipped_steps=r.skipped,
         )
-    if processes()[0]:
+    if rank_and_world_size()[0]:
         return {}  # the first process writes and tells
     save(model, out / 'student', tokenizer=student.tokenizer)
     result |= dict(

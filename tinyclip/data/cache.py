@@ -30,7 +30,7 @@ from tinyclip.core import (
     atomic_path,
     autocast,
     evaluating,
-    processes,
+    rank_and_world_size,
     resolve_precision,
     unknown,
     write_json,
@@ -43,8 +43,8 @@ from tinyclip.data.fingerprints import (
     teacher_print,
     transform_print,
 )
-from .pairs import Tally, stream, worker_count
-from .sources import IMAGES, Order, Sample, Shards, Skip, Source, as_source
+from .pairs import SkipCounter, stream, worker_count
+from .sources import IMAGES, SamplingPlan, Sample, Shards, Skip, Source, as_source
 from .transforms import Chunk, pictures, tokenise, try_out
 
 # %% ../../nbs/data/09_cache.ipynb #69e2f5a6
@@ -105,7 +105,7 @@ def write_shards(
     tmp.mkdir(parents=True)
     try:
         for number, samples in groupby(
-            enumerate(_files(source, Order(seed=seed), skipped)), lambda o: o[0] // each
+            enumerate(_files(source, SamplingPlan(seed=seed), skipped)), lambda o: o[0] // each
         ):
             with tarfile.open(tmp / f'{number:05}.tar', 'w') as tar:
                 for n, files in samples:
@@ -221,7 +221,7 @@ class OneShard(Source):
 # %% ../../nbs/data/09_cache.ipynb #f14c520a
 def all_views(
     entries: list,  # `Sample`s and `Skip`s
-    order,  # An `Order`: its seed is the cache's
+    order,  # An `SamplingPlan`: its seed is the cache's
     preprocess,  # PIL image -> float (3,h,w)
     tokenizer,  # The teacher's
     views: int,  # Crops per picture
@@ -364,7 +364,7 @@ def cache_shard(
     teacher: nn.Module,  # Asked
     ready,  # (entries, order) -> Chunk: `all_views` with its settings
     path,  # Of the cached shard
-    order,  # An `Order`, with the cache's seed
+    order,  # An `SamplingPlan`, with the cache's seed
     dtype: str = 'float16',  # One of `DTYPES`
     precision: str = 'fp32',  # As in `core.autocast`
     batch_size: int = 256,  # Pictures at a time
@@ -372,7 +372,7 @@ def cache_shard(
 ) -> dict:  # What is known of it, also written beside it, last
     "The answers for one shard"
     one = OneShard(source, url)
-    tally = Tally(one)
+    tally = SkipCounter(one)
     shard = shard_print(url)
     record = Path(f'{path}.json')
     record.unlink(missing_ok=True)  # it speaks of other answers
@@ -502,8 +502,8 @@ def write_cache(
     ready = partial(
         all_views, preprocess=preprocess, tokenizer=tokenizer, views=views, reduced=reduced
     )
-    order = Order(seed=seed, shuffle=False, size=max(1, min(32, batch_size // views)))
-    rank, world = processes()
+    order = SamplingPlan(seed=seed, shuffle=False, size=max(1, min(32, batch_size // views)))
+    rank, world = rank_and_world_size()
     total = Counter(shards=0, found=0, samples=0, captions=0, bytes=0)
     skipped = Counter()
     for url in source.urls[rank::world]:

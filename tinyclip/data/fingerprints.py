@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from .sources import Shards, fill
-from .transforms import own_rng
+from .sources import Shards, fill_template
+from .transforms import preserve_rng_state
 
 # %% ../../nbs/data/08_fingerprints.ipynb #5c6c80b7
 def digest(*parts: bytes) -> str:  # 16 letters
@@ -48,7 +48,7 @@ def transform_print(
     picture = Image.fromarray(
         np.stack([x * 255 / 160, y * 255 / 120, (x + y) * 255 / 280], -1).astype(np.uint8)
     )
-    with own_rng():
+    with preserve_rng_state():
         torch.manual_seed(0)
         makes = preprocess(picture)
     return dict(
@@ -65,7 +65,7 @@ def prints(
 ) -> dict:  # For `differing`
     "Fingerprints of what shapes an answer, beside the teacher's weights"
     tokens = tokenizer(['a photo of two dogs', 'Ünïcode, 12 & a long, long line ' * 9])
-    named = [fill(source.templates, 'x'), source.classnames] if source.classnames else None
+    named = [fill_template(source.templates, 'x'), source.classnames] if source.classnames else None
     return dict(
         preprocess=transform_print(preprocess),
         tokenizer=digest(repr(tokens.tolist()).encode()),

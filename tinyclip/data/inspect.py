@@ -19,15 +19,15 @@ import torch.nn.functional as F
 
 from ..core import TinyclipError, evaluating, human
 from tinyclip.data.pairs import (
-    Tally,
+    SkipCounter,
     open_pairs,
     stream,
     worker_count,
 )
-from .sources import Order, as_source
+from .sources import SamplingPlan, as_source
 from tinyclip.data.transforms import (
     Chunk,
-    cook,
+    collate,
     drawn_caption,
     pictures,
     transforms,
@@ -118,7 +118,7 @@ class Report:
     sizes: tuple  # ((smallest width, height), (largest width, height))
     speed: float  # Samples/s of the loader alone
     looked: int  # Samples looked at
-    tally: Tally  # What was skipped on the way
+    tally: SkipCounter  # What was skipped on the way
     truncated: float  # Share of the captions longer than the context
     repeated: float  # Share of the captions that also stand elsewhere
     context: int  # Tokens that fit
@@ -176,11 +176,13 @@ def loader_speed(
     seconds: float = 2.0,  # Measure for at most so long
 ) -> float:  # Samples/s, without the time to the first chunk
     "How fast pairs come when nobody trains on them"
-    order = Order(buffer=256)
+    order = SamplingPlan(buffer=256)
     n = 0
     marks = []
     start = time.perf_counter()
-    for fields in stream(source, order, cook, worker_count(workers, source, order), Tally(source)):
+    for fields in stream(
+        source, order, cook, worker_count(workers, source, order), SkipCounter(source)
+    ):
         n += len(fields[0])
         marks.append((time.perf_counter(), n))
         if marks[-1][0] - marks[0][0] > seconds:
@@ -238,15 +240,17 @@ def check(
     "Read some pairs as training would, look at them, measure, and ask a teacher"
     source = as_source(source, **options)
     try_out(preprocess, tokenizer)
-    order = Order(seed=seed, buffer=4 * n)
-    tally = Tally(source)
+    order = SamplingPlan(seed=seed, buffer=4 * n)
+    tally = SkipCounter(source)
     flow = []
     for samples, images in stream(source, order, _look, 0, tally):
         flow += zip(samples, images)
         if len(flow) >= n:
             break
     samples, images = zip(*flow[:n])
-    cooked = partial(cook, preprocess=preprocess, beside=partial(with_caption, tokenizer=tokenizer))
+    cooked = partial(
+        collate, preprocess=preprocess, beside=partial(with_caption, tokenizer=tokenizer)
+    )
     tokens, all_captions, cut = with_captions(samples, order, tokenizer)
     captions = [drawn_caption(s, order) for s in samples]
     widths, heights = zip(*(im.size for im in images))

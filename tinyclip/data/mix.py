@@ -9,7 +9,7 @@ __all__ = ['Mix', 'mix']
 from itertools import count, zip_longest
 
 from ..core import TinyclipError
-from .sources import LANES, Listing, Sample, Skip, Source, as_source
+from .sources import LANES, IndexedSource, Sample, Skip, Source, as_source
 
 # %% ../../nbs/data/06_mix.ipynb #cc1666b6
 def _again(
@@ -49,7 +49,7 @@ class Mix(Source):
 
     def lanes(self, order):  # as many as every source can fill with at least one chunk
         few = next(
-            (s for s in self.sources if isinstance(s, Listing) and len(s) < order.world), None
+            (s for s in self.sources if isinstance(s, IndexedSource) and len(s) < order.world), None
         )
         if few is not None:
             raise TinyclipError(
@@ -60,7 +60,7 @@ class Mix(Source):
             LANES,
             *(
                 max(1, len(s) // order.world // order.size)
-                if isinstance(s, Listing)
+                if isinstance(s, IndexedSource)
                 else s.usable_workers(LANES, order)
                 for s in self.sources
             ),

@@ -28,13 +28,13 @@ from ..core import TinyclipError, unknown
 from ..data.pairs import captioned, labelled
 from tinyclip.data.sources import (
     IMAGES,
-    Listing,
+    IndexedSource,
     Sample,
     Shards,
     Skip,
     Source,
     decode,
-    fill,
+    fill_template,
 )
 from tinyclip.data.sources import (
     TEMPLATES as ONE,
@@ -196,7 +196,7 @@ def folder_trouble(
         ) + (_known_as(present) or ' Move them away if they do not belong there.')
 
 # %% ../../nbs/evaluate/06_standard_sets.ipynb #1ecd97d8
-class ClassFolders(Listing):
+class ClassFolders(IndexedSource):
     "Images in one folder per class, where a list says which folder is which class"
 
     def __init__(
@@ -248,7 +248,11 @@ class ClassFolders(Listing):
 
     def one(self, name, label):
         return Sample(
-            name, self.root.name, self.root / name, fill(ONE, self.classnames[label]), label
+            name,
+            self.root.name,
+            self.root / name,
+            fill_template(ONE, self.classnames[label]),
+            label,
         )
 
     def __repr__(self):
@@ -366,7 +370,7 @@ def _entry(image, i, file):  # (split, possible places, captions) of an entry, c
         ) from None
 
 
-class Karpathy(Listing):
+class Karpathy(IndexedSource):
     "Images with their captions, out of one split of a Karpathy JSON file"
 
     def __init__(
@@ -558,7 +562,7 @@ def standard(
         source = _images_of(name, root, part, border)
         whole = f.images
         templates = templates or 'openai'
-    if isinstance(source, Listing) and whole and len(source) != whole and not part:
+    if isinstance(source, IndexedSource) and whole and len(source) != whole and not part:
         raise TinyclipError(
             f"{str(root)!r} holds {len(source)} images, and {f.title} has {whole}: it is "
             "incomplete or another split. Pass part=True to take what is there."
@@ -592,7 +596,7 @@ def evaluate_on(
     progress: bool = True,  # Bars on stderr
 ) -> dict:  # `set`, `task`, the numbers of `zero_shot` or `retrieval`, `of` (images the whole set has), `skipped` (kind -> how many)
     "Evaluate a model on a standard set"
-    total = len(test.source) if isinstance(test.source, Listing) else test.images
+    total = len(test.source) if isinstance(test.source, IndexedSource) else test.images
     if test.task == 'retrieval':
         batches = captioned(test.source, preprocess, tokenizer, batch_size, workers=workers)
         found = retrieval(model, watched(batches, total, test.name, progress), precision)

@@ -30,8 +30,8 @@ from tinyclip.data.shapes import (
 from ..distill import Distiller
 from ..evaluate.cost import file_size, macs, parameters, throughput
 from ..evaluate.zeroshot import retrieval, zero_shot
-from ..inheritance import build, fresh, inherit
-from ..keep import at_share
+from ..inheritance import build, reinitialized, inherit
+from ..keep import keep_for_size
 from .report import readable, write_report
 from ..stages import SHORT, Stage, Stages
 from ..train.events import read_events
@@ -71,9 +71,9 @@ def students(
     seed: int = 0,  # Of the random start
 ) -> dict:  # `'random start'` and `'manual'`, the same shape
     "The two students whose shape is known beforehand"
-    small = inherit(teacher, at_share(teacher, SHARE))
+    small = inherit(teacher, keep_for_size(teacher, SHARE))
     seed_everything(seed)
-    return {'random start': fresh(small), 'manual': small}
+    return {'random start': reinitialized(small), 'manual': small}
 
 # %% ../../nbs/lab/04_demo.ipynb #4c2291b7
 def train_students(

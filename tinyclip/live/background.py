@@ -25,7 +25,7 @@ from ..distill import Distiller
 from .widgets import this_kernel
 from ..masking import MaskedCLIP
 from ..stages import Stages
-from ..train.history import History, told
+from ..train.history import RunLogs, read_log
 from ..zoo.folders import save
 
 # %% ../../nbs/live/03_background.ipynb #41147f58
@@ -75,7 +75,7 @@ def retarget(
             'There are no masks to aim right now: a target can be moved while masks learn, '
             'not while their student distils.'
         )
-    run.penalty.aim(share)
+    run.penalty.set_target(share)
 
 # %% ../../nbs/live/03_background.ipynb #18b31952
 def halt(
@@ -137,7 +137,7 @@ class Background:
         self.resume = resume
         self.inbox = deque()
         self.reading = threading.Lock()
-        self.folded = History(told(job.folder)) if resume else History()
+        self.folded = RunLogs(read_log(job.folder)) if resume else RunLogs()
         self.requests = queue.SimpleQueue()
         self.lock = threading.RLock()
         self.go = threading.Event()
@@ -182,7 +182,7 @@ class Background:
         self.job.stop()
         self.go.set()
 
-    def history(self) -> History:
+    def history(self) -> RunLogs:
         "What was told so far"
         with self.reading:
             while self.inbox:
@@ -285,7 +285,7 @@ class Background:
 
         return self.ask(make)
 
-    def aim(self, share) -> Future:  # Of None
+    def set_target(self, share) -> Future:  # Of None
         "Another target for the masks, from the next step on"
         return self.ask(lambda: retarget(current(self.job), share))
 

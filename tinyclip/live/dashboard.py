@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import plotly.graph_objects as go
 
-from ..comparison import Contest
+from ..comparison import Comparison
 from ..core import human, unknown
 from ..evaluate.cost import parameters
 from .background import Background, heed, stop_live
@@ -34,14 +34,14 @@ from tinyclip.live.widgets import (
     words,
 )
 from ..stages import Stages
-from ..train.history import History, told
+from ..train.history import RunLogs, read_log
 
 # %% ../../nbs/live/04_dashboard.ipynb #aba176ed
 def plan_for(
-    job,  # A `Distiller`, `Stages` or a `Contest`
+    job,  # A `Distiller`, `Stages` or a `Comparison`
 ) -> Plan:
     "What a job will tell, known before it begins"
-    if isinstance(job, Contest):
+    if isinstance(job, Comparison):
         return Plan(job.names, (), job.masks)
     if isinstance(job, Stages):
         return Plan(
@@ -114,7 +114,7 @@ class Controls:
             disabled=share is None,
             tooltip='Kept share of each tower',
         )
-        self.target.observe(lambda c: dashboard.do(lambda: dashboard.aim(c['new'])), 'value')
+        self.target.observe(lambda c: dashboard.do(lambda: dashboard.set_target(c['new'])), 'value')
         self.rate = W.Dropdown(
             options=[('1 a second', 1), ('2 a second', 2), ('3 a second', 3), ('5 a second', 5)],
             value=rate,
@@ -183,7 +183,7 @@ def first_target(
     job,  # With masks
 ) -> float:
     "The share that a job's masks are told first"
-    if isinstance(job, Contest):
+    if isinstance(job, Comparison):
         return job.share
     share = job.stages[0].share if isinstance(job, Stages) else job.penalty.goal.asked
     return min(share.values()) if isinstance(share, dict) else share
@@ -332,7 +332,7 @@ class Dashboard:
 
         self.run.cut(folder).add_done_callback(arrived)
 
-    def aim(self, share):
+    def set_target(self, share):
         "Move the masks' target"
 
         def heard(f):
@@ -342,7 +342,7 @@ class Dashboard:
                 else f'Each tower shall keep {share:.0%}, from the next step on.'
             )
 
-        self.run.aim(share).add_done_callback(heard)
+        self.run.set_target(share).add_done_callback(heard)
 
     def _ipython_display_(self, **_):
         "How IPython displays a dashboard"
@@ -425,7 +425,7 @@ def new_folder(
 
 # %% ../../nbs/live/04_dashboard.ipynb #e3d6125c
 def watch(
-    job,  # A `Distiller`, `Stages` or a `Contest`
+    job,  # A `Distiller`, `Stages` or a `Comparison`
     steps: int | None = None,  # For a `Distiller`
     *,
     start: bool = True,  # Begin at once, or wait for the button
@@ -455,9 +455,9 @@ class Replay:
 
     def __init__(
         self,
-        run,  # A `History`, or the folder of a run, a compression, or several of them
+        run,  # A `RunLogs`, or the folder of a run, a compression, or several of them
     ):
-        self.history = run if isinstance(run, History) else History(told(run))
+        self.history = run if isinstance(run, RunLogs) else RunLogs(read_log(run))
         self.plan = plan_of(self.history)
         self.steps = self.history.steps()
         self.box = None

@@ -22,7 +22,7 @@ from ..core import TinyclipError, atomic_path, human
 from ..lab.keep_map import SCALE
 from ..lab.report import COLOURS
 from ..masks import TOWERS
-from ..train.history import History, Story, told
+from ..train.history import RunLogs, RunLog, read_log
 
 # %% ../../nbs/live/01_panels.ipynb #ca029512
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Plan:
 
 
 def plan_of(
-    history: History,  # Of a run that has told something
+    history: RunLogs,  # Of a run that has told something
 ) -> Plan:
     "What there is to show"
     if not any(s.lines for s in history.values()):
@@ -133,7 +133,7 @@ def curves_of(
 
 
 def points(
-    story: Story | None,  # Of the curve's run; None before it began
+    story: RunLog | None,  # Of the curve's run; None before it began
     curve: Curve,  # What to draw
 ) -> dict:  # `x` steps, `y` values
     "A curve as numbers"
@@ -297,7 +297,7 @@ def build(
 
 # %% ../../nbs/live/01_panels.ipynb #fd4f68e0
 def state(
-    history: History,  # What was told so far
+    history: RunLogs,  # What was told so far
     plan: Plan,  # Of the figure
     step: int | None = None,  # What the masks were at a step; now where none is given
 ) -> list[dict]:  # One per trace of `build(plan)`, in its order
@@ -310,7 +310,7 @@ def state(
 
 
 def draw(
-    history: History,  # Of a run that has told something
+    history: RunLogs,  # Of a run that has told something
     step: int | None = None,  # As in `state`
 ) -> go.Figure:
     "The figure of a history"
@@ -322,7 +322,7 @@ def draw(
 
 # %% ../../nbs/live/01_panels.ipynb #30e22105
 def facts(
-    history: History,  # What was told so far
+    history: RunLogs,  # What was told so far
     total: int | None = None,  # Steps of all runs together, if known
 ) -> list[tuple]:  # (what, value), as text
     "Step, loss, accuracy, size, speed, memory and time left, in words"
@@ -383,7 +383,7 @@ def cursors(
 
 
 def replay(
-    history: History,  # Of a run that has told something
+    history: RunLogs,  # Of a run that has told something
     frames: int = 30,  # Steps to stop at, at most
 ) -> go.Figure:
     "The figure of a history with a slider over its steps"
@@ -453,12 +453,12 @@ PAGE = '''<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport c
 
 
 def write_replay(
-    run,  # A `History`, or the folder of a run, a compression, or several of them
+    run,  # A `RunLogs`, or the folder of a run, a compression, or several of them
     path,  # The page
     title: str = 'A run, replayed',  # Its heading
 ) -> Path:  # One HTML file that needs no network
     "Export a run as a page to scrub through"
-    history = run if isinstance(run, History) else History(told(run))
+    history = run if isinstance(run, RunLogs) else RunLogs(read_log(run))
     figure = replay(history).to_html(
         full_html=False, include_plotlyjs=True, auto_play=False, config=dict(displayModeBar=False)
     )
@@ -473,7 +473,7 @@ def write_replay(
 
 # %% ../../nbs/live/01_panels.ipynb #e27f7ed9
 def still(
-    history: History,  # What was told so far
+    history: RunLogs,  # What was told so far
     plan: Plan,  # What to show
     total: int | None = None,  # As in `facts`
 ) -> str:  # HTML without scripts

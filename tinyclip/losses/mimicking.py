@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core import TinyclipError, unknown
-from .distributed import mean_of_all, share  # `gather` is offered here, too
+from .distributed import all_reduce_mean, local_rows  # `gather` is offered here, too
 from .tiled import tile_size, tiled_cross_entropy, tiled_log_sum_exp
 
 # %% ../../nbs/losses/03_mimicking.ipynb #08f085f7
@@ -115,7 +115,7 @@ def affinity_mimicking(
     )
     n = len(student_image)
     if tile := tile_size(n, n, tile, student_image.device):
-        own = share(n) if shared else slice(n)
+        own = local_rows(n) if shared else slice(n)
         i2t, t2i = tiled_cross_entropy(
             student_image[own],
             student_text,
@@ -126,7 +126,7 @@ def affinity_mimicking(
             tile,
             shared=shared,
         )
-        return mean_of_all(i2t, n, shared), t2i.mean()
+        return all_reduce_mean(i2t, n, shared), t2i.mean()
     s = logits(student_image, student_text, student_scale)
     t = logits(teacher_image, teacher_text, teacher_scale)
     return soft_cross_entropy(s.log_softmax(1), t.log_softmax(1)), soft_cross_entropy(
@@ -147,12 +147,12 @@ def contrastive(
     n = len(image)
     if tile := tile_size(n, n, tile, image.device):
         i2t, t2i = tiled_log_sum_exp(
-            image[share(n) if shared else slice(n)], text, scale, tile=tile, shared=shared
+            image[local_rows(n) if shared else slice(n)], text, scale, tile=tile, shared=shared
         )
         own = (
             scale * (at_least_float32(image) * at_least_float32(text)).sum(1).mean()
         )  # the logit of the pair
-        return (mean_of_all(i2t, n, shared) + t2i.mean()) / 2 - own
+        return (all_reduce_mean(i2t, n, shared) + t2i.mean()) / 2 - own
     z = logits(image, text, scale)
     return -(z.log_softmax(1).diagonal().mean() + z.log_softmax(0).diagonal().mean()) / 2
 
@@ -188,7 +188,7 @@ def _one_way(a, b, c, d, student_scale, teacher_scale, tile, shared, apart=False
     "What rows pay, without the columns; `apart` leaves the diagonal out"
     n = len(a)
     if tile := tile_size(n, n, tile, a.device):
-        own = share(n) if shared else slice(0, n)
+        own = local_rows(n) if shared else slice(0, n)
         rows, _ = tiled_cross_entropy(
             a[own],
             b,
@@ -201,7 +201,7 @@ def _one_way(a, b, c, d, student_scale, teacher_scale, tile, shared, apart=False
             own.start if apart else None,
             shared,
         )
-        return mean_of_all(rows, n, shared)
+        return all_reduce_mean(rows, n, shared)
     if apart:
         return soft_cross_entropy(others(a, student_scale), others(c, teacher_scale))
     return soft_cross_entropy(affinity(a, b, student_scale), affinity(c, d, teacher_scale))

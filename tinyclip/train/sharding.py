@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..core import processes
+from ..core import rank_and_world_size
 
 # %% ../../nbs/train/05_sharding.ipynb #6aef10a0
 def full(
@@ -87,7 +87,7 @@ class Sharded:
         self.apart = [p for p in student.parameters() if p.ndim == 0 or any(p is q for q in apart)]
         fully_shard(
             student,
-            mesh=init_device_mesh(device.type, (processes()[1],)),
+            mesh=init_device_mesh(device.type, (rank_and_world_size()[1],)),
             ignored_params=set(self.apart),
             reshard_after_forward=False,
         )
@@ -106,7 +106,7 @@ class Sharded:
         for p in self.apart:
             if p.grad is not None:
                 dist.all_reduce(p.grad)
-                p.grad /= processes()[1]
+                p.grad /= rank_and_world_size()[1]
 
     @torch.no_grad()
     def clip(self, params, limit: float) -> torch.Tensor:  # The norm before

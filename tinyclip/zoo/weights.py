@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core import TinyclipError, human
-from ..inheritance import Remainder, build
+from ..inheritance import BiasOnly, build
 
 # %% ../../nbs/zoo/01_weights.ipynb #b8b472cb
 ALLOWED = {
@@ -277,7 +277,7 @@ def assemble(
     state = {
         k: v for k, v in state.items() if not k.endswith('.attn_mask')
     }  # a constant that old files hold
-    bare = [f'{n}.{m.projection}.bias' for n, m in plan.named_modules() if isinstance(m, Remainder)]
+    bare = [f'{n}.{m.projection}.bias' for n, m in plan.named_modules() if isinstance(m, BiasOnly)]
     want = plan.state_dict()
     state |= {k: torch.zeros(want[k].shape) for k in bare if k not in state}
     odd = misfits(want, state)
