@@ -162,7 +162,7 @@ def test_local_rows_against_gathered_ones(offset):
         return ((30 * (a @ b.T)).masked_fill(apart, -torch.inf).logsumexp(1),)
 
     (values, grads) = run(
-        lambda a, b: tiled_log_sum_exp(a, b, 30.0, tile=4, apart=offset, columns=False)[:1],
+        lambda a, b: tiled_log_sum_exp(a, b, 30.0, tile=4, skip_diagonal=offset, columns=False)[:1],
         [a, b],
     )
     (right, slopes) = run(brute, [a, b])
@@ -295,9 +295,9 @@ def test_large_batches_are_tiled_by_themselves(monkeypatch):
 
     assert tile_size(2048, 2048) is None and tile_size(2048, 2049) == 1024 and SMALL == 2048**2
     monkeypatch.setattr(tinyclip.losses.tiled, 'SMALL', 15)
-    seen, real = [], tinyclip.losses.tiled_cross_entropy
+    seen, real = [], tinyclip.losses.mimicking.tiled_cross_entropy
     monkeypatch.setattr(
-        tinyclip.losses,
+        tinyclip.losses.mimicking,
         'tiled_cross_entropy',
         lambda *a, **k: seen.append(len(a[0])) or real(*a, **k),
     )
@@ -348,7 +348,7 @@ SPEC = dict(
 )
 
 
-def loss_and_grads(spec, tile, rank=None, shared=False, scale='own'):
+def loss_and_grads(spec, tile, rank=None, distributed=False, scale='own'):
     "Loss of the gathered batch, and the gradients of this process"
     rows = slice(rank * 4, rank * 4 + 4) if rank is not None else slice(None)
     x = [unit(8, 6, seed=i).float()[rows] for i in (0, 1)]
@@ -358,7 +358,7 @@ def loss_and_grads(spec, tile, rank=None, shared=False, scale='own'):
     ]
     student = Features(*(gather(F.normalize(a @ p, dim=-1)) for a, p in zip(x, w)), w[2].exp())
     out = Objective(spec, student_scale=scale, tile=tile)(
-        student, Features(*map(gather, t), 50.0), shared=shared
+        student, Features(*map(gather, t), 50.0), distributed=distributed
     )
     out['loss'].backward()
     return {k: v.detach() for k, v in out.items()}, [
@@ -372,22 +372,22 @@ def uneven(rank, N):
     a, b, c, d = (unit(N, 5, seed=i).requires_grad_(i < 2) for i in range(4))
     own = local_rows(N) if rank is not None else slice(None)
     rows, columns = tiled_cross_entropy(
-        a[own], b, c[own], d, 30.0, 50.0, tile=2, shared=rank is not None
+        a[own], b, c[own], d, 30.0, 50.0, tile=2, distributed=rank is not None
     )
     (
         rows.sum() + (columns * torch.arange(N)).sum() / (1 if rank is None else WORLD)
     ).backward()  # over all processes the columns count once
     whole = Objective(['cross_modal', 'affinity', 'contrastive'], tile=2)(
-        Features(a, b, 9.0), Features(c, d, 9.0), shared=rank is not None
+        Features(a, b, 9.0), Features(c, d, 9.0), distributed=rank is not None
     )['loss'].detach()
     return torch.cat([columns.detach(), whole[None]]), a.grad, b.grad
 
 
 CASES = [
-    (spec, tile, shared)
+    (spec, tile, distributed)
     for spec in (SPEC, *SPEC)
     for tile in (1, 3, None)
-    for shared in (False, True)
+    for distributed in (False, True)
 ]
 
 
@@ -396,8 +396,8 @@ def worker(rank, port, out):
     torch.set_num_threads(1)
     dist.init_process_group('gloo', rank=rank, world_size=WORLD)
     results = []
-    for spec, tile, shared in CASES:
-        losses, grads = loss_and_grads(spec, tile, rank, shared)
+    for spec, tile, distributed in CASES:
+        losses, grads = loss_and_grads(spec, tile, rank, distributed)
         for g in grads:
             dist.all_reduce(g)
             g /= WORLD  # what data-parallel training does
@@ -418,15 +418,19 @@ def test_two_processes_equal_one(tmp_path):
     mp.spawn(worker, (port, tmp_path), nprocs=WORLD)
     for rank in range(WORLD):  # every process knows the loss of all
         results, direct = torch.load(tmp_path / f'{rank}.pt')
-        for (spec, tile, shared), (losses, grads) in zip(CASES, results):
+        for (spec, tile, distributed), (losses, grads) in zip(CASES, results):
             right, slopes = loss_and_grads(spec, None)
             for k in right:
                 torch.testing.assert_close(
-                    losses[k], right[k], rtol=1e-5, atol=1e-6, msg=f'{k} {spec} {tile} {shared}'
+                    losses[k],
+                    right[k],
+                    rtol=1e-5,
+                    atol=1e-6,
+                    msg=f'{k} {spec} {tile} {distributed}',
                 )
             for g, e in zip(grads, slopes):
                 torch.testing.assert_close(
-                    g, e, rtol=1e-5, atol=1e-5, msg=f'{spec} {tile} {shared}'
+                    g, e, rtol=1e-5, atol=1e-5, msg=f'{spec} {tile} {distributed}'
                 )
         for n, out in zip(SIZES, direct):
             for g, r in zip(out, uneven(None, n)):

@@ -31,7 +31,7 @@ class _Gather(torch.autograd.Function):
 def gather(
     x: Tensor,  # Features of this process `(n, d)`, as many as every other has
 ) -> Tensor:  # Of all processes `(W*n, d)`, in order of rank; gradients flow back
-    "All processes' rows; the identity where there is one process"
+    "Rows of all processes, through which gradients flow; the identity on one process"
     return x if rank_and_world_size()[1] == 1 else _Gather.apply(x)
 
 # %% ../../nbs/losses/01_distributed.ipynb #df78f7d2
@@ -53,7 +53,7 @@ class _Sum(torch.autograd.Function):
 def all_reduce_sum(
     x: Tensor,  # Of this process, any shape
 ) -> Tensor:  # The same on every process; gradients flow back
-    "The sum over processes; the identity where there is one"
+    "Sum over processes, through which gradients flow; the identity on one process"
     return x if rank_and_world_size()[1] == 1 else _Sum.apply(x)
 
 # %% ../../nbs/losses/01_distributed.ipynb #eb2a7967
@@ -62,17 +62,17 @@ def local_rows(
     rank: int | None = None,  # Of this process if not given
     world: int | None = None,  # Number of processes; those there are if not given
 ) -> slice:
-    "The rows that a process takes"
-    mine, there = rank_and_world_size()
-    world = world or there
-    rank = mine if rank is None else rank
+    "Slice of the batch that belongs to a rank"
+    own_rank, own_world = rank_and_world_size()
+    world = world or own_world
+    rank = own_rank if rank is None else rank
     return slice(n * rank // world, n * (rank + 1) // world)
 
 # %% ../../nbs/losses/01_distributed.ipynb #a91a8b65
 def all_reduce_mean(
-    rows: Tensor,  # What the rows of this process pay
+    rows: Tensor,  # Losses of the rows of this process
     n: int,  # Rows of all processes
-    shared: bool = False,  # Whether other processes have the other rows
+    distributed: bool = False,  # Whether other processes have the other rows
 ) -> Tensor:  # A scalar, the same on every process
-    "The mean over the rows of all processes, through which gradients flow"
-    return (all_reduce_sum(rows.sum()) if shared else rows.sum()) / n
+    "Mean over the rows of all processes, through which gradients flow"
+    return (all_reduce_sum(rows.sum()) if distributed else rows.sum()) / n

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core import TinyclipError, unknown
-from .distributed import all_reduce_mean, local_rows  # `gather` is offered here, too
+from .distributed import all_reduce_mean, local_rows
 from .tiled import tile_size, tiled_cross_entropy, tiled_log_sum_exp
 
 # %% ../../nbs/losses/03_mimicking.ipynb #08f085f7
@@ -65,10 +65,8 @@ def affinity(
     a: Tensor,  # Unit rows `(n, d)`
     b: Tensor,  # Unit rows `(m, d)`
     scale: float | Tensor = 50.0,  # Inverse temperature: larger is sharper
-) -> (
-    Tensor
-):  # Log-probabilities `(n, m)` in float32 or better; each row sums to one once exponentiated
-    "How row `i` of `a` spreads its belief over the rows of `b` (TinyCLIP, section 3.1)"
+) -> Tensor:  # Log-probabilities `(n, m)`, float32 or better
+    "Log-softmax of each row of `a` over the rows of `b` (TinyCLIP, section 3.1)"
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise TinyclipError(
             f'a has shape {tuple(a.shape)} and b has shape {tuple(b.shape)}; both must be '
@@ -81,10 +79,10 @@ def soft_cross_entropy(
     student: Tensor,  # Log-probabilities `(n, m)`
     teacher: Tensor,  # Log-probabilities `(n, m)`
 ) -> Tensor:  # Mean over the rows, a scalar
-    "What the student pays for not sharing the teacher's beliefs"
+    "Cross-entropy of student against teacher rows (TinyCLIP, section 3.1)"
     if student.shape != teacher.shape:
         raise TinyclipError(
-            f'Beliefs of shape {tuple(student.shape)} and {tuple(teacher.shape)} cannot be '
+            f'Softmax rows of shape {tuple(student.shape)} and {tuple(teacher.shape)} cannot be '
             'compared.'
         )
     return -(teacher.exp() * student).sum(-1).mean()
@@ -97,16 +95,13 @@ def affinity_mimicking(
     teacher_text: Tensor,  # Unit rows `(n, e)`
     student_scale: float | Tensor = 50.0,  # Inverse temperature of the student
     teacher_scale: float | Tensor = 50.0,  # Inverse temperature of the teacher
-    tile: int
-    | str
-    # Tiles of so many rows and columns; None for whole tables; `'auto'` for tiles where tables are
-    # large
-    | None = 'auto',
-    # The features were gathered and are the same on every process: each takes its share of the
-    # tiles
-    shared: bool = False,
+    # Rows and columns of a tile; None for whole tables; `'auto'` for tiles where tables are large
+    tile: int | str | None = 'auto',
+    # The features were gathered and are the same on every process: each takes a part of the tiles
+    distributed: bool = False,
 ) -> tuple:  # `(i2t, t2i)`, two scalars; their sum is the loss
-    "Match the teacher's image-to-text and text-to-image beliefs (TinyCLIP, section 3.1)"
+    """Affinity mimicking: the student's image-to-text and text-to-image softmax rows against the
+    teacher's (TinyCLIP, section 3.1)"""
     check_rows(
         student_image=student_image,
         student_text=student_text,
@@ -115,7 +110,7 @@ def affinity_mimicking(
     )
     n = len(student_image)
     if tile := tile_size(n, n, tile, student_image.device):
-        own = local_rows(n) if shared else slice(n)
+        own = local_rows(n) if distributed else slice(n)
         i2t, t2i = tiled_cross_entropy(
             student_image[own],
             student_text,
@@ -124,9 +119,9 @@ def affinity_mimicking(
             student_scale,
             teacher_scale,
             tile,
-            shared=shared,
+            distributed=distributed,
         )
-        return all_reduce_mean(i2t, n, shared), t2i.mean()
+        return all_reduce_mean(i2t, n, distributed), t2i.mean()
     s = logits(student_image, student_text, student_scale)
     t = logits(teacher_image, teacher_text, teacher_scale)
     return soft_cross_entropy(s.log_softmax(1), t.log_softmax(1)), soft_cross_entropy(
@@ -139,20 +134,22 @@ def contrastive(
     text: Tensor,  # Unit rows `(n, d)`; row i belongs to image i
     scale: float | Tensor,  # Inverse temperature, usually the model's own
     tile: int | str | None = 'auto',  # As in `affinity_mimicking`
-    shared: bool = False,  # As in `affinity_mimicking`
+    distributed: bool = False,  # As in `affinity_mimicking`
 ) -> Tensor:  # Mean of both directions, a scalar
-    """CLIP's loss: every image should find its caption among all, and the reverse (Radford et
-    al., 2021)"""
+    """Contrastive loss of CLIP: every image should find its caption among all, and the reverse
+    (Radford et al., 2021)"""
     check_rows(image=image, text=text)
     n = len(image)
     if tile := tile_size(n, n, tile, image.device):
         i2t, t2i = tiled_log_sum_exp(
-            image[local_rows(n) if shared else slice(n)], text, scale, tile=tile, shared=shared
+            image[local_rows(n) if distributed else slice(n)],
+            text,
+            scale,
+            tile=tile,
+            distributed=distributed,
         )
-        own = (
-            scale * (at_least_float32(image) * at_least_float32(text)).sum(1).mean()
-        )  # the logit of the pair
-        return (all_reduce_mean(i2t, n, shared) + t2i.mean()) / 2 - own
+        pair = scale * (at_least_float32(image) * at_least_float32(text)).sum(1).mean()
+        return (all_reduce_mean(i2t, n, distributed) + t2i.mean()) / 2 - pair
     z = logits(image, text, scale)
     return -(z.log_softmax(1).diagonal().mean() + z.log_softmax(0).diagonal().mean()) / 2
 
@@ -165,9 +162,10 @@ def cross_modal(
     student_scale: float | Tensor = 50.0,  # Inverse temperature where the student takes part
     teacher_scale: float | Tensor = 50.0,  # Inverse temperature of the teacher
     tile: int | str | None = 'auto',  # As in `affinity_mimicking`
-    shared: bool = False,  # As in `affinity_mimicking`
+    distributed: bool = False,  # As in `affinity_mimicking`
 ) -> tuple:  # `(image, text)`, two scalars
-    "Student images against teacher texts, and student texts against teacher images"
+    """Cross-modal loss: student images against teacher texts, and student texts against teacher
+    images (TinyCLIP, ablations)"""
     check_rows(
         student_image=student_image,
         student_text=student_text,
@@ -176,7 +174,7 @@ def cross_modal(
     )
     same_width(student_image, teacher_image, 'cross_modal')
     return tuple(
-        _one_way(s, to, t, to, student_scale, teacher_scale, tile, shared)
+        _one_way(s, to, t, to, student_scale, teacher_scale, tile, distributed)
         for s, t, to in (
             (student_image, teacher_image, teacher_text),
             (student_text, teacher_text, teacher_image),
@@ -184,11 +182,13 @@ def cross_modal(
     )
 
 
-def _one_way(a, b, c, d, student_scale, teacher_scale, tile, shared, apart=False) -> Tensor:
-    "What rows pay, without the columns; `apart` leaves the diagonal out"
+def _one_way(
+    a, b, c, d, student_scale, teacher_scale, tile, distributed, skip_diagonal=False
+) -> Tensor:
+    "Mean cross-entropy of the rows; `skip_diagonal` leaves each row's own column out"
     n = len(a)
     if tile := tile_size(n, n, tile, a.device):
-        own = local_rows(n) if shared else slice(0, n)
+        own = local_rows(n) if distributed else slice(0, n)
         rows, _ = tiled_cross_entropy(
             a[own],
             b,
@@ -198,11 +198,11 @@ def _one_way(a, b, c, d, student_scale, teacher_scale, tile, shared, apart=False
             teacher_scale,
             tile,
             False,
-            own.start if apart else None,
-            shared,
+            own.start if skip_diagonal else None,
+            distributed,
         )
-        return all_reduce_mean(rows, n, shared)
-    if apart:
+        return all_reduce_mean(rows, n, distributed)
+    if skip_diagonal:
         return soft_cross_entropy(others(a, student_scale), others(c, teacher_scale))
     return soft_cross_entropy(affinity(a, b, student_scale), affinity(c, d, teacher_scale))
 
@@ -225,9 +225,10 @@ def uni_modal(
     student_scale: float | Tensor = 50.0,  # Inverse temperature of the student
     teacher_scale: float | Tensor = 50.0,  # Inverse temperature of the teacher
     tile: int | str | None = 'auto',  # As in `affinity_mimicking`
-    shared: bool = False,  # As in `affinity_mimicking`
+    distributed: bool = False,  # As in `affinity_mimicking`
 ) -> tuple:  # `(image, text)`, two scalars
-    "Match the teacher's beliefs among images and among texts"
+    """Uni-modal loss: softmax rows among images and among texts against the teacher's (TinyCLIP,
+    ablations)"""
     check_rows(
         student_image=student_image,
         student_text=student_text,
@@ -239,21 +240,16 @@ def uni_modal(
             'Affinity among images or among texts needs at least 2 rows; use a larger batch.'
         )
     return tuple(
-        _one_way(s, s, t, t, student_scale, teacher_scale, tile, shared, apart=True)
+        _one_way(s, s, t, t, student_scale, teacher_scale, tile, distributed, skip_diagonal=True)
         for s, t in ((student_image, teacher_image), (student_text, teacher_text))
     )
 
 
 def others(x, scale) -> Tensor:  # Log-probabilities `(n, n-1)`
-    "How each row spreads its belief over the other rows"
+    "Log-softmax of each row over the other rows"
     n = len(x)
-    return (
-        logits(x, x, scale)
-        .flatten()[1:]
-        .view(n - 1, n + 1)[:, :-1]
-        .reshape(n, n - 1)
-        .log_softmax(-1)
-    )  # all but the diagonal
+    off_diagonal = logits(x, x, scale).flatten()[1:].view(n - 1, n + 1)[:, :-1]
+    return off_diagonal.reshape(n, n - 1).log_softmax(-1)
 
 # %% ../../nbs/losses/03_mimicking.ipynb #07f03059
 def feature(
@@ -262,7 +258,7 @@ def feature(
     teacher_image: Tensor,  # Unit rows `(n, d)`
     teacher_text: Tensor,  # Unit rows `(n, d)`
 ) -> tuple:  # `(image, text)`, two scalars from 0 (equal) to 4 (opposite)
-    "Squared distance between the student's and the teacher's unit features, mean over the rows"
+    "Feature distillation: squared distance of unit features, mean over the rows"
     check_rows(
         student_image=student_image,
         student_text=student_text,
@@ -277,7 +273,7 @@ def feature(
 
 # %% ../../nbs/losses/03_mimicking.ipynb #e0ed171b
 class Features(NamedTuple):
-    "What a model makes of a batch"
+    "Features of a batch"
 
     image: Tensor  # Unit rows `(n, d)`
     text: Tensor  # Unit rows `(n, d)`
@@ -285,12 +281,12 @@ class Features(NamedTuple):
 
 
 class Loss(NamedTuple):
-    "An entry of `LOSSES`"
+    "Loss as an entry of `LOSSES`"
 
     parts: Callable  # (student, teacher, student_scale, teacher_scale) -> one scalar or a pair
     pick: int | None = None  # Only this part of a pair
     needs_teacher: bool = True
-    tiles: bool = True  # Whether `parts` takes `tile` and `shared`, too
+    tiles: bool = True  # Whether `parts` takes `tile` and `distributed`, too
 
 
 def _affinity(s, t, *scales, **how):
@@ -324,29 +320,31 @@ LOSSES = dict(
 )
 
 # %% ../../nbs/losses/03_mimicking.ipynb #e732f79e
+def _weights(spec) -> dict:
+    "Weights by name, of a name, a list of names, or names with weights"
+    if isinstance(spec, str):
+        return {spec: 1.0}
+    if isinstance(spec, Mapping):
+        return {k: float(v) for k, v in spec.items()}
+    weights = {k: 1.0 for k in spec}
+    if len(weights) != len(spec):
+        raise TinyclipError(f'{spec} names a loss twice; give it a weight instead.')
+    return weights
+
+
 class Objective:
-    "A weighted sum of named losses; called with what student and teacher make of a batch"
+    "Weighted sum of named losses, called with the features of student and teacher"
 
     def __init__(
         self,
         spec='affinity',  # A name of `LOSSES`, a list of names (weight 1 each), or name -> weight
-        student_scale: float
-        # Inverse temperature of the student in the teacher's losses; `'own'` for its (learned)
-        # logit scale
-        | str = 50.0,
-        teacher_scale: float
-        | str = 50.0,  # Inverse temperature of the teacher; `'own'` for its logit scale
+        # Inverse temperature of the student in the teacher's losses; `'own'` for its logit scale
+        student_scale: float | str = 50.0,
+        # Inverse temperature of the teacher; `'own'` for its logit scale
+        teacher_scale: float | str = 50.0,
         tile: int | str | None = 'auto',  # As in `affinity_mimicking`
     ):
-        self.weights = (
-            {spec: 1.0}
-            if isinstance(spec, str)
-            else {k: float(v) for k, v in spec.items()}
-            if isinstance(spec, Mapping)
-            else {k: 1.0 for k in spec}
-        )
-        if len(self.weights) != (1 if isinstance(spec, str) else len(spec)):
-            raise TinyclipError(f'{spec} names a loss twice; give it a weight instead.')
+        self.weights = _weights(spec)
         if not self.weights:
             raise TinyclipError(
                 f'An objective needs at least one loss. Known: {", ".join(LOSSES)}.'
@@ -371,9 +369,9 @@ class Objective:
         self.needs_teacher = any(LOSSES[n].needs_teacher for n in self.weights)
 
     def __call__(
-        self, student: Features, teacher: Features | None = None, shared: bool = False
+        self, student: Features, teacher: Features | None = None, distributed: bool = False
     ) -> dict:
-        """Every loss by name, unweighted, and `'loss'`, their weighted sum; `shared` as in
+        """Every loss by name, unweighted, and `'loss'`, their weighted sum; `distributed` as in
         `affinity_mimicking`"""
         if self.needs_teacher and teacher is None:
             raise TinyclipError(f'The objective {self} compares with a teacher; give one.')
@@ -389,7 +387,7 @@ class Objective:
                     student,
                     teacher,
                     *scales,
-                    **(dict(tile=self.tile, shared=shared) if tiles else {}),
+                    **(dict(tile=self.tile, distributed=distributed) if tiles else {}),
                 )
             value = done[parts]
             out[name] = (

@@ -15,12 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..core import TinyclipError, scalars_on_device, rank_and_world_size
+from ..core import TinyclipError, rank_and_world_size, scalars_on_device
 
 # %% ../../nbs/losses/02_tiled.ipynb #dfc7aa15
-SMALL = (
-    2**22
-)  # Entries of a table that is still held whole: 2,048 x 2,048. Plain torch then takes less than 256 MB.
+# Entries of a table that is still held whole, 2,048 x 2,048: less than 256 MB in plain torch
+SMALL = 2**22
 
 
 def tile_size(
@@ -44,8 +43,10 @@ def softmax_stats(
     S: Tensor,  # Student's logits `(p, q)`
     T: Tensor | None = None,  # Teacher's
     dim: int = 1,  # 1 sums rows up, 0 columns
-) -> Tensor:  # `(5, p)` or `(5, q)`: top, mass, teacher's top, teacher's mass, mean below the top; without a teacher the first two
-    "What a loss needs to know about the rows or columns of a tile"
+) -> Tensor:  # `(5, p)` or `(5, q)`; without a teacher `(2, ...)`
+    """Online-softmax statistics of the rows or columns of a tile: maximum and mass (sum of
+    exponentials below it), the teacher's maximum and mass, and the teacher's mean of the student's
+    logits below their maximum"""
     top = S.amax(dim, keepdim=True)
     below = S - top
     out = [top.squeeze(dim), below.exp().sum(dim)]
@@ -58,13 +59,13 @@ def softmax_stats(
 
 
 def log_sum_exp(x: Tensor) -> Tensor:
-    "Of the student's logits, from their summary"
+    "Log-sum-exp of the student's logits, from `softmax_stats`"
     return x[0] + x[1].log()
 
 
 def cross_entropy_from_stats(x: Tensor) -> Tensor:
-    """The cross-entropy of rows or columns, from their summary; their log-sum-exp where there is
-    no teacher"""
+    """Cross-entropy of rows or columns, from `softmax_stats`; their log-sum-exp without a
+    teacher"""
     return x[1].log() - x[4] if len(x) > 2 else log_sum_exp(x)
 
 # %% ../../nbs/losses/02_tiled.ipynb #bb28e0c0
@@ -72,33 +73,31 @@ def merge_stats(
     a: Tensor,  # A `softmax_stats` of some columns
     b: Tensor,  # Of others, for the same rows
 ) -> Tensor:  # Of both
-    "Two summaries make one"
+    "Statistics of two parts of the same rows, as one"
     tops = torch.maximum(a[:4:2], b[:4:2])
     return _finish(tops, _seen_from(tops, a) + _seen_from(tops, b))
 
 
-def _seen_from(tops, x):  # Masses, and the teacher's mass times the mean
+def _seen_from(tops, x):
+    "Masses below other maxima, and the teacher's mass times the mean"
     mass = x[1:4:2] * (x[:4:2] - tops).exp()
     return mass if len(x) == 2 else torch.cat([mass, mass[1:] * (x[4:] + x[:1] - tops[:1])])
 
 
 def _finish(tops, out):
-    return (
-        torch.cat([tops, out])
-        if len(out) == 1
-        else torch.stack([tops[0], out[0], tops[1], out[1], out[2] / out[1]])
-    )
+    if len(out) == 1:
+        return torch.cat([tops, out])
+    return torch.stack([tops[0], out[0], tops[1], out[1], out[2] / out[1]])
 
 # %% ../../nbs/losses/02_tiled.ipynb #5b96b7b4
 def student_grad(
     S: Tensor,  # Student's logits `(p, q)`
     T: Tensor | None,  # Teacher's
-    rows: tuple
-    # How much each row counts `(p,)`, and the whole rows' summary; None where they do not count
-    | None,
+    # Gradient of each row's loss `(p,)` and statistics of the whole rows; None without rows
+    rows: tuple | None,
     columns: tuple | None,  # The same of columns
 ) -> Tensor:  # `(p, q)`
-    "Derivative by the student's logits of what rows and columns pay"
+    "Gradient of the row and column losses by the student's logits"
     out = None
     for dim, (g, x) in ((d, w) for d, w in ((1, rows), (0, columns)) if w is not None):
         d = _probabilities(S, x[:2], g, dim)
@@ -113,16 +112,16 @@ def _probabilities(X, x, g, dim):
 
 
 def teacher_grad(S, T, rows, columns) -> Tensor:
-    "Derivative by the teacher's logits; as `student_grad`"
+    "Gradient by the teacher's logits, as `student_grad`"
     return sum(
         _probabilities(T, x[2:4], g, dim) * ((x[0] + x[4]).unsqueeze(dim) - S)
         for dim, (g, x) in ((d, w) for d, w in ((1, rows), (0, columns)) if w is not None)
     )
 
 # %% ../../nbs/losses/02_tiled.ipynb #59b9a161
-def _tiles(a, b, c, d, s, t, tile, apart):
-    """Row slice, column slice, student's and teacher's logits, scaled rows and columns that made
-    them"""
+def _tiles(a, b, c, d, s, t, tile, skip_diagonal):
+    """Tiles of the tables: row slice, column slice, student's and teacher's logits, and the scaled
+    rows and columns that made them"""
 
     def up(x, I):
         return x[I].to(s.dtype)
@@ -132,14 +131,17 @@ def _tiles(a, b, c, d, s, t, tile, apart):
         for J in (slice(j, min(j + tile, len(b))) for j in range(0, len(b), tile)):
             B, D = up(b, J), None if d is None else up(d, J)
             S, T = A @ B.T, None if c is None else C @ D.T
-            if apart is not None and -len(S) < (k := I.start + apart - J.start) < S.shape[1]:
+            if (
+                skip_diagonal is not None
+                and -len(S) < (k := I.start + skip_diagonal - J.start) < S.shape[1]
+            ):
                 for X in (S,) if T is None else (S, T):
                     X.diagonal(k).fill_(-1e30)  # finite, so that nothing times it is nan
             yield I, J, S, T, A, B, C, D
 
 
 def _of_all(x):
-    "The summary over all processes, of one that each has made of its own rows"
+    "Statistics over all processes, of those that each has of its own rows"
     tops = x[:4:2].clone()
     dist.all_reduce(tops, dist.ReduceOp.MAX)
     out = _seen_from(tops, x)
@@ -147,9 +149,24 @@ def _of_all(x):
     return _finish(tops, out)
 
 
+def _part(grad, stats, K):
+    "Gradient and statistics of some rows or columns; None where they have no loss"
+    return None if grad is None else (grad[K], stats[:, K])
+
+
+def _add_grads(out, at, G, rows):
+    "Add a tile's gradient by its logits `G` to the gradients of the rows on its two sides"
+    if out[0] is not None:
+        out[0][at[0]].addmm_(G, rows[1])
+    if out[1] is not None:
+        out[1][at[1]].addmm_(G.T, rows[0])
+
+
 class _Tiled(torch.autograd.Function):
+    "Cross-entropies of a table by tiles, in a first pass; their gradients in a second"
+
     @staticmethod
-    def forward(ctx, a, b, c, d, s, t, tile, columns, apart, shared, fuse):
+    def forward(ctx, a, b, c, d, s, t, tile, columns, skip_diagonal, distributed, fuse):
         def empty(n):
             return scalars_on_device(
                 [-1e30, 0.0] if c is None else [-1e30, 0.0, -1e30, 0.0, 0.0], s
@@ -159,14 +176,14 @@ class _Tiled(torch.autograd.Function):
         col = empty(len(b)) if columns else None
         sum_up = fuse(softmax_stats)
         with torch.autocast(a.device.type, enabled=False):
-            for I, J, S, T, *_ in _tiles(a, b, c, d, s, t, tile, apart):
+            for I, J, S, T, *_ in _tiles(a, b, c, d, s, t, tile, skip_diagonal):
                 row[:, I] = merge_stats(row[:, I], sum_up(S, T, 1))
                 if columns:
                     col[:, J] = merge_stats(col[:, J], sum_up(S, T, 0))
-        if columns and shared:
+        if columns and distributed:
             col = _of_all(col)
         ctx.save_for_backward(a, b, c, d, s, t, row, col)
-        ctx.how = tile, apart, shared, fuse
+        ctx.how = tile, skip_diagonal, distributed, fuse
         ctx.set_materialize_grads(False)
         return cross_entropy_from_stats(row), cross_entropy_from_stats(col) if columns else None
 
@@ -177,49 +194,35 @@ class _Tiled(torch.autograd.Function):
                 'Tiles have no second derivative: drop create_graph=True, or hold whole '
                 'tables with tile=None.'
             )
-        *x, s, t, row, col = ctx.saved_tensors
-        tile, apart, shared, fuse = ctx.how
-        if h is not None and shared:
+        x = ctx.saved_tensors[:4]
+        s, t = ctx.saved_tensors[4:6]
+        row, col = ctx.saved_tensors[6:]
+        tile, skip_diagonal = ctx.how[:2]
+        distributed, fuse = ctx.how[2:]
+        if h is not None and distributed:
             h = h.clone()
             dist.all_reduce(h)  # every process hands out these columns
-        want = [*ctx.needs_input_grad[:4]]
-        for i, scale in ((0, 4), (2, 5)):
-            want[i] |= ctx.needs_input_grad[scale]
+        needs = ctx.needs_input_grad
+        want = [needs[0] | needs[4], needs[1], needs[2] | needs[5], needs[3]]
         out = [
             torch.zeros(f.shape, dtype=s.dtype, device=f.device) if w else None
             for f, w in zip(x, want)
         ]
-
-        def part(w, y, K):
-            return None if w is None else (w[K], y[:, K])
-
         with torch.autocast(s.device.type, enabled=False):
-            for I, J, S, T, *rows in _tiles(*x, s, t, tile, apart):
-                ways = part(g, row, I), part(h, col, J)
+            for I, J, S, T, *rows in _tiles(*x, s, t, tile, skip_diagonal):
+                parts = _part(g, row, I), _part(h, col, J)
                 for i, f in ((0, student_grad), (2, teacher_grad)):
-                    if out[i] is None and out[i + 1] is None:
-                        continue
-                    G = fuse(f)(S, T, *ways)
-                    if out[i] is not None:
-                        out[i][I].addmm_(G, rows[i + 1])
-                    if out[i + 1] is not None:
-                        out[i + 1][J].addmm_(G.T, rows[i])
+                    if want[i] or want[i + 1]:
+                        _add_grads(out[i : i + 2], (I, J), fuse(f)(S, T, *parts), rows[i : i + 2])
         scales = [
-            (x[i].to(s.dtype) * out[i]).sum() if n else None
-            for i, n in ((0, ctx.needs_input_grad[4]), (2, ctx.needs_input_grad[5]))
+            (x[i].to(s.dtype) * out[i]).sum() if needed else None
+            for i, needed in ((0, needs[4]), (2, needs[5]))
         ]
         for i, v in ((0, s), (2, t)):
             if out[i] is not None:
                 out[i] *= v
-        return (
-            *(o if o is None else o.to(f.dtype) for o, f in zip(out, x)),
-            *scales,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        grads = [o if o is None else o.to(f.dtype) for o, f in zip(out, x)]
+        return *grads, *scales, *[None] * 5
 
 # %% ../../nbs/losses/02_tiled.ipynb #d01ac88c
 _FUSE = contextvars.ContextVar('fuse', default=False)
@@ -229,8 +232,7 @@ _FUSE = contextvars.ContextVar('fuse', default=False)
 def fused_tiles(
     on: bool = True,  # False: nothing changes
 ):
-    """Losses within let `torch.compile` fuse what happens to a tile; their gradients do, too,
-    whenever they are taken"""
+    "Inside, tile kernels are compiled (`torch.compile`), in the backward pass too"
     token = _FUSE.set(on or _FUSE.get())
     try:
         yield
@@ -238,42 +240,54 @@ def fused_tiles(
         _FUSE.reset(token)
 
 # %% ../../nbs/losses/02_tiled.ipynb #ffb25f9d
-def tiled_cross_entropy(
-    a: Tensor,  # Student's unit rows `(n, d)`
-    b: Tensor,  # Student's unit rows `(m, d)`
-    teacher_a: Tensor
-    # Teacher's unit rows `(n, e)`; None for log-sum-exps in place of cross-entropies
-    | None = None,
-    teacher_b: Tensor | None = None,  # Teacher's unit rows `(m, e)`
-    scale: float | Tensor = 50.0,  # Inverse temperature of the student
-    teacher_scale: float | Tensor = 50.0,  # Inverse temperature of the teacher
-    tile: int | str | None = 'auto',  # As in `tile_size`; None for one tile
-    columns: bool = True,  # Whether columns are wanted, too
-    apart: int | None = None,  # Row i leaves column `i+apart` out
-    # `a` and `teacher_a` are the rows of this process only, and columns belong to all processes
-    shared: bool = False,
-    compiled: bool
-    # Let `torch.compile` fuse what happens to a tile; None: within `fused_tiles` only
-    | None = None,
-) -> tuple:  # What each row pays `(n,)` and each column `(m,)`, in float32 or better; None for columns that are not wanted
-    """Soft cross-entropies between two tables that are never held: rows against rows and columns
-    against columns"""
-    both = [f for f in (a, b, teacher_a, teacher_b) if f is not None]
+def _check_tables(both, distributed):
+    "Refuse rows that do not make tables of one shape"
     if len(both) == 3:
         raise TinyclipError(
             'A teacher needs rows for both sides: give teacher_a and teacher_b, or neither.'
         )
+    a, b = both[:2]
+    pairs = list(zip(both[::2], both[1::2]))
     if (
         any(f.ndim != 2 for f in both)
-        or any(x.shape[1] != y.shape[1] for x, y in zip(both[::2], both[1::2]))
-        or any((len(x), len(y)) != (len(a), len(b)) for x, y in zip(both[::2], both[1::2]))
+        or any(x.shape[1] != y.shape[1] for x, y in pairs)
+        or any((len(x), len(y)) != (len(a), len(b)) for x, y in pairs)
     ):
         raise TinyclipError(
             f'The rows have shapes {", ".join(str(tuple(f.shape)) for f in both)}; expected '
             '(n, d), (m, d), and for a teacher (n, e), (m, e).'
         )
-    if not len(b) or not (len(a) or shared):
+    if not len(b) or not (len(a) or distributed):
         raise TinyclipError('There are no rows to compare; give at least one on each side.')
+
+
+def _eager(f):
+    return f
+
+
+_fused = functools.cache(functools.partial(torch.compile, dynamic=True))
+
+
+def tiled_cross_entropy(
+    a: Tensor,  # Student's unit rows `(n, d)`
+    b: Tensor,  # Student's unit rows `(m, d)`
+    # Teacher's unit rows `(n, e)`; None for log-sum-exps in place of cross-entropies
+    teacher_a: Tensor | None = None,
+    teacher_b: Tensor | None = None,  # Teacher's unit rows `(m, e)`
+    scale: float | Tensor = 50.0,  # Inverse temperature of the student
+    teacher_scale: float | Tensor = 50.0,  # Inverse temperature of the teacher
+    tile: int | str | None = 'auto',  # As in `tile_size`; None for one tile
+    columns: bool = True,  # Whether columns are wanted, too
+    skip_diagonal: int | None = None,  # Row i leaves column `i+skip_diagonal` out
+    # `a` and `teacher_a` are the rows of this process only, and columns belong to all processes
+    distributed: bool = False,
+    # Compile the tile kernels; None: within `fused_tiles` only
+    compiled: bool | None = None,
+) -> tuple:  # Losses of rows `(n,)` and columns `(m,)` or None, in float32 or better
+    """Soft cross-entropy of a student's n x m logits against a teacher's, by rows and by columns,
+    without the n x m tables"""
+    both = [f for f in (a, b, teacher_a, teacher_b) if f is not None]
+    _check_tables(both, distributed)
     tile = tile_size(len(a), len(b), tile, a.device) or max(len(a), len(b))
     kind = torch.float64 if any(f.dtype == torch.float64 for f in both) else torch.float32
 
@@ -284,7 +298,7 @@ def tiled_cross_entropy(
             else torch.full((), float(v), dtype=kind, device=a.device)
         )
 
-    scales = [number(v) for v in (scale, 1.0 if teacher_a is None else teacher_scale)]
+    scales = [number(scale), number(1.0 if teacher_a is None else teacher_scale)]
     if any(v.numel() != 1 for v in scales):
         raise TinyclipError(
             'A scale is one number (one over the temperature), not a table of them.'
@@ -297,24 +311,17 @@ def tiled_cross_entropy(
         *(v.reshape(()) for v in scales),
         tile,
         columns,
-        apart,
-        shared and rank_and_world_size()[1] > 1,
+        skip_diagonal,
+        distributed and rank_and_world_size()[1] > 1,
         _fused if (_FUSE.get() if compiled is None else compiled) else _eager,
     )
-
-
-def _eager(f):
-    return f
-
-
-_fused = functools.cache(functools.partial(torch.compile, dynamic=True))
 
 # %% ../../nbs/losses/02_tiled.ipynb #275cc099
 def tiled_log_sum_exp(
     a: Tensor,  # Unit rows `(n, d)`
     b: Tensor,  # Unit rows `(m, d)`
     scale: float | Tensor = 50.0,  # Inverse temperature
-    **how,  # `tile`, `columns`, `apart`, `shared`, `compiled`: as in `tiled_cross_entropy`
+    **how,  # Other arguments of `tiled_cross_entropy`
 ) -> tuple:  # Of each row `(n,)` and each column `(m,)`
-    "Log-sum-exps of a table that is never held"
+    "Log-sum-exp of the rows and columns of n x m logits, without the table"
     return tiled_cross_entropy(a, b, scale=scale, **how)

@@ -87,7 +87,7 @@ def batch_losses(
     s, t = (f and Features(gather(f.image), gather(f.text), f.scale) for f in (student, teacher))
     with torch.autocast(s.image.device.type, enabled=False):
         losses = objective(
-            s, t, shared=True
+            s, t, distributed=True
         )  # every process has all pairs and does its share of large tables
     losses['loss'] = (
         losses['loss'] + 0 * s.scale
