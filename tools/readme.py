@@ -21,6 +21,8 @@ def shown(cell) -> str:
         body = [f'```python\n{source}\n```']
     if body == []:
         return ''
+    if still := re.search(r'^# readme: (.+)$', source, re.M):
+        return still[1]  # a picture in place of a figure that only the site can show
     for o in cell.get('outputs', []):
         data = o.get('data', {})
         if 'text/markdown' in data:
@@ -36,14 +38,12 @@ def shown(cell) -> str:
 def readme() -> str:
     "The whole page"
     cells = json.loads((ROOT / 'nbs' / 'index.ipynb').read_text(encoding='utf-8'))['cells']
-    cells = [
-        c for c in cells if not text(c['source']).startswith('<!-- site -->')
-    ]  # says something of a figure that only the site can show
+    # What begins so says something of a figure that only the site can show
+    cells = [c for c in cells if not text(c['source']).startswith('<!-- site -->')]
     parts = [text(c['source']) if c['cell_type'] == 'markdown' else shown(c) for c in cells]
     page = '\n\n'.join(p.strip() for p in parts if p.strip())
-    page = re.sub(
-        r'\]\((?!https?:|#)([\w/]+\.(?:ipynb|png))\)', r'](nbs/\1)', page
-    )  # links between pages, seen from the repository's top
+    # Links between pages, seen from the repository's top
+    page = re.sub(r'\]\((?!https?:|#)([\w/]+\.(?:ipynb|png))\)', r'](nbs/\1)', page)
     return f'<!-- made from nbs/index.ipynb by tools/readme.py -->\n\n{page}\n'
 
 
