@@ -1,5 +1,6 @@
-"""The site without quarto: runs nbdev_proc_nbs in a copy of the tree, then names, a sentence each, what quarto would stumble over
-or a reader would miss. `python tools/site.py` leaves the processed pages in _proc/ and exits with 1 if anything is wrong."""
+"""The site without quarto: runs nbdev_proc_nbs in a copy of the tree, then names, a sentence each,
+what quarto would stumble over or a reader would miss. `python tools/site.py` leaves the processed
+pages in _proc/ and exits with 1 if anything is wrong."""
 
 import ast
 import fnmatch
