@@ -21,10 +21,8 @@ demo: $(READY) ## compress a small CLIP, offline, in minutes: demo/report.html
 	@[ ! -e demo ] || { old=demo-$$(date +%Y%m%d-%H%M%S); mv demo $$old; echo "the last demo is now in $$old"; }
 	tinyclip demo --folder demo
 
-test: $(READY) ## every notebook cell that is not flagged, then pytest: CPU, no network
-	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 python -m pytest -q tests --ignore=tests/test_browser.py -n 2 --dist loadfile
-	OMP_NUM_THREADS=2 python -m pytest -q tests/test_browser.py
+test: $(READY) ## every notebook cell that is not flagged, then pytest, then a browser, all of them: CPU, no network
+	python tools/test.py
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	jupyter lab nbs

@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+# seconds to wait for anything at all: a busy machine without bf16 units may take minutes for what
+# takes a second elsewhere
+LIMIT = 600
 CHROMIUM = next(
     filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None
 )
@@ -49,6 +52,14 @@ def copy_notebook(nb, to, **changes):
             if c['cell_type'] == 'code':
                 c['source'] = c['source'].replace(old, new)
     Path(to).write_text(json.dumps(d))
+
+
+def until(what):
+    "Wait until something comes true here"
+    end = time.monotonic() + LIMIT
+    while not what():
+        assert time.monotonic() < end, 'it did not come true'
+        time.sleep(0.1)
 
 
 class Lab:
@@ -105,20 +116,20 @@ def jupyterlab(root, home, settings={}, **env):
     with open(log, 'w') as out:
         p = subprocess.Popen([sys.executable, *command], stdout=out, stderr=out, env=env)
         try:
-            for _ in range(480):
+
+            def answers():
                 if p.poll() is not None:
                     raise RuntimeError(log.read_text()[-2000:])
                 try:
-                    urllib.request.urlopen(f'{address}/api/status', timeout=2)
-                    break
+                    return urllib.request.urlopen(f'{address}/api/status', timeout=10)
                 except OSError:
-                    time.sleep(0.25)
-            else:
-                raise TimeoutError('JupyterLab did not start')
+                    return False
+
+            until(answers)
             yield Lab(address, root, log)
         finally:
             p.terminate()  # shuts the kernels down, too
-            p.wait(30)
+            p.wait(LIMIT)
 
 
 @contextmanager
@@ -151,7 +162,7 @@ window.T = {
   add: source => { const m = nb().content.model.sharedModel; m.insertCell(m.cells.length, {cell_type:'code', source, metadata:{added:true}}) },
   tidy: () => { const m = nb().content.model.sharedModel; for (let i = m.cells.length-1; i>=0; i--) if (m.cells[i].getMetadata('added')) m.deleteCell(i) },
   words: text => [...find(text).node.querySelectorAll('.widget-html-content')].map(e => e.innerText.trim()),
-  facts: text => T.words(text).find(w => /^(not started|training|paused|stopped|finished|failed)/.test(w)) ?? '',
+  facts: text => T.words(text).find(w => /^(not started|preparing|training|paused|stopped|finished|failed)/.test(w)) ?? '',
   step: text => +(T.facts(text).match(/step (\\d+)/)?.[1] ?? 0),
   traces: text => [...find(text).node.querySelectorAll('.js-plotly-plot')].flatMap(g => g._fullData ?? []),
   points: text => T.traces(text).reduce((n, t) => n + (t.z || t.y || []).length, 0),
@@ -175,7 +186,7 @@ class Notebook:
         "Open its page, again if it was closed"
         if not self.page or self.page.is_closed():
             self.page = self.browser.new_page(viewport=dict(width=1400, height=1400))
-            self.page.set_default_timeout(90_000)
+            self.page.set_default_timeout(LIMIT * 1000)
             self.page.add_init_script(SCRIPT)
             self.page.on(
                 'console', lambda m: self.lab.said.append(m.text) if m.type == 'error' else None
@@ -260,11 +271,10 @@ class Notebook:
 
     def until_kernel(self, expression):
         "Wait until an expression comes true in the kernel"
-        for _ in range(300):
-            if self.value(f'bool({expression})'):
-                return
+        end = time.monotonic() + LIMIT
+        while not self.value(f'bool({expression})'):
+            assert time.monotonic() < end, f'{expression} did not come true'
             self.page.wait_for_timeout(200)
-        raise AssertionError(f'{expression} did not come true')
 
     def cell(self, cell):
         return self.page.locator('.jp-Notebook-cell').nth(self.get('t => T.index(t)', cell))

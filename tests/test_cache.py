@@ -199,7 +199,7 @@ def test_two_processes_write_what_one_writes(data, tmp_path, capsys):
         capture_output=True,
         text=True,
         env=os.environ | dict(OMP_NUM_THREADS='1'),
-        timeout=300,
+        timeout=900,
     )
     assert out.returncode == 0, out.stderr[-3000:]
     said = [json.loads((tmp_path / f'said-{r}.json').read_text()) for r in (0, 1)]

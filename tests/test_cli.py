@@ -139,7 +139,8 @@ def test_the_real_teacher_scores_what_it_is_known_to(shared, capsys):
 
 
 def test_sigterm_leaves_a_run_to_resume(tmp_path):
-    "Exit code 75, a checkpoint, and in the end the weights of a run that nobody disturbed"
+    """Exit code 75, a checkpoint, and in the end the weights of a run that nobody disturbed:
+    wherever the signal finds it on a busy machine, be it after the last step"""
 
     def command(out, *more):
         return [
@@ -156,7 +157,7 @@ def test_sigterm_leaves_a_run_to_resume(tmp_path):
             '--text-depth',
             '.5',
             '--steps',
-            '40',
+            '80',
             '--batch-size',
             '8',
             '--out',
@@ -169,12 +170,12 @@ def test_sigterm_leaves_a_run_to_resume(tmp_path):
     while run.poll() is None and not (log.is_file() and '"log"' in log.read_text()):
         time.sleep(0.02)
     run.send_signal(signal.SIGTERM)
-    said = run.communicate(timeout=120)[1]
+    said = run.communicate(timeout=600)[1]
     assert (
         run.returncode == 75 and 'run the command again with --resume' in said.splitlines()[-1]
     ), said[-500:]
-    stopped = [p.name for p in (tmp_path / 'disturbed').glob('checkpoint-*')]
-    assert stopped and not (tmp_path / 'disturbed' / 'student').exists()
+    stopped = max(p.name for p in (tmp_path / 'disturbed').glob('checkpoint-*'))
+    assert (tmp_path / 'disturbed' / 'student').exists() == (stopped == 'checkpoint-000080')
     subprocess.run(command('disturbed', '--resume'), check=True, capture_output=True)
     subprocess.run(command('whole'), check=True, capture_output=True)
     one, two = (

@@ -27,6 +27,7 @@ from test_stages import PLAN, plan
 from tinyclip.core import TinyclipError
 from tinyclip.data import open_pairs
 from tinyclip.data.shapes import Shapes
+from tinyclip.distill import Terminated
 from tinyclip.losses import Objective
 from tinyclip.stages import Stage
 from tinyclip.train.checkpoint import checkpoints
@@ -148,7 +149,7 @@ def test_twenty_random_kills(tmp_path):
         capture_output=True,
         text=True,
         env=ENV,
-        timeout=300,
+        timeout=900,
     )
     assert out.returncode == 0, out.stderr[-3000:]
     said = json.loads(out.stdout.splitlines()[-1])
@@ -320,6 +321,95 @@ def test_a_cut_that_does_not_fit_is_cut_again(tmp_path):
     assert len(a) == 2 and all(same(a[n], b[n]) for n in a)
 
 
+# --- SIGTERM when nothing is left to train, but the student is not saved yet
+
+
+def at(event, step=None, phase=None):
+    "A listener that is sent SIGTERM at an event"
+
+    def hear(e):
+        if e['event'] == event and step in (None, e['step']) and phase in (None, e.get('phase')):
+            signal.raise_signal(signal.SIGTERM)
+
+    return hear
+
+
+@pytest.mark.parametrize('moment', [('config',), ('log', 8), ('checkpoint',), ('end',)])
+def test_a_run_that_is_told_before_or_after_its_steps(tmp_path, moment):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated) as said:
+        job(folder=tmp_path, listeners=[at(*moment)]).fit(8)
+    assert said.value.code == 75 and signal.getsignal(signal.SIGTERM) is before
+    assert str(said.value) == (
+        'stopped after step 0' if moment == ('config',) else 'stopped after the last step'
+    )
+    again = job(tiny(2) if checkpoints(tmp_path) else tiny(1), folder=tmp_path).fit(8, resume=True)
+    assert again.finished and not different(job().fit(8).student, again.student)
+
+
+@pytest.mark.parametrize(
+    'moment, kept, left',
+    [
+        (
+            ('log', 4, 'masks'),
+            ['cut'],
+            'stopped after step 0',
+        ),  # the last step of a phase: what follows from it is written down, and no more is begun
+        (('end', None, 'masks'), ['cut'], 'stopped after step 0'),
+        (('end', None, 'distil'), ['cut', 'student'], 'stopped after the last step'),
+    ],
+)
+def test_stages_that_are_told_between_two_phases(tmp_path, moment, kept, left):
+    with pytest.raises(Terminated) as said:
+        plan(tmp_path / 'told', stages=PLAN[:1], listeners=[at(*moment)]).fit()
+    assert said.value.code == 75 and str(said.value) == left
+    assert sorted(
+        n for n in names(tmp_path / 'told' / 'stage-1') if n in ('cut', 'student')
+    ) == kept and not half_written(tmp_path)
+    plan(tmp_path / 'told', stages=PLAN[:1]).fit(resume=True)
+    plan(tmp_path / 'straight', stages=PLAN[:1]).fit()
+    a, b = weights(tmp_path / 'straight'), weights(tmp_path / 'told')
+    assert len(a) == 2 and all(same(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize(
+    'options', [('--image-width', '.5'), ('--share', '.5', '--mask-steps', '1')]
+)
+def test_the_command_saves_the_student_first(tmp_path, monkeypatch, capsys, options):
+    "The signal comes between the last step and the saved student"
+    import tinyclip.cli.main.main as cli
+
+    save = cli.save
+
+    def late(*args, **kw):
+        signal.raise_signal(signal.SIGTERM)
+        return save(*args, **kw)
+
+    monkeypatch.setattr(cli, 'save', late)
+    command = [
+        'distill',
+        '--teacher',
+        'shapes-teacher',
+        '--data',
+        'shapes',
+        '--steps',
+        '2',
+        '--batch-size',
+        '4',
+        '--out',
+        str(tmp_path),
+        *options,
+    ]
+    assert cli.main(command) == 75
+    assert (
+        'stopped after the last step; run the command again with --resume'
+        in capsys.readouterr().err
+    )
+    assert load(tmp_path / 'student').model and (tmp_path / 'result.json').is_file()
+    monkeypatch.setattr(cli, 'save', save)
+    assert cli.main([*command, '--resume']) == 0
+
+
 # --- another number of processes
 
 
@@ -463,20 +553,19 @@ def pair(tmp_path_factory):
             env=ENV,
         )
     try:
-        for _ in range(3000):
-            if (
-                launcher.poll() is not None
-                or (folder / 'term' / 'events.jsonl').exists()
-                and len(read_events(folder / 'term', 'log')) >= 2
-            ):
-                break
+        end = time.monotonic() + 600
+        while launcher.poll() is None and not (
+            (folder / 'term' / 'events.jsonl').exists()
+            and len(read_events(folder / 'term', 'log')) >= 2
+        ):
+            assert time.monotonic() < end, (folder / 'output').read_text()[-3000:]
             time.sleep(0.05)
         assert launcher.poll() is None, (folder / 'output').read_text()[-3000:]
         pids = [int((folder / f'pid-{r}').read_text()) for r in (0, 1)]
         for pid in [*pids, launcher.pid, *pids]:
             os.kill(pid, signal.SIGTERM)
             time.sleep(0.01)  # the cluster tells everybody, and the launcher tells its own again
-        code = launcher.wait(60)
+        code = launcher.wait(600)
     finally:
         if launcher.poll() is None:
             for pid in folder.glob('pid-*'):

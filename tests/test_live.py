@@ -20,10 +20,11 @@ from tinyclip.live.background import Background
 from tinyclip.train.events import read_events
 
 HERE, STATUS = Path(__file__).parent, Path('/proc/self/status')
+LIMIT = 600  # seconds to wait for anything at all, on the busiest machine
 
 
-def until(what, seconds=60):
-    end = time.monotonic() + seconds
+def until(what):
+    end = time.monotonic() + LIMIT
     while not what():
         assert time.monotonic() < end, 'it did not come true'
         time.sleep(0.01)
@@ -41,7 +42,7 @@ def nothing_left():
         Dashboard.last.close()
     if Background.live:
         Background.live.stop()
-        Background.live.wait(60)
+        Background.live.wait(LIMIT)
     Background.live = None
     until(lambda: not threads())
 
@@ -82,7 +83,7 @@ def cycle(folder):
     live = watch(masked(folder), 1000, show='widgets', rate=5)
     until(lambda: live.run.step() > 1)
     live.controls.stop.click()
-    assert live.run.wait(60)
+    assert live.run.wait(LIMIT)
     until(lambda: not live.thread.is_alive())
     refs = [
         weakref.ref(o)
@@ -127,13 +128,13 @@ from test_live import *
 signal.signal(signal.SIGINT, signal.default_int_handler) # whatever started the tests may ignore interrupts, and that is inherited
 inside,release = threading.Event(), threading.Event()
 def spoil(e, i, batch): # a step that takes as long as we like
-    if i==2: inside.set(); release.wait(60)
+    if i==2: inside.set(); release.wait(LIMIT)
     return batch
 run = Background(job(pairs=Pairs(spoil=spoil), folder=sys.argv[1]), 8)
 run.start()
 press = lambda: os.kill(os.getpid(), signal.SIGINT)
 def hands():
-    inside.wait(60)
+    inside.wait(LIMIT)
     press()
     until(lambda: run.ending) # heard; the step still goes on
     if sys.argv[2]=='twice': press()
@@ -142,7 +143,7 @@ threading.Thread(target=hands, daemon=True).start()
 try: print(run.result().steps, run.state())
 except KeyboardInterrupt: print('interrupted', run.state())
 release.set()
-run.done.wait(60)
+run.done.wait(LIMIT)
 """
 
 
@@ -154,7 +155,7 @@ def test_an_interrupt_while_waiting(tmp_path, presses, says):
         [sys.executable, '-c', WAITING, str(tmp_path), presses],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT,
     )
     assert r.stdout.strip() == says, r.stderr[-2000:]
     assert [p.name for p in tmp_path.glob('checkpoint-*')] == ['checkpoint-000003']  # in any case
@@ -173,7 +174,7 @@ def test_a_figure_that_cannot_be_drawn_does_not_end_training(tmp_path, monkeypat
     with monkeypatch.context() as m:
         m.setattr(module, 'fill', broken)
         live.start()
-        assert live.run.result(60).finished
+        assert live.run.result(LIMIT).finished
         until(lambda: not live.thread.is_alive())
     assert (
         'ZeroDivisionError: in the figure' in live.controls.said.value
@@ -191,7 +192,7 @@ def test_what_comes_after_the_end_may_fail_too(tmp_path):
 
     live.then = then
     live.start()
-    live.run.result(60)
+    live.run.result(LIMIT)
     until(lambda: not live.thread.is_alive())
     assert 'no table' in live.controls.said.value
 
@@ -201,7 +202,7 @@ def test_a_button_never_raises(tmp_path):
     live.controls.cut.click()  # nothing has begun
     assert 'The student of step 0' in live.controls.said.value
     live.controls.start.click()
-    live.run.wait(60)
+    live.run.wait(LIMIT)
     live.controls.start.click()
     assert 'make a new one' in live.controls.said.value
 
@@ -220,7 +221,7 @@ def test_the_same_job_again_goes_on(tmp_path):
     until(lambda: second.run.step() > first.run.step() + 2)
     assert threads().count('tinyclip-trainer') == 1
     second.run.stop()
-    second.run.wait(60)
+    second.run.wait(LIMIT)
     steps = [s for s, _ in second.run.history()[''].lines['loss']]
     assert steps == [*range(1, steps[-1] + 1)] == [e['step'] for e in read_events(tmp_path, 'log')]
 
@@ -228,10 +229,10 @@ def test_the_same_job_again_goes_on(tmp_path):
 def test_a_job_without_a_folder_begins_again():
     run = job()
     Background(run, 2).start()
-    Background.live.result(60)
+    Background.live.result(LIMIT)
     again = Background(run, 3)
     again.start()
-    assert again.result(60).steps == 3
+    assert again.result(LIMIT).steps == 3
 
 
 def test_a_fresh_process_shows_what_was_and_goes_on(tmp_path):
@@ -247,7 +248,7 @@ def test_a_fresh_process_shows_what_was_and_goes_on(tmp_path):
         list(live.figure_widget.data[0].x) == [*range(1, 8)] and live.run.state() == 'not started'
     )
     live.start()
-    assert live.run.result(60).finished
+    assert live.run.result(LIMIT).finished
     until(lambda: not live.thread.is_alive())
     assert list(live.figure_widget.data[0].x) == [*range(1, 13)]
     assert list(Replay(tmp_path).history[''].lines) == list(live.run.history()[''].lines)
@@ -289,17 +290,18 @@ def test_stopped_and_paused_in_every_phase(tmp_path, make):
         "Stand still somewhere in phase `n`, go on, stop there, and start again"
         until(lambda: phases() == n)
         run.pause()
-        seen = run.ask(run.step).result(60)
+        until(lambda: run.state() == 'paused')
+        seen = run.step()
         time.sleep(0.1)
-        assert run.step() == seen and run.state() == 'paused'
+        assert run.step() == seen
         live.controls.pause.click()
         live.controls.stop.click()
-        assert run.wait(60) and run.state() == 'stopped', run.trace
+        assert run.wait(LIMIT) and run.state() == 'stopped', run.trace
         live.controls.start.click()
 
     for n in range(1, dict(stages=5, contest=4)[make.__name__]):
         once_more(n)
-    done = run.result(60)
+    done = run.result(LIMIT)
     assert run.state() == 'finished' and run.step() == run.total
     same = [k for k in rows[0] if k != 'pairs/s']
     assert [{k: r.get(k) for k in same} for r in done] == [

@@ -330,7 +330,7 @@ def test_two_processes_equal_one(tmp_path):
         capture_output=True,
         text=True,
         env=os.environ | dict(OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true'),
-        timeout=300,
+        timeout=900,
     )
     assert out.returncode == 0, out.stderr[-3000:]
     masked_job(folder=tmp_path / 'one', lr=1e-3, weights_lr=1e-6).fit(4)

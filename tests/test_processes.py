@@ -248,7 +248,7 @@ def test_launched_from_a_notebook(tmp_path):
         [sys.executable, '-c', code],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env=os.environ | dict(OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true'),
     )
     assert out.returncode == 0, out.stderr[-3000:]
@@ -298,7 +298,7 @@ def test_the_command_line_on_two_processes(tmp_path):
         ],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env=os.environ | dict(OMP_NUM_THREADS='1'),
     )
     assert out.returncode == 0, out.stderr[-3000:]

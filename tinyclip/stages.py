@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .core import Table, TinyclipError, write_json
-from .distill import Distiller
+from .distill import Distiller, deferred_interrupt
 from .evaluate.cost import parameters
 from .masking import MaskedCLIP
 from .masks import ParamCount
@@ -350,17 +350,22 @@ def run_stages(
     if first_process():
         write_json(file, recipe)
     try:
-        for i in range(1, len(job.stages) + 1):
-            place = job.folder / f'stage-{i}'
-            if not (place / 'cut').exists():
-                before = (
-                    load(job.folder / f'stage-{i - 1}' / 'student').model if i > 1 else job.teacher
-                )
-                if not mask_and_cut(job, i, before, resume):
+        with (
+            deferred_interrupt()
+        ):  # what is heard between two phases ends the next one before its first step
+            for i in range(1, len(job.stages) + 1):
+                place = job.folder / f'stage-{i}'
+                if not (place / 'cut').exists():
+                    before = (
+                        load(job.folder / f'stage-{i - 1}' / 'student').model
+                        if i > 1
+                        else job.teacher
+                    )
+                    if not mask_and_cut(job, i, before, resume):
+                        break
+                if not (place / 'student').exists() and not distil(job, i, resume):
                     break
-            if not (place / 'student').exists() and not distil(job, i, resume):
-                break
-        return report(job.folder)
+            return report(job.folder)
     finally:
         job.stopping.clear()
 

@@ -40,7 +40,7 @@ from ..data.inspect import check
 from ..data.pairs import open_pairs
 from ..data.sources import SyntheticSource
 from ..data.transforms import transforms
-from ..distill import Distiller, Terminated
+from ..distill import Distiller, Terminated, deferred_interrupt
 from ..inheritance import build, reinitialized, inherit
 from ..keep import CHOOSERS, keep_for_config, manual
 from ..lab.demo import STEPS
@@ -352,30 +352,36 @@ def _distill(args) -> dict:
         compile=args.compile,
         shard=args.shard or None,
     )
-    if args.share:
-        model, result = in_stages(args, teacher.model, pairs, student.tokenizer, settings)
-    else:
-        r = Distiller(
-            student.model, teacher and teacher.model, pairs, seed=args.seed, folder=out, **settings
-        ).fit(args.steps, resume=args.resume)
-        model = r.student
-        result = dict(
-            steps=r.steps,
-            seconds=r.seconds,
-            pairs_per_s=r.pairs_per_s,
-            losses=r.losses,
-            evaluation=r.evaluation,
-            skipped_steps=r.skipped,
+    with deferred_interrupt():  # until the student is saved
+        if args.share:
+            model, result = in_stages(args, teacher.model, pairs, student.tokenizer, settings)
+        else:
+            r = Distiller(
+                student.model,
+                teacher and teacher.model,
+                pairs,
+                seed=args.seed,
+                folder=out,
+                **settings,
+            ).fit(args.steps, resume=args.resume)
+            model = r.student
+            result = dict(
+                steps=r.steps,
+                seconds=r.seconds,
+                pairs_per_s=r.pairs_per_s,
+                losses=r.losses,
+                evaluation=r.evaluation,
+                skipped_steps=r.skipped,
+            )
+        if rank_and_world_size()[0]:
+            return {}  # the first process writes and tells
+        save(model, out / 'student', tokenizer=student.tokenizer)
+        result |= dict(
+            skipped_samples=dict(pairs.skipped),
+            student=str(out / 'student'),
+            arguments={k: v for k, v in vars(args).items() if k not in ('command', 'json')},
         )
-    if rank_and_world_size()[0]:
-        return {}  # the first process writes and tells
-    save(model, out / 'student', tokenizer=student.tokenizer)
-    result |= dict(
-        skipped_samples=dict(pairs.skipped),
-        student=str(out / 'student'),
-        arguments={k: v for k, v in vars(args).items() if k not in ('command', 'json')},
-    )
-    write_json(out / 'result.json', result)
+        write_json(out / 'result.json', result)
     if not args.json:
         print(
             result['stages']

@@ -148,6 +148,7 @@ class Background:
         self.ending = False
         self.begun = False
         self.last = None
+        self.now = 'preparing'
         self.go.set()
         self.done.set()
 
@@ -160,10 +161,14 @@ class Background:
     def before_step(self):  # On the training thread
         self.serve()
         while not (self.go.is_set() or self.ending):
+            self.now = 'paused'
             self.go.wait(0.05)
             self.serve()
+        self.now = 'training'
 
-    paused = property(lambda self: not self.go.is_set())
+    paused = property(
+        lambda self: not self.go.is_set()
+    )  # asked to; whether it stands still already, says `state`
     finished = property(
         lambda self: self.done.is_set() and self.begun and self.error is None and not self.ending
     )  # not while it trains, after `stop`, after an error
@@ -195,10 +200,10 @@ class Background:
 
     def state(
         self,
-    ) -> str:  # `'not started'`, `'training'`, `'paused'`, `'stopped'`, `'finished'` or `'failed'`
+    ) -> str:  # `'not started'`, `'preparing'`, `'training'`, `'paused'`, `'stopped'`, `'finished'` or `'failed'`
         "How it stands"
         if not self.done.is_set():
-            return 'paused' if self.paused else 'training'
+            return self.now
         return (
             'failed'
             if self.error
@@ -207,6 +212,19 @@ class Background:
             else 'stopped'
             if self.begun
             else 'not started'
+        )
+
+    def coming(self) -> str:  # Empty where nothing was asked for, or it is done
+        "What was asked for and waits for its moment"
+        if self.done.is_set():
+            return ''
+        when = 'before its first step' if self.now == 'preparing' else 'after this step'
+        return (
+            f'stops {when}'
+            if self.ending
+            else f'pauses {when}'
+            if self.paused and self.now != 'paused'
+            else ''
         )
 
     def __repr__(self):
@@ -233,6 +251,7 @@ class Background:
         self.ending = False
         self.error = None
         self.trace = ''
+        self.now = 'preparing'
         threading.Thread(
             target=self.work,
             args=(self.begun or self.resume,),

@@ -124,6 +124,7 @@ class Controls:
         self.rate.observe(lambda c: setattr(dashboard, 'rate', c['new']), 'value')
         self.facts = W.HTML()
         self.said = W.HTML()
+        self.turn = threading.Lock()
         self.rows = [
             W.HBox(
                 [
@@ -145,21 +146,28 @@ class Controls:
         figures,  # From `panels.facts`
     ):
         "Bring buttons and numbers up to date"
-        on = not run.done.is_set()
-        for b, off in (
-            (self.start, on or run.finished),
-            (self.pause, not on),
-            (self.stop, not on),
-            (self.cut, not run.begun),
-        ):
-            if b.disabled != off:
-                b.disabled = off
-        word = 'Go on' if run.paused else 'Pause'
-        if self.pause.description != word:
-            self.pause.description = word
-        self.facts.value = f'<b>{run.state()}</b>' + ''.join(
-            f' &nbsp; {html.escape(k)} <b>{html.escape(v)}</b>' for k, v in figures
-        )
+        with (
+            self.turn
+        ):  # who presses a button shows at once what it did, beside the dashboard's thread
+            on = not run.done.is_set()
+            going = on and not run.ending
+            for b, off in (
+                (self.start, on or run.finished),
+                (self.pause, not going),
+                (self.stop, not going),
+                (self.cut, not run.begun),
+            ):
+                if b.disabled != off:
+                    b.disabled = off
+            word = 'Go on' if run.paused else 'Pause'
+            if self.pause.description != word:
+                self.pause.description = word
+            coming = run.coming()
+            self.facts.value = (
+                f'<b>{run.state()}</b>'
+                + (f', {coming}' if coming else '')
+                + ''.join(f' &nbsp; {html.escape(k)} <b>{html.escape(v)}</b>' for k, v in figures)
+            )
 
 # %% ../../nbs/live/04_dashboard.ipynb #2ec199c9
 def fill(
@@ -235,6 +243,7 @@ class Dashboard:
             what()
         except Exception as e:
             self.say(red(e))
+        self.answer()
 
     def say(self, text):
         if self.controls:
@@ -245,6 +254,7 @@ class Dashboard:
             return
         self.run.start()
         self.say('')
+        self.answer()
         heed(self.run)
         if self.show in ('widgets', 'html'):
             self.thread = threading.Thread(target=self.look, daemon=True, name='tinyclip-dashboard')
@@ -255,6 +265,15 @@ class Dashboard:
 
     def __repr__(self):
         return repr(self.run)
+
+    def answer(self):
+        "Buttons and numbers as they are now"
+        if not (c := self.controls):
+            return
+        history = self.run.history()
+        with self.run.reading:
+            figures = facts(history, self.run.total)  # the training thread may add to it
+        c.show(self.run, figures)
 
     def update(self):
         "Show how things stand"
@@ -271,8 +290,8 @@ class Dashboard:
             )
         if not self.controls:
             return
+        self.answer()
         fill(self.figure_widget, state(history, self.plan))
-        self.controls.show(self.run, facts(history, self.run.total))
         if self.run.error:
             self.controls.said.value = self.trouble()
 
