@@ -14,10 +14,10 @@ from torch import nn
 from .core import Table, TinyclipError, seed_everything
 from .distill import Distiller
 from .evaluate.cost import macs, parameters, speeds
-from .inheritance import reinitialized, inherit
+from .inheritance import inherit, reinitialized
 from .keep import keep_for_size
-from .masks import ParamCount
 from .stages import SHORT, Stage, Stages
+from .towers import ParamCount, layout
 from .train.events import Tagged
 from .train.run import scores
 from .zoo.folders import save
@@ -158,7 +158,7 @@ class Comparison:
         models = {'teacher': self.teacher, **self.students}
         pace = speeds(models)
         rows = Table()
-        whole = sum(ParamCount(self.teacher).whole.values())
+        whole = sum(ParamCount(layout(self.teacher)).whole.values())
         check = self.settings.get('evaluate')
         for name, m in models.items():
             n = parameters(m)

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -22,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from .core import TinyclipError, rank_and_world_size, unknown
 from .inheritance import inherit
 from .keep import Keep
-from .masks import TOWERS, ParamCount, keep_prob, eval_masks, expected_zeros, hard_concrete
-from .towers.layout import Layout, layout
+from .masks import eval_masks, expected_zeros, hard_concrete, keep_prob
+from .towers import TOWERS, Layout, ParamCount, layout
 
 # %% ../nbs/04_masking.ipynb #6e4d63d2
 class Fill(torch.autograd.Function):
@@ -122,7 +121,7 @@ BRANCHES = {'attention': 'heads', 'mlp': 'ffn'}  # a branch closes by closing al
 
 
 def mask_groups(
-    model: nn.Module,  # A CLIP with a ViT image tower
+    model: nn.Module | Layout,  # A CLIP with a ViT image tower, or its layout
     kinds=KINDS,  # What to mask
 ) -> (
     dict
@@ -137,11 +136,12 @@ def mask_groups(
             f'There is nothing to mask: name some of {", ".join((*KINDS, *BRANCHES))} as kinds=.'
         )
     l = layout(model)
-    if not isinstance(model.visual, VisionTransformer):
-        raise TinyclipError(
-            f'The image tower is a {type(model.visual).__name__}; masks learn on a ViT only '
-            '(VisionTransformer). Shrink this one by rule: tinyclip.keep.manual.'
-        )
+    for f in l.families.values():
+        if f.unmaskable:
+            raise TinyclipError(
+                f'The {f.tower} tower is a {f.name}; {f.unmaskable}. Shrink this one by rule: '
+                'tinyclip.keep.manual.'
+            )
     groups = {a: n for a, n in l.sizes.items() if a.split('.')[-1] in kinds}
     return groups | {
         f'{t}.{k}': l.sizes[f'{t}.layers'] for t in TOWERS for k in BRANCHES if k in kinds
@@ -161,18 +161,18 @@ def gate_of(
 
 
 def masked_weights(
-    model: nn.Module,  # A CLIP
+    l: Layout,  # Of a CLIP
     axes,  # The masked axes
 ) -> list:  # (name of a tensor, [(axis, its block, shape that broadcasts over the tensor)])
     "The tensors that masks are multiplied into, the token table excepted"
     out = []
-    for name, dims in layout(model).dims.items():
+    for name, dims in l.dims.items():
         at = [
             (d.axis, d.block, [-1 if j == i else 1 for j in range(len(dims))])
             for i, d in enumerate(dims)
             if d and d.scaled and d.axis in axes
         ]
-        if at and not name.endswith('token_embedding.weight'):
+        if at and name != f'{l.table}.weight':
             out.append((name, at))
     return out
 
@@ -210,15 +210,14 @@ def prepare(
     clip: nn.Module,  # Left alone
     l: Layout,  # Its layout
     axes,  # The masked axes
-) -> tuple:  # (a copy, {path of a norm: its masked axis}, path of the token table)
+) -> tuple:  # (a copy, {path of a norm: its masked axis})
     """A copy whose norms, token table and blocks can be told about masks. All of it is trained,
     also where a teacher was frozen."""
     new = copy.deepcopy(clip).requires_grad_(True)
     norms = {p: a for p, a in l.norms.items() if a in axes}
-    table = next(n for n in l.dims if n.endswith('token_embedding.weight')).removesuffix('.weight')
     for path in norms:
         replace_module(new, path, OpenNorm.of)
-    replace_module(new, table, ScaledEmbedding.of)
+    replace_module(new, l.table, ScaledEmbedding.of)
     own = [m for m in new.modules() if getattr(m, 'grad_checkpointing', False)]
     for m in own:
         m.grad_checkpointing = False  # it would recompute with the weights of the moment
@@ -228,7 +227,7 @@ def prepare(
     for m in new.modules():
         if isinstance(m, Recomputed):
             m.recompute = bool(own)
-    return new, norms, table
+    return new, norms
 
 # %% ../nbs/04_masking.ipynb #046b3848
 class MaskedCLIP(nn.Module):
@@ -244,18 +243,18 @@ class MaskedCLIP(nn.Module):
         start: float = 3.0,  # Where every log alpha begins: at 3, a mask is open 99 % of the time
         # Open masks are worth exactly 1, in training and after it; gradients pass straight through
         hard: bool = False,
-        whole: Mapping
-        | None = None,  # Parameters that count as 100 %, see `masks.Size`; None for those of `clip`
+        # Parameters that count as 100 %, see `ParamCount`; None for those of `clip`
+        whole: Mapping | None = None,
     ):
         super().__init__()
-        self.groups = mask_groups(clip, kinds)
         self.layout = layout(clip)
-        self.size = ParamCount(clip, whole)
+        self.groups = mask_groups(self.layout, kinds)
+        self.size = ParamCount(self.layout, whole)
         self.hard = hard
         self.gates = {a: gate_of(a, self.groups) for a in self.layout.sizes}
         self.axes = [a for a in self.layout.sizes if a in self.groups or self.gates[a]]
-        self.writers = masked_weights(clip, self.axes)
-        (self.clip, self.norms, self.table) = prepare(clip, self.layout, self.axes)
+        self.writers = masked_weights(self.layout, self.axes)
+        self.clip, self.norms = prepare(clip, self.layout, self.axes)
         self.log_alpha = nn.Parameter(torch.full((sum(self.groups.values()),), float(start)))
         self.probe = nn.Parameter(
             torch.zeros_like(self.log_alpha)
@@ -311,14 +310,15 @@ class MaskedCLIP(nn.Module):
         self,
         groups: Mapping,  # group -> masks, or chances to be open
     ) -> dict:  # axis -> `(size,)`
-        "What the axes see: a head or neuron counts as much as its branch lets it"
+        "Masks per axis, multiplied by the mask of their branch"
         out = {}
         for a in self.axes:
             own, gate = groups.get(a), self.gates[a]
-            g = groups[gate[0]][gate[1]] if gate else None
-            out[a] = (
-                own if g is None else own * g if own is not None else g.expand(self.layout.sizes[a])
-            )
+            if not gate:
+                out[a] = own
+                continue
+            branch = groups[gate[0]][gate[1]]
+            out[a] = branch.expand(self.layout.sizes[a]) if own is None else own * branch
         return out
 
     def draw(self) -> dict:  # axis -> masks `(size,)`
@@ -357,8 +357,9 @@ class MaskedCLIP(nn.Module):
             out[name] = t
         for path, axis in self.norms.items():
             out[f'{path}.open'] = (masks[axis].detach() > 0).float()
-        if 'text.width' in masks:
-            out[f'{self.table}.scale'] = masks['text.width']
+        width = self.layout.dims[f'{self.layout.table}.weight'][1].axis
+        if width in masks:
+            out[f'{self.layout.table}.scale'] = masks[width]
         return out
 
     def keep_probs(self) -> dict:  # axis -> `(size,)`, 0..1, differentiable

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .core import TinyclipError, scalars_on_device, rank_and_world_size, unknown
+from .core import TinyclipError, rank_and_world_size, scalars_on_device, unknown
 from .masking import BRANCHES, KINDS, MaskedCLIP
-from .masks import LIMIT, TOWERS, LagrangianConstraint, keep_prob, target_share
+from .masks import LIMIT, LagrangianConstraint, keep_prob, target_share
+from .towers import TOWERS
 
 # %% ../nbs/05_sparsity.ipynb #4b011282
 FORMS = ('two-sided', 'one-sided', 'projected')
@@ -26,15 +27,7 @@ def head_dim(
     tower: str,  # `'image'` or `'text'`
 ) -> int:  # Channels per head; 1 in a tower without heads
     "The head size of a tower"
-    return next(
-        (
-            d.block
-            for dims in masked.layout.dims.values()
-            for d in dims
-            if d and d.axis.startswith(tower) and d.axis.endswith('.heads')
-        ),
-        1,
-    )
+    return masked.layout.head_dim(tower)
 
 
 def floor_counts(
@@ -156,7 +149,7 @@ def uniform_shape(
                 g
                 for d in range(8)
                 for g in (f - d, f + d)
-                if 1 <= g <= N and int(h * hd * (g / (h * hd))) == g
+                if 1 <= g <= N and masked.layout.families[tower].plain(h * hd, g)
             ),
             None,
         )  # open_clip computes neurons from a ratio

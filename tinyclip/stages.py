@@ -23,8 +23,8 @@ from .core import Table, TinyclipError, write_json
 from .distill import Distiller, deferred_interrupt
 from .evaluate.cost import parameters
 from .masking import MaskedCLIP
-from .masks import ParamCount
 from .sparsity import Sparsity
+from .towers import ParamCount, layout
 from .train.checkpoint import atomic_folder, differences, step_seed
 from .train.events import Tagged, plain
 from .train.run import Result, scores
@@ -141,7 +141,7 @@ class Stages:
         self.progress = progress
         self.stopping = threading.Event()
         self.running = None
-        self.whole = ParamCount(teacher).whole
+        self.whole = ParamCount(layout(teacher)).whole
         if tokenizer is None and hasattr(teacher, 'tokenizer_cfg'):
             raise TinyclipError(
                 'This teacher uses a Hugging Face tokenizer; pass it as tokenizer=, so that '

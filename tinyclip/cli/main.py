@@ -41,14 +41,14 @@ from ..data.pairs import open_pairs
 from ..data.sources import SyntheticSource
 from ..data.transforms import transforms
 from ..distill import Distiller, Terminated, deferred_interrupt
-from ..inheritance import build, reinitialized, inherit
+from ..inheritance import inherit, reinitialized
 from ..keep import CHOOSERS, keep_for_config, manual
 from ..lab.demo import STEPS
 from ..lab.demo import run as run_demo
 from ..live.panels import write_replay
 from ..losses.mimicking import LOSSES
 from ..stages import SHORT, Stage, Stages
-from ..towers.architecture import config
+from ..towers.architecture import build, config
 from ..train.engine import make_accelerator
 from ..zoo.folders import Loaded, finish, save
 from ..zoo.loading import load

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core import Table, TinyclipError, autocast, evaluating, human
 from ..towers.architecture import config, create
-from ..towers.layout import parts
+from ..towers import parts
 
 # %% ../../nbs/evaluate/01_cost.ipynb #adfc0d56
 def parameters(

@@ -30,10 +30,12 @@ from tinyclip.data.shapes import (
 from ..distill import Distiller
 from ..evaluate.cost import file_size, macs, parameters, throughput
 from ..evaluate.zeroshot import retrieval, zero_shot
-from ..inheritance import build, reinitialized, inherit
+from ..inheritance import inherit, reinitialized
 from ..keep import keep_for_size
 from .report import readable, write_report
 from ..stages import SHORT, Stage, Stages
+from ..towers import token_table
+from ..towers.architecture import build
 from ..train.events import read_events
 from ..zoo.folders import WEIGHTS, finish, save
 from ..zoo.loading import EMBEDDED, load
@@ -284,7 +286,7 @@ def train_teacher(
     seed_everything(seed)
     model, preprocess, tokenizer = load(start) if start else finish(build(TEACHER), TEACHER, {})
     model.logit_scale.data.fill_(math.log(1 / 0.07))  # CLIP's own start value, and it stays
-    table = model.token_embedding.weight.detach().clone()
+    table = token_table(model).weight.detach().clone()
     d = Distiller(
         model,
         None,
@@ -300,8 +302,7 @@ def train_teacher(
     r = d.fit(steps, resume)
     if not start:  # a start has its zeros already, and knows words that a short run may not meet
         with torch.no_grad():
-            model.token_embedding.weight[(model.token_embedding.weight == table).all(1)] = (
-                0  # no gradient, no decay: as they were
-            )
+            tokens = token_table(model).weight
+            tokens[(tokens == table).all(1)] = 0  # no gradient, no decay: as they were
     save(model, folder, dtype=torch.float16)
     return examine(load(folder).model, preprocess, tokenizer) | dict(seconds=r.seconds)

@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from ..core import Table, TinyclipError
 from ..keep import Keep
-from ..masks import TOWERS
+from ..towers import TOWERS
 
 # %% ../../nbs/lab/02_keep_map.ipynb #b91ffcd0
 def layers(

@@ -21,7 +21,7 @@ from plotly.subplots import make_subplots
 from ..core import TinyclipError, atomic_path, human
 from ..lab.keep_map import SCALE
 from ..lab.report import COLOURS
-from ..masks import TOWERS
+from ..towers import TOWERS
 from ..train.history import RunLogs, RunLog, read_log
 
 # %% ../../nbs/live/01_panels.ipynb #ca029512

@@ -1,2 +1,15 @@
-"What open_clip's towers are made of: which dimension of which tensor is a width, a head, a neuron or a layer"
-from .layout import *
+"What towers are made of: a page per family says it, and the registry finds the family of a model"
+from .family import Family, tower_of
+from .layout import TOWERS, Dim, Layout, ParamCount
+from .registry import (
+    FAMILIES,
+    branch_biases,
+    embed_dim,
+    family_of,
+    layout,
+    parts,
+    select_tokens,
+    token_table,
+)
+from .text import TEXT
+from .vit import VIT

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..core import TinyclipError
-from ..inheritance import SlimAttention
+from ..towers.transformer import SlimAttention
 
 # %% ../../nbs/train/04_speed.ipynb #a379e997
 def half_precision_copy(

@@ -15,6 +15,7 @@ import open_clip
 import torch
 
 from ..core import TinyclipError
+from ..towers import TEXT, VIT
 from ..towers.architecture import with_sizes
 from .folders import Loaded, finish
 from .to_transformers import BLOCKS, BPE, TOP, TURNED
@@ -281,9 +282,8 @@ def model_cfg(
     if t['projection_bias']:
         parts['text']['proj_bias'] = True
     quick = dict(quick_gelu=True) if v['act'] == 'quick_gelu' else {}
-    return with_sizes(
-        dict(embed_dim=0, vision_cfg=parts['vision'], text_cfg=parts['text'], **quick), sizes
-    )
+    static = dict(embed_dim=0, vision_cfg=parts['vision'], text_cfg=parts['text'], **quick)
+    return with_sizes(static, sizes, dict(image=VIT, text=TEXT))
 
 # %% ../../nbs/zoo/07_from_transformers.ipynb #19208df8
 def unpack(

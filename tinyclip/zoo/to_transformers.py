@@ -14,12 +14,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from open_clip.transformer import VisionTransformer
 from safetensors.torch import save_file
 from torch import nn
 
 import tinyclip
 from ..core import TinyclipError, unknown
+from ..towers import VIT, family_of
 from ..towers.architecture import architecture
 from .folders import preprocess_cfg, replacing
 from .vocabulary import tokenizer_of, vocab_and_merges
@@ -60,9 +60,9 @@ def describe(
     "What transformers has to know of a model; a sentence where it cannot hold it"
     cfg = architecture(model)
     vision, text = cfg['vision_cfg'], cfg['text_cfg']
-    if not isinstance(model.visual, VisionTransformer):
+    if (family := family_of(model, 'image')) is not VIT:
         raise TinyclipError(
-            f'The image tower is a {type(model.visual).__name__}; transformers is offered '
+            f'The image tower is a {family.name}; transformers is offered '
             'vision transformers only. Keep this model as an open_clip folder, or export it '
             'to ONNX.'
         )

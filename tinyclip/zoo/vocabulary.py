@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST', 'merges_used', 'strings', 'check_tokenizer', 'check_merges', 'ShortTokenizer', 'bpe_text', 'read_merges',
-           'tokenizer_of', 'text_part', 'select_rows', 'shorten', 'coverage', 'table_sizes', 'vocab_and_merges']
+           'tokenizer_of', 'select_rows', 'shorten', 'coverage', 'table_sizes', 'vocab_and_merges']
 
 # %% ../../nbs/zoo/03_vocabulary.ipynb #4667cf5d
 import copy
@@ -22,6 +22,7 @@ from torch import nn
 
 from ..core import Table, TinyclipError, atomic_path, human
 from ..evaluate.cost import parameters
+from ..towers import select_tokens, token_table
 
 # %% ../../nbs/zoo/03_vocabulary.ipynb #f324eefa
 def merges_used(
@@ -201,7 +202,7 @@ def tokenizer_of(
             f'{type(model).__name__} is not an open_clip CLIP. Load one with '
             'tinyclip.zoo.load or open_clip.create_model.'
         )
-    table = getattr(text_part(model), 'token_embedding', None)
+    table = token_table(model)
     own = getattr(model, 'tokenizer_cfg', None)
     merges = getattr(model, 'merges', None)
     if own or not isinstance(table, nn.Embedding):
@@ -228,12 +229,6 @@ def tokenizer_of(
         )
     return tokenizer
 
-
-def text_part(model) -> nn.Module:
-    """What holds the token table: the text tower, or the model itself where open_clip keeps that
-    flat"""
-    return getattr(model, 'text', model)
-
 # %% ../../nbs/zoo/03_vocabulary.ipynb #a1eb3392
 def select_rows(
     model: nn.Module,  # A CLIP or a student of one; left alone
@@ -251,16 +246,7 @@ def select_rows(
         )
     rows = [ids[t] for t in short.encoder]
     new = copy.deepcopy(model).requires_grad_(True).eval()
-    text = text_part(new)
-    text.token_embedding = nn.Embedding.from_pretrained(
-        text.token_embedding.weight.detach()[rows], freeze=False
-    )
-    new.vocab_size = text.vocab_size = len(rows)
-    eos = (
-        'text_eos_id' if text is new else 'eos_id'
-    )  # read by models that pool at this token instead of at the highest number
-    if getattr(text, eos, None) in rows:
-        setattr(text, eos, rows.index(getattr(text, eos)))
+    select_tokens(new, rows)
     new.merges = short.merges
     return new
 
@@ -303,7 +289,7 @@ def table_sizes(
 
     def row(name, model):
         p = parameters(model)
-        rows = text_part(model).token_embedding.num_embeddings
+        rows = token_table(model).num_embeddings
         size = sum(t.numel() * t.element_size() for t in model.parameters())
         return {
             'model': name,

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core import TinyclipError, human
-from ..inheritance import BiasOnly, build
+from ..towers import branch_biases
+from ..towers.architecture import build
 
 # %% ../../nbs/zoo/01_weights.ipynb #b8b472cb
 ALLOWED = {
@@ -277,9 +278,8 @@ def assemble(
     state = {
         k: v for k, v in state.items() if not k.endswith('.attn_mask')
     }  # a constant that old files hold
-    bare = [f'{n}.{m.projection}.bias' for n, m in plan.named_modules() if isinstance(m, BiasOnly)]
     want = plan.state_dict()
-    state |= {k: torch.zeros(want[k].shape) for k in bare if k not in state}
+    state |= {k: torch.zeros(want[k].shape) for k in branch_biases(plan) if k not in state}
     odd = misfits(want, state)
     if odd:
         raise TinyclipError(
