@@ -6,7 +6,6 @@ python benchmarks/loss_memory.py --sizes 32768 131072 --share 128 # of each batc
 
 import argparse
 import statistics
-import time
 
 import torch
 from open_clip.loss import DistillClipLoss
@@ -73,7 +72,7 @@ def error(loss, tile, n, width, device):
     )
 
 
-def measure(name, ways, n, a, device, clock):
+def measure(name, ways, n, a, device):
     "Median seconds over alternating rounds, and peak memory, of each way"
     x, s = setting(n, a.width, device)
 
@@ -91,7 +90,7 @@ def measure(name, ways, n, a, device, clock):
         for w in ways:
 
             def once():
-                return times[w].append(seconds(lambda _: run(w), s, clock))
+                return times[w].append(seconds(lambda _: run(w), s))
 
             if i:
                 once()
@@ -132,7 +131,7 @@ if __name__ == '__main__':
         '--threads',
         type=int,
         default=1,
-        help='on a CPU; time is that of the thread where there is one',
+        help='on a CPU; several spin while they wait, which is processor time, too',
     )
     p.add_argument(
         '--share', type=int, default=None, help='only the rows of one of so many processes'
@@ -141,7 +140,6 @@ if __name__ == '__main__':
     a = p.parse_args()
     device = pick_device(None).type
     torch.set_num_threads(a.threads)
-    clock = time.thread_time if device == 'cpu' and a.threads == 1 else time.perf_counter
     tile = a.tile or tile_size(2**20, 2**20, device=device)
     rows = Table()
     for n in a.sizes:
@@ -156,7 +154,7 @@ if __name__ == '__main__':
                 ways = dict(tiled=(lambda *b: some(*b, a.share), tile))
             else:
                 ways = (more | dict(whole=(loss, None)) if holds else {}) | dict(tiled=(loss, tile))
-            row = measure(name, ways, n, a, device, clock)
+            row = measure(name, ways, n, a, device)
             if not a.share and n <= 2048:
                 row['gradient_error'] = float(f'{error(loss, tile, n, a.width, device):.1e}')
             known = [r for r in rows if r['loss'] == name and r.get('whole_gb')]
@@ -173,7 +171,7 @@ if __name__ == '__main__':
         rounds=a.rounds,
         tile=tile,
         threads=a.threads,
-        clock=clock.__name__,
+        clock='events' if device == 'cuda' else 'processor time',
         share=a.share,
         precision='fp32',
         student_scale='learned, 50',

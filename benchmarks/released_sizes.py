@@ -5,14 +5,13 @@ python benchmarks/released_sizes.py                         # writes results/rel
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import torch
 
 import tinyclip
 from tinyclip.core import Table, human, native_bf16, record_run, seed_everything
-from tinyclip.evaluate.cost import baseline, profiles
+from tinyclip.evaluate.cost import baseline, profile
 
 REFERENCE = 'ViT-B-32'
 
@@ -23,19 +22,19 @@ def manual():
     return [f['config'] for f in facts if f['config']]
 
 
-def measure(names, batch, precision, device, repeats, clock):
+def measure(names, batch, precision, device, repeats):
     "A row per model, the reference first"
     models = {n: baseline(n, device) for n in (REFERENCE, *names)}
     return [
         dict(model=n, precision=precision) | r
-        for n, r in profiles(models, batch, precision, REFERENCE, repeats, clock).items()
+        for n, r in profile(models, batch, precision, REFERENCE, repeats).items()
     ]
 
 
 def readable(r):
     "A row as a person reads it"
     return {k: r[k] for k in ('model', 'precision')} | {
-        k: human(float(r[k]))
+        k: human(float(r[k])) if r[k] is not None else ''
         for k in (
             'towers_parameters',
             'total_parameters',
@@ -44,9 +43,9 @@ def readable(r):
             'texts_per_s',
             'pairs_per_s',
             'speed',
+            'spread',
             'peak_memory',
         )
-        if r[k] is not None
     }
 
 
@@ -57,34 +56,17 @@ if __name__ == '__main__':
     p.add_argument(
         '--batch', type=int, help='images and texts per batch (default: 8, with a GPU 256)'
     )
-    p.add_argument('--repeats', type=int, default=5)
-    p.add_argument(
-        '--threads',
-        type=int,
-        default=1,
-        help='on a CPU; one disturbs the least what else runs, and is disturbed the least by it',
-    )
+    p.add_argument('--repeats', type=int, default=9)
     p.add_argument('--root', default='results', help='the ledger')
     a = p.parse_args()
     gpu = torch.cuda.is_available()
     device, batch = ('cuda', a.batch or 256) if gpu else ('cpu', a.batch or 8)
     precisions = ['fp32'] + ['bf16'] * native_bf16(device)
-    clock = (
-        'CPU time of the thread' if device == 'cpu' and a.threads == 1 else 'wall clock'
-    )  # the first stands still while others compute
     seed_everything(0)
-    torch.set_num_threads(a.threads)
     rows = [
         r
         for precision in precisions
-        for r in measure(
-            manual(),
-            batch,
-            precision,
-            device,
-            a.repeats,
-            time.thread_time if clock[0] == 'C' else time.perf_counter,
-        )
+        for r in measure(manual(), batch, precision, device, a.repeats)
     ]
     print(Table(map(readable, rows)))
     recipe = dict(
@@ -93,7 +75,8 @@ if __name__ == '__main__':
         repeats=a.repeats,
         warm_up=2,
         precisions=precisions,
-        threads=torch.get_num_threads(),
-        clock=clock,
+        threads=1,
+        clock='events' if gpu else 'processor time',
+        speed='median of the ratios of rounds',
     )
     print(record_run('released-sizes' + ('-cuda' if gpu else ''), recipe, rows, [0], root=a.root))

@@ -1,9 +1,11 @@
 """What models cost, against counts made another way; and the published facts, against their own
 file names"""
 
+import contextlib
 import json
 import math
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -203,7 +205,7 @@ def scripted(monkeypatch, times):
     "`seconds` returns, per tower, what `times` says for each round; the last one again and again"
     rounds = {}
 
-    def seconds(f, x, clock):
+    def seconds(f, x):
         f(x)
         n = rounds[f] = rounds.get(f, -1) + 1
         t = times[(id(f.__self__), f.__name__)]
@@ -212,20 +214,144 @@ def scripted(monkeypatch, times):
     monkeypatch.setattr(measure, 'seconds', seconds)
 
 
-def test_warm_up_does_not_count_and_the_median_does(monkeypatch):
+def paced(monkeypatch, **rounds):
+    """A model per name, whose image tower takes so long in each round after the two for warming
+    up, and whose texts take none of it"""
+    models = {n: tiny() for n in rounds}
+    scripted(
+        monkeypatch,
+        {
+            (id(models[n]), f): [1e9, 1e9, *r] if f == 'encode_image' else [1e-9]
+            for n, r in rounds.items()
+            for f in ('encode_image', 'encode_text')
+        },
+    )
+    return models
+
+
+def test_speed_is_the_median_of_what_each_round_says(monkeypatch):
+    found = measure.speeds(
+        paced(monkeypatch, a=[2, 2, 3, 2, 4], b=[1, 1, 1, 2, 2]), 4, repeats=5
+    )  # 2, 2, 3, 1, 2; the medians alone say 2, too
+    assert found['b']['image_speed'] == 2 and found['a']['image_speed'] == 1
+    found = measure.speeds(
+        paced(monkeypatch, a=[1, 1.1, 10, 11, 12], b=[1, 1, 10, 10, 10]), 4, repeats=5
+    )
+    assert found['b']['image_speed'] == pytest.approx(1.1)  # 1, 1.1, 1, 1.1, 1.2; the medians say 1
+
+
+def test_towers_one_after_the_other_make_a_pair(monkeypatch):
     a, b = tiny(), tiny(32)
     scripted(
         monkeypatch,
         {
-            (id(a), 'encode_image'): [9, 9, 1, 2, 1, 50, 1],
-            (id(a), 'encode_text'): [9, 9, 1, 1, 1, 1, 1],
-            (id(b), 'encode_image'): [9, 9, 0.5, 0.5, 0.1, 70, 0.5],
-            (id(b), 'encode_text'): [9, 9, 0.25, 0.25, 0.25, 0.01, 0.25],
+            (id(a), 'encode_image'): [1],
+            (id(a), 'encode_text'): [1],
+            (id(b), 'encode_image'): [0.5],
+            (id(b), 'encode_text'): [0.25],
         },
     )
-    found = measure.speeds(dict(a=a, b=b), batch_size=4, repeats=5)
-    assert found['a'] == dict(images_per_s=4.0, texts_per_s=4.0, pairs_per_s=2.0)
-    assert found['b'] == pytest.approx(dict(images_per_s=8.0, texts_per_s=16.0, pairs_per_s=16 / 3))
+    found = measure.speeds(dict(a=a, b=b), batch_size=4)
+
+    def rates(r):
+        return {k: v for k, v in r.items() if k.endswith('_per_s')}
+
+    assert rates(found['a']) == dict(images_per_s=4.0, texts_per_s=4.0, pairs_per_s=2.0)
+    assert rates(found['b']) == pytest.approx(
+        dict(images_per_s=8.0, texts_per_s=16.0, pairs_per_s=16 / 3)
+    )
+    assert (
+        found['b']['image_speed'],
+        found['b']['text_speed'],
+        found['b']['speed'],
+    ) == pytest.approx((2, 4, 8 / 3))
+
+
+def test_a_busy_phase_changes_nothing_if_it_meets_all_or_few(monkeypatch):
+    quiet = measure.speeds(paced(monkeypatch, a=[2] * 9, b=[1] * 9), 4)['b']
+    both = measure.speeds(paced(monkeypatch, a=[2] * 5 + [14] * 4, b=[1] * 5 + [7] * 4), 4)[
+        'b'
+    ]  # everything takes seven times as long for a while
+    one = measure.speeds(paced(monkeypatch, a=[2] * 9, b=[1, 9, 9, 1, 1, 1, 1, 1, 1]), 4)[
+        'b'
+    ]  # two rounds of one model only
+    assert quiet['speed'] == both['speed'] == one['speed'] == pytest.approx(2) and (
+        quiet['spread'],
+        both['spread'],
+        one['spread'],
+    ) == pytest.approx((0, 0, 0), abs=1e-6)
+
+
+def test_a_spread_that_is_too_large_is_said_instead_of_a_number(monkeypatch):
+    models = paced(monkeypatch, a=[1] * 9, b=[0.5, 1, 2] * 3, c=[0.5] * 9)
+    found = measure.speeds(models, 4)
+    assert (found['b']['speed'], found['b']['pairs_per_s']) == (None, None) and found['b'][
+        'spread'
+    ] == pytest.approx(1.5)
+    assert found['c']['speed'] == pytest.approx(2) and found['c']['pairs_per_s'] == pytest.approx(8)
+    table = {
+        r['model']: (r['pairs/s'], r['speed'], r['spread'])
+        for r in measure.compare(paced(monkeypatch, a=[1] * 9, b=[0.5, 1, 2] * 3, c=[0.5] * 9), 4)
+    }
+    assert table == dict(
+        a=('4', '1.00x', '0%'), b=('too noisy', 'too noisy', '150%'), c=('8', '2.00x', '0%')
+    )
+
+
+def test_pairs_per_second_need_a_steady_clock_and_a_ratio_does_not(monkeypatch):
+    found = measure.speeds(paced(monkeypatch, a=[2, 4, 8] * 3, b=[1, 2, 4] * 3), 4)
+    assert (
+        found['b']['speed'] == pytest.approx(2)
+        and found['a']['pairs_per_s'] is found['b']['pairs_per_s'] is None
+    )
+
+
+def test_a_processor_is_read_by_its_own_time_on_one_thread(monkeypatch):
+    clock, model = iter([5.0, 7.5]), tiny()
+    monkeypatch.setattr(measure.time, 'process_time', lambda: next(clock))
+    assert measure.seconds(lambda x: x, torch.ones(1)) == 2.5
+    monkeypatch.undo()
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.setattr(
+            measure, 'seconds', lambda f, x: seen.append(torch.get_num_threads()) or 1.0
+        )
+        measure.speeds(dict(a=model), 1, repeats=1)
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_gpu_is_read_by_its_events(monkeypatch):
+    told = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            told.append('record')
+
+        def synchronize(self):
+            told.append('wait')
+
+        def elapsed_time(self, end):
+            return 1500.0  # ms
+
+    for name, stub in dict(
+        Event=Event,
+        synchronize=lambda: told.append('wait'),
+        device=lambda d: contextlib.nullcontext(),
+    ).items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    assert (
+        measure.seconds(
+            lambda x: told.append('work'), types.SimpleNamespace(device=torch.device('cuda'))
+        )
+        == 1.5
+    )
+    assert told == ['wait', 'record', 'work', 'record', 'wait']
 
 
 @pytest.mark.parametrize(
@@ -242,8 +368,9 @@ def test_the_ratio_is_to_the_reference(monkeypatch, reference, ratios):
             (id(b), 'encode_text'): [0.25],
         },
     )
-    found = measure.profiles(dict(a=a, b=b), 2, reference=reference)
+    found = measure.profile(dict(a=a, b=b), 2, reference=reference)
     assert tuple(r['speed'] for r in found.values()) == pytest.approx(ratios)
+    assert found['b']['pairs_per_s'] == pytest.approx(8 / 3)  # to whatever the ratio is
     assert [r['speed'] for r in measure.compare(dict(a=a, b=b), 2, reference=reference)] == [
         f'{x:.2f}x' for x in ratios
     ]
@@ -254,9 +381,9 @@ def test_a_reference_from_outside_is_measured_in_the_same_run(monkeypatch):
     monkeypatch.setattr(measure, 'baseline', lambda name, device: other)
     seen = []
     monkeypatch.setattr(
-        measure, 'seconds', lambda f, x, clock: seen.append(f.__self__) or f(x) is None or 1.0
+        measure, 'seconds', lambda f, x: seen.append(f.__self__) or f(x) is None or 1.0
     )
-    found = measure.profiles(dict(mine=mine), 1, reference='some-config', repeats=1)
+    found = measure.profile(dict(mine=mine), 1, reference='some-config', repeats=1)
     assert list(found) == ['some-config', 'mine'] and found['mine']['speed'] == 1
     assert seen == [other, other, mine, mine] * 3  # in turns
 
@@ -264,17 +391,36 @@ def test_a_reference_from_outside_is_measured_in_the_same_run(monkeypatch):
 def test_slim_students_and_uncut_ones_say_the_same_things():
     model = tiny()
     slim = inherit(model, choose(model, {'image.layers.0.heads': 1, 'text.layers.1.heads': []}))
-    a, b = measure.profile(model, 1), measure.profile(slim, 1)
+    a, b = measure.profile(dict(a=model, b=slim), 1).values()
     assert (
         set(a) == set(b) and b['total_macs'] < a['total_macs'] and b['fp16_bytes'] < a['fp16_bytes']
     )
+
+
+def test_models_without_numbers_are_counted_and_not_run():
+    mine = measure.profile(dict(a=tiny()), 1, repeats=1)['a']
+    there = measure.profile(dict(a=tiny().to('meta'), b=tiny(32).to('meta')))
+    assert (
+        'speed' not in there['a']
+        and 'peak_memory' not in there['b']
+        and there['a'].items() <= mine.items()
+    )
+    assert list(measure.compare(dict(a=tiny().to('meta')))[0]) == [
+        'model',
+        'image',
+        'text',
+        'token table',
+        'total',
+        'MACs',
+        'fp16',
+    ]
 
 
 @pytest.mark.parametrize(
     'call,says',
     [
         (lambda: measure.compare({}), 'no models'),
-        (lambda: measure.sizes({}), 'no models'),
+        (lambda: measure.profile({}), 'no models'),
         (
             lambda: measure.compare(dict(a=tiny()), 1, reference='ViT-B-23'),
             "Did you mean 'ViT-B-32'",

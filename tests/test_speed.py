@@ -2,7 +2,10 @@
 waits for the device"""
 
 import copy
+import os
 import shutil
+import subprocess
+import sys
 
 import open_clip
 import pytest
@@ -10,7 +13,7 @@ import torch
 from test_distill import Pairs, different, job, tiny
 from torch.overrides import TorchFunctionMode
 
-from tinyclip.core import TinyclipError, autocast
+from tinyclip.core import TinyclipError, autocast, resolve_precision
 from tinyclip.inheritance import inherit
 from tinyclip.keep import manual
 from tinyclip.losses import Objective
@@ -37,6 +40,40 @@ def engine(student, teacher=None, precision='fp32', objective='affinity', **kw):
 
 def batch(size=16, **kw):
     return next(Pairs(size=size, **kw).epoch(0))
+
+
+# bf16 where it is fast
+
+
+@pytest.mark.parametrize(
+    'units,used,expected',
+    [
+        ({'_is_amx_tile_supported'}, True, 'bf16'),
+        ({'_is_avx512_bf16_supported'}, True, 'bf16'),
+        (set(), True, 'fp32'),
+        ({'_is_amx_tile_supported'}, False, 'fp32'),
+    ],
+)
+def test_auto_asks_the_processor_and_what_multiplies_on_it(monkeypatch, units, used, expected):
+    for name in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in units, raising=False)
+    monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: used, raising=False)
+    assert resolve_precision('auto', 'cpu') == expected
+    assert make_accelerator('auto', 'cpu').mixed_precision == dict(bf16='bf16', fp32='no')[expected]
+
+
+def test_a_cpu_that_may_use_avx2_only_takes_float32():
+    said = subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            'from tinyclip.core import resolve_precision; print(resolve_precision())',
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(ONEDNN_MAX_CPU_ISA='AVX2', ATEN_CPU_CAPABILITY='avx2'),
+    )
+    assert said.stdout.strip() == 'fp32', said.stderr
 
 
 def slopes(e, b):

@@ -13,7 +13,7 @@ from torch import nn
 
 from .core import Table, TinyclipError, seed_everything
 from .distill import Distiller
-from .evaluate.cost import macs, parameters, speeds
+from .evaluate.cost import macs, pace, parameters, speeds
 from .inheritance import inherit, reinitialized
 from .keep import keep_for_size
 from .stages import SHORT, Stage, Stages
@@ -156,7 +156,7 @@ class Comparison:
         if not self.students:
             return Table()
         models = {'teacher': self.teacher, **self.students}
-        pace = speeds(models)
+        timed = speeds(models)
         rows = Table()
         whole = sum(ParamCount(layout(self.teacher)).whole.values())
         check = self.settings.get('evaluate')
@@ -171,7 +171,7 @@ class Comparison:
                     'tower parameters': n['towers'],
                     'share': f"{n['towers'] / whole:.0%}",
                     'MACs': float(macs(m)['total']),
-                    'pairs/s': round(pace[name]['pairs_per_s']),
+                    **pace(timed[name]),
                     **{k: f'{v:.1%}' for k, v in said.items()},
                 }
             )

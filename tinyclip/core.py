@@ -97,16 +97,21 @@ def native_bf16(
     device: torch.device | str = 'cpu',  # Where the matrix products run
 ) -> bool:  # True where bfloat16 is faster than float32
     """Whether `device` multiplies bfloat16 in hardware (Ampere or newer GPUs; CPUs with AMX or
-    AVX512-BF16)"""
+    AVX512-BF16, where oneDNN makes use of them)"""
     kind = torch.device(device).type
     if kind == 'cuda':
         return torch.cuda.get_device_capability(device)[0] >= 8
     if kind != 'cpu':
         return False
-    checks = [
-        getattr(torch.cpu, n, None) for n in ('_is_amx_tile_supported', '_is_avx512_bf16_supported')
-    ]
-    return any(f() for f in checks if f)
+
+    def can(where, name):
+        return (
+            hasattr(where, name) and getattr(where, name)()
+        )  # private to torch, and absent from some builds
+
+    return any(
+        can(torch.cpu, n) for n in ('_is_amx_tile_supported', '_is_avx512_bf16_supported')
+    ) and can(torch.ops.mkldnn, '_is_mkldnn_bf16_supported')
 
 # %% ../nbs/00_core.ipynb #37162644
 PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}

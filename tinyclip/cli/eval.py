@@ -20,7 +20,7 @@ from ..data.sources import IndexedSource, as_source
 from ..data.transforms import transforms
 from ..evaluate.agreement import agreement, model_answers
 from ..evaluate.benchmarks import benchmark
-from ..evaluate.cost import compare, macs, parameters, profiles, weight_bytes
+from ..evaluate.cost import compare, macs, parameters, profile, weight_bytes
 from ..evaluate.probe import PROTOCOLS, linear_probe
 from ..evaluate.redundancy import drop_one, layer_features, similarity
 from ..evaluate.standard_sets import SETS, evaluate_on, standard, watched
@@ -402,7 +402,7 @@ def run_measure(args) -> dict:
     return dict(
         rows=[
             dict(model=n) | r
-            for n, r in profiles(models, args.batch_size, args.precision, args.reference).items()
+            for n, r in profile(models, args.batch_size, args.precision, args.reference).items()
         ]
     )
 

@@ -28,7 +28,7 @@ from tinyclip.data.shapes import (
     trained,
 )
 from ..distill import Distiller
-from ..evaluate.cost import file_size, macs, parameters, throughput
+from ..evaluate.cost import file_size, macs, parameters, speeds
 from ..evaluate.zeroshot import retrieval, zero_shot
 from ..inheritance import inherit, reinitialized
 from ..keep import keep_for_size
@@ -155,7 +155,8 @@ def row(
     tokenizer,  # Its tokenizer
     seconds: float | None,  # Spent training it; None for the teacher
     bytes_: int,  # Size of its weights file
-) -> dict:  # Parameters, MACs, pairs/s, accuracy
+    timed: dict,  # What `speeds` says of it
+) -> dict:  # Parameters, MACs, speed, accuracy
     "One line of the demo's table, as numbers"
     size = parameters(model)
     found = examine(model, preprocess, tokenizer)
@@ -165,7 +166,7 @@ def row(
         token_table=size['token_table'],
         total=size['total'],
         macs=macs(model)['total'],
-        pairs_per_s=throughput(model, 64)['pairs_per_s'],
+        **timed,
         **found,
         seconds=seconds,
         bytes=bytes_,
@@ -200,7 +201,7 @@ def run(
     )
     models = {'teacher': teacher} | {n: m for n, (m, _) in done.items()}
     save(models['automatic'], folder / 'student')
-    rows = []
+    rows, timed = [], speeds(models, 64, repeats=31)
     for name, m in models.items():
         place = save(m, folder / 'models' / name.replace(' ', '-'))
         rows.append(
@@ -211,6 +212,7 @@ def run(
                 tokenizer,
                 done[name][1] if name in done else None,
                 file_size(place / WEIGHTS),
+                timed[name],
             )
         )
     write_json(

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..core import Table, human
 from ..data.shapes import PROMPTS, Shapes, classnames, combinations, normalise
+from ..evaluate.cost import pace
 from ..evaluate.zeroshot import class_embeddings
 from ..keep import Keep, keep_table
 from .keep_map import keep_map, redundancy
@@ -28,15 +29,17 @@ def readable(
     rows: list,  # From `row`, the teacher first
 ) -> Table:  # What the demo prints
     "The numbers as a person reads them"
-    first, percent = rows[0], lambda x: f'{100 * x:.1f} %'
+
+    def percent(x):
+        return f'{100 * x:.1f} %'
+
     return Table(
         {
             'model': r['model'],
             'tower parameters': human(r['towers']),
             'token table': human(r['token_table']),
             'MACs': human(r['macs']),
-            'pairs/s': human(round(r['pairs_per_s'])),
-            'speed': f"{r['pairs_per_s'] / first['pairs_per_s']:.2f}x",
+            **pace(r),
             'held-out top-1': percent(r['top1']),
             'image-to-text R@1': percent(r['i2t_r1']),
             'training': f"{r['seconds']:.0f} s" if r['seconds'] else '',
