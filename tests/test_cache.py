@@ -25,9 +25,9 @@ from tinyclip.cli.main import main
 from tinyclip.core import TinyclipError
 from tinyclip.data import cache as cache_module
 from tinyclip.data import open_pairs
-from tinyclip.data.cache import ask_teacher, cache_size, cached_already, write_cache, write_shards
-from tinyclip.data.fingerprints import differing, teacher_print
-from tinyclip.data.mix import mix
+from tinyclip.data.cache import encode_views, cache_size, valid_record, write_cache, write_shards
+from tinyclip.data.cache import first_difference, teacher_fingerprint
+from tinyclip.data.sources import mix
 from tinyclip.data.pairs import labelled
 from tinyclip.data.shapes import Shapes
 from tinyclip.data.sources import SamplingPlan, Skip, as_source, read_shard
@@ -47,7 +47,7 @@ def test_answers_are_the_teachers_on_the_same_crops_and_captions(data, tmp_path)
         for a, b in zip(pairs.epoch(epoch), plain.epoch(epoch), strict=True):
             assert torch.equal(a.image, b.image) and torch.equal(a.text, b.text)
             for found, want in zip(
-                (a.teacher_image, a.teacher_text), ask_teacher(clip(), b.image[:, None], b.text)
+                (a.teacher_image, a.teacher_text), encode_views(clip(), b.image[:, None], b.text)
             ):
                 assert (found - want.reshape(found.shape)).abs().max() < 1e-6
             n += 1
@@ -72,7 +72,7 @@ def test_later_epochs_show_the_views_again(data, tmp_path):
     assert not torch.equal(*texts)
     for b in pairs.epoch(2):
         for found, want in zip(
-            (b.teacher_image, b.teacher_text), ask_teacher(clip(), b.image[:, None], b.text)
+            (b.teacher_image, b.teacher_text), encode_views(clip(), b.image[:, None], b.text)
         ):
             assert (found - want.reshape(found.shape)).abs().max() < 1e-6
 
@@ -92,7 +92,7 @@ def test_crops_have_the_seed_of_the_cache_and_captions_their_own(data, tmp_path)
     )
     b = next(pairs.epoch(0))
     assert (
-        ask_teacher(clip(), b.image[:, None], b.text)[0][:, 0] - b.teacher_image
+        encode_views(clip(), b.image[:, None], b.text)[0][:, 0] - b.teacher_image
     ).abs().max() < 1e-6
 
 
@@ -236,7 +236,7 @@ def test_goes_on_where_it_stopped(data, tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        written(data, tmp_path / 'c', told=stop)
+        written(data, tmp_path / 'c', on_shard=stop)
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'c').glob('*.tar')}
     assert set(before) == {'0.tar', '1.tar'}
     with pytest.raises(TinyclipError, match="no answers for the shard '2.tar'"):
@@ -316,7 +316,7 @@ def test_kills_at_any_moment_cost_nothing(tmp_path):
         assert all(
             p.read_bytes() == (whole / p.name).read_bytes() for p in c.glob('*.tar')
         )  # none stands half-written under its name
-        done = [u for u in as_source(data).urls if cached_already(c, u)]
+        done = [u for u in as_source(data).urls if valid_record(c, u)]
         with (
             contextlib.nullcontext()
             if len(done) == 3
@@ -489,15 +489,15 @@ def test_shards_must_be_the_same(data, tmp_path):
 
 
 def test_prints_tell_models_and_transforms_apart():
-    assert teacher_print(clip()) == teacher_print(copy.deepcopy(clip())) != teacher_print(clip(1))
+    assert teacher_fingerprint(clip()) == teacher_fingerprint(copy.deepcopy(clip())) != teacher_fingerprint(clip(1))
     half = clip().half()
-    assert teacher_print(half) == teacher_print(copy.deepcopy(half)) != teacher_print(clip())
+    assert teacher_fingerprint(half) == teacher_fingerprint(copy.deepcopy(half)) != teacher_fingerprint(clip())
 
     def of(t):
-        return cache_module.transform_print(t)
+        return cache_module.transform_fingerprint(t)
 
     def here(a, b):
-        return differing(dict(p=of(a)), dict(p=of(b)))
+        return first_difference(dict(p=of(a)), dict(p=of(b)))
 
     def brighter(im):
         return TRAIN(im) + 0.5

@@ -17,9 +17,9 @@ from tinyclip.cli import main as cli
 from tinyclip.cli.main import main
 from tinyclip.core import TinyclipError
 from tinyclip.data import open_pairs
-from tinyclip.data.cache import ask_teacher, write_cache
+from tinyclip.data.cache import encode_views, write_cache
 from tinyclip.data.cached import CachedBatch, cached_pairs
-from tinyclip.data.mix import mix
+from tinyclip.data.sources import mix
 from tinyclip.data.sources import as_source
 from tinyclip.distill import Distiller
 from tinyclip.losses import Features, Objective
@@ -229,7 +229,7 @@ def test_a_step_is_the_step_with_the_teacher(data, tmp_path):
         *next(open_pairs(data, TRAIN, TOKENIZER, 6).epoch(0)),
         *(
             f.reshape(6, -1)
-            for f in ask_teacher(
+            for f in encode_views(
                 clip(),
                 *(lambda b: (b.image[:, None], b.text))(
                     next(open_pairs(data, TRAIN, TOKENIZER, 6).epoch(0))

@@ -17,7 +17,7 @@ from shards import shard
 
 from tinyclip.core import TinyclipError
 from tinyclip.data import check, open_pairs
-from tinyclip.data.mix import mix
+from tinyclip.data.sources import mix
 from tinyclip.data.pairs import captioned, labelled, worker_count
 from tinyclip.data.shapes import Shapes
 from tinyclip.data.sources import SamplingPlan, as_source
@@ -288,7 +288,7 @@ def test_batch_larger_than_the_data(tmp_path, known, workers):
 def test_a_worker_that_dies(tmp_path):
     "Killed from outside, as by a full memory"
     pairs = open_(shards(tmp_path), workers=2)
-    pairs.cook = _die
+    pairs.collate_fn = _die
     with pytest.raises(TinyclipError, match='worker died'):
         list(pairs.epoch(0))
 

@@ -21,11 +21,11 @@ import tinyclip.data.transforms
 from tinyclip.core import TinyclipError
 from tinyclip.data import open_pairs
 from tinyclip.data.jpeg import MARGIN, first_step, opener, reduction, window
-from tinyclip.data.mix import mix
+from tinyclip.data.sources import mix
 from tinyclip.data.pairs import captioned, labelled, rebatch
 from tinyclip.data.shapes import Shapes
 from tinyclip.data.sources import SamplingPlan, Sample, as_source, decode
-from tinyclip.data.transforms import as_bytes, collate, pictures, with_label
+from tinyclip.data.transforms import as_bytes, collate, pictures, label_targets
 
 TRAIN, VAL = (image_transform_v2(PreprocessCfg(size=32), is_train=t) for t in (True, False))
 TOKENIZER = open_clip.SimpleTokenizer(context_length=12)
@@ -280,7 +280,7 @@ OTHERS = [
     ids=[f'{k}-{i}' for k, o in (('ours', OURS), ('other', OTHERS)) for i in range(len(o))],
 )  # processes must agree on the names
 def test_parted_or_whole_the_same_to_the_bit(transform, reduced):
-    chunk = collate(entries(), SamplingPlan(seed=3), transform, with_label, reduced=reduced)
+    chunk = collate(entries(), SamplingPlan(seed=3), transform, label_targets, reduced=reduced)
     whole = torch.stack(pictures(entries(), SamplingPlan(seed=3), transform, reduced=reduced)[1])
     assert chunk.ready()[0].dtype == torch.float32 and torch.equal(chunk.ready()[0], whole)
     assert (
