@@ -57,8 +57,9 @@ def window(
     "Crop and target size of a resizing step for an image"
     w, h = image.size
     if isinstance(step, RandomResizedCrop):
-        top, left, ch, cw = step.get_params(image, step.scale, step.ratio)
-        return Window((left, top, left + cw, top + ch), (step.size[1], step.size[0]))
+        top, left, *crop = step.get_params(image, step.scale, step.ratio)
+        box = left, top, left + crop[1], top + crop[0]
+        return Window(box, (step.size[1], step.size[0]))
     if not isinstance(step.size, int):
         return Window((0, 0, w, h), (step.size[1], step.size[0]))
     long = int(step.size * max(w, h) / min(w, h))
@@ -73,8 +74,8 @@ def reduction(
     margin: float = MARGIN,  # See above
 ) -> int:  # 1, 2, 4 or 8: the largest that leaves enough
     "Factor by which a JPEG can be reduced while it is decoded"
-    left, top, right, bottom = part.box
-    enough = min((right - left) / part.size[0], (bottom - top) / part.size[1]) / margin
+    width, height = part.box[2] - part.box[0], part.box[3] - part.box[1]
+    enough = min(width / part.size[0], height / part.size[1]) / margin
     return next((k for k in (8, 4, 2) if k <= enough), 1)
 
 # %% ../../nbs/data/03_jpeg.ipynb #9542a2b8

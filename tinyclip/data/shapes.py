@@ -126,8 +126,8 @@ def grid(
     gap: int = 2,  # White pixels between them
 ) -> Image.Image:
     "Contact sheet: many pictures in one"
-    n, _, h, w = images.shape
-    rows = math.ceil(n / columns)
+    h, w = images.shape[2:]
+    rows = math.ceil(len(images) / columns)
     sheet = torch.full(
         (rows * (h + gap) - gap, columns * (w + gap) - gap, 3), 255, dtype=torch.uint8
     )
