@@ -38,7 +38,7 @@ from tinyclip.core import (
     unknown,
     write_json,
 )
-from .pairs import SkipCounter, stream, worker_count
+from .pairs import SkipCounter, load_chunks, worker_count
 from tinyclip.data.sources import (
     IMAGES,
     Sample,
@@ -469,7 +469,7 @@ def cache_shard(
 
     def batches():
         try:
-            chunks = stream(one, order, collate_fn, worker_count(workers, one, order), tally)
+            chunks = load_chunks(one, order, collate_fn, worker_count(workers, one, order), tally)
             for samples, images, tokens in _gathered(chunks, batch_size):
                 yield samples, *encode_views(teacher, images, tokens, precision, batch_size)
         except TinyclipError as e:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core import evaluating, human
-from .pairs import SkipCounter, stream, worker_count
+from .pairs import SkipCounter, load_chunks, worker_count
 from .sources import SamplingPlan, as_source
 from tinyclip.data.transforms import (
     Chunk,
@@ -178,7 +178,7 @@ def loader_speed(
     marks = []
     start = time.perf_counter()
     workers = worker_count(workers, source, order)
-    for fields in stream(source, order, collate_fn, workers, SkipCounter(source)):
+    for fields in load_chunks(source, order, collate_fn, workers, SkipCounter(source)):
         n += len(fields[0])
         marks.append((time.perf_counter(), n))
         if marks[-1][0] - marks[0][0] > seconds:
@@ -228,7 +228,7 @@ def check(
     order = SamplingPlan(seed=seed, buffer=4 * n)
     tally = SkipCounter(source)
     seen = []
-    for samples, images in stream(source, order, _look, 0, tally):
+    for samples, images in load_chunks(source, order, _look, 0, tally):
         seen += zip(samples, images)
         if len(seen) >= n:
             break

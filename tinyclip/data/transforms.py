@@ -99,7 +99,7 @@ def try_out(
             'Take one from open_clip.get_tokenizer.'
         )
 
-# %% ../../nbs/data/04_transforms.ipynb #new1tra
+# %% ../../nbs/data/04_transforms.ipynb #5e38d79b
 def check_inputs(
     model,  # A CLIP
     image_size=None,  # (h, w) of the images that a transform makes
