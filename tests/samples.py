@@ -82,7 +82,7 @@ def rows(batches):
     return Counter(tuple(t.tolist()) for b in batches for t in b.text)
 
 
-def said(*captions):
+def caption_rows(*captions):
     return Counter(tuple(t.tolist()) for t in TOKENIZER(list(captions)))
 
 

@@ -25,12 +25,18 @@ from tinyclip.cli.main import main
 from tinyclip.core import TinyclipError
 from tinyclip.data import cache as cache_module
 from tinyclip.data import open_pairs
-from tinyclip.data.cache import ask_teacher, cache_size, cached_already, write_cache, write_shards
-from tinyclip.data.fingerprints import differing, teacher_print
-from tinyclip.data.mix import mix
+from tinyclip.data.cache import (
+    cache_size,
+    encode_views,
+    first_difference,
+    teacher_fingerprint,
+    valid_record,
+    write_cache,
+    write_shards,
+)
 from tinyclip.data.pairs import labelled
 from tinyclip.data.shapes import Shapes
-from tinyclip.data.sources import SamplingPlan, Skip, as_source, read_shard
+from tinyclip.data.sources import SamplingPlan, Skip, as_source, mix, read_shard
 from tinyclip.zoo import load as load_model
 
 # --- what is written
@@ -47,7 +53,7 @@ def test_answers_are_the_teachers_on_the_same_crops_and_captions(data, tmp_path)
         for a, b in zip(pairs.epoch(epoch), plain.epoch(epoch), strict=True):
             assert torch.equal(a.image, b.image) and torch.equal(a.text, b.text)
             for found, want in zip(
-                (a.teacher_image, a.teacher_text), ask_teacher(clip(), b.image[:, None], b.text)
+                (a.teacher_image, a.teacher_text), encode_views(clip(), b.image[:, None], b.text)
             ):
                 assert (found - want.reshape(found.shape)).abs().max() < 1e-6
             n += 1
@@ -72,7 +78,7 @@ def test_later_epochs_show_the_views_again(data, tmp_path):
     assert not torch.equal(*texts)
     for b in pairs.epoch(2):
         for found, want in zip(
-            (b.teacher_image, b.teacher_text), ask_teacher(clip(), b.image[:, None], b.text)
+            (b.teacher_image, b.teacher_text), encode_views(clip(), b.image[:, None], b.text)
         ):
             assert (found - want.reshape(found.shape)).abs().max() < 1e-6
 
@@ -92,7 +98,7 @@ def test_crops_have_the_seed_of_the_cache_and_captions_their_own(data, tmp_path)
     )
     b = next(pairs.epoch(0))
     assert (
-        ask_teacher(clip(), b.image[:, None], b.text)[0][:, 0] - b.teacher_image
+        encode_views(clip(), b.image[:, None], b.text)[0][:, 0] - b.teacher_image
     ).abs().max() < 1e-6
 
 
@@ -113,13 +119,13 @@ def test_half_precision_costs_its_rounding(data, tmp_path, dtype, off):
 
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32'])
 def test_the_size_is_known_beforehand(data, tmp_path, dtype):
-    said = cache_size(data, 16, views=3, dtype=dtype, look=None)
+    size = cache_size(data, 16, views=3, dtype=dtype, look=None)
     assert (
-        said
+        size
         == written(data, tmp_path / 'c', dtype=dtype, views=3)['bytes']
         == sum(p.stat().st_size for p in (tmp_path / 'c').glob('*.tar'))
     )
-    assert abs(cache_size(data, 16, views=3, dtype=dtype, look=1) - said) < 0.4 * said
+    assert abs(cache_size(data, 16, views=3, dtype=dtype, look=1) - size) < 0.4 * size
 
 
 @pytest.mark.filterwarnings('ignore:.*loader workers busy|This DataLoader')
@@ -142,11 +148,14 @@ def test_workers_change_nothing(data, tmp_path):
     )
 
 
+def counted(encode, sizes):
+    return lambda x: (sizes.append(len(x)), encode(x))[1]
+
+
 def test_the_teacher_gets_many_pictures_at_a_time(data, tmp_path):
     for size, want in ((8, [8, 8, 4]), (256, [20])):
         teacher, seen = clip(), []
-        plain = teacher.encode_image
-        teacher.encode_image = lambda x: (seen.append(len(x)), plain(x))[1]
+        teacher.encode_image = counted(teacher.encode_image, seen)
         written(data, tmp_path / str(size), teacher, batch_size=size)
         assert seen == want * 3
 
@@ -154,7 +163,9 @@ def test_the_teacher_gets_many_pictures_at_a_time(data, tmp_path):
 WORKER = '''
 import sys; sys.path.insert(0, {here!r})
 from test_cache import *
-with open(Path({folder!r})/f"said-{{os.environ['RANK']}}.json", 'w') as f, contextlib.redirect_stdout(f): sys.exit(main({argv!r}))
+name = f"printed-{{os.environ['RANK']}}.json"
+with open(Path({folder!r}) / name, 'w') as f, contextlib.redirect_stdout(f):
+    sys.exit(main({argv!r}))
 '''
 
 
@@ -202,12 +213,12 @@ def test_two_processes_write_what_one_writes(data, tmp_path, capsys):
         timeout=900,
     )
     assert out.returncode == 0, out.stderr[-3000:]
-    said = [json.loads((tmp_path / f'said-{r}.json').read_text()) for r in (0, 1)]
-    assert [(s['process'], s['of'], s['shards'], s['found']) for s in said] == [
+    results = [json.loads((tmp_path / f'printed-{r}.json').read_text()) for r in (0, 1)]
+    assert [(s['process'], s['of'], s['shards'], s['found']) for s in results] == [
         (0, 2, 2, 0),
         (1, 2, 1, 0),
     ]
-    assert all(sum(s[k] for s in said) == alone[k] for k in ('samples', 'captions', 'bytes'))
+    assert all(sum(s[k] for s in results) == alone[k] for k in ('samples', 'captions', 'bytes'))
 
     def files(out):
         return sorted(p.name for p in (tmp_path / out).iterdir())
@@ -236,7 +247,7 @@ def test_goes_on_where_it_stopped(data, tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        written(data, tmp_path / 'c', told=stop)
+        written(data, tmp_path / 'c', on_shard=stop)
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'c').glob('*.tar')}
     assert set(before) == {'0.tar', '1.tar'}
     with pytest.raises(TinyclipError, match="no answers for the shard '2.tar'"):
@@ -251,10 +262,10 @@ def test_goes_on_where_it_stopped(data, tmp_path):
     assert all((tmp_path / 'c' / n).stat().st_mtime_ns == t for n, t in before.items())
 
 
-def killed_at(
-    moment, write, folder
-):  # in a child, at this file operation, tar member or question to the teacher; returns how many there were, None if it was killed
-    read, said = os.pipe()
+def killed_at(moment, write, folder):
+    """Run `write` in a child and kill it at this file operation, tar member or call of the
+    teacher; returns how many there were, None if it was killed"""
+    read, answer = os.pipe()
     if not (pid := os.fork()):
         signal.alarm(60)
         torch.set_num_threads(1)
@@ -280,14 +291,14 @@ def killed_at(
         )
         with contextlib.suppress(BaseException):
             write(teacher)
-            os.write(said, str(n[0]).encode())
+            os.write(answer, str(n[0]).encode())
         os._exit(0)
-    os.close(said)
+    os.close(answer)
     status = os.waitpid(pid, 0)[1]
     with os.fdopen(read) as f:
-        told = f.read()
-    assert told or os.WTERMSIG(status) == signal.SIGKILL
-    return int(told) if told else None
+        moments = f.read()
+    assert moments or os.WTERMSIG(status) == signal.SIGKILL
+    return int(moments) if moments else None
 
 
 @pytest.mark.filterwarnings('ignore:.*fork')
@@ -316,7 +327,7 @@ def test_kills_at_any_moment_cost_nothing(tmp_path):
         assert all(
             p.read_bytes() == (whole / p.name).read_bytes() for p in c.glob('*.tar')
         )  # none stands half-written under its name
-        done = [u for u in as_source(data).urls if cached_already(c, u)]
+        done = [u for u in as_source(data).urls if valid_record(c, u)]
         with (
             contextlib.nullcontext()
             if len(done) == 3
@@ -395,12 +406,12 @@ def test_answers_that_are_no_numbers_are_left_out(data, tmp_path):
     teacher = clip()
     plain = teacher.encode_image
 
-    def odd(x):
+    def broken(x):
         y = plain(x)
         y[1] = float('nan')
         return y
 
-    teacher.encode_image = odd
+    teacher.encode_image = broken
     r = written(data, tmp_path / 'c', teacher)
     assert r['skipped'] == {'teacher not finite': 3} and r['samples'] == 27
 
@@ -424,7 +435,7 @@ def test_other_captions_are_noticed(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'change, says',
+    'change, message',
     [
         (dict(teacher=1), 'another teacher'),
         (dict(preprocess=VAL), 'another preprocess'),
@@ -435,7 +446,7 @@ def test_other_captions_are_noticed(data, tmp_path):
         ),
         (
             dict(preprocess=image_transform_v2(PreprocessCfg(size=24), is_train=False)),
-            r'images of \[24, 24\], and this teacher takes',
+            r'images of \(24, 24\), and this teacher takes',
         ),
         (dict(seed=1), 'seed=0, not 1'),
         (dict(views=1), 'views=2, not 1'),
@@ -444,7 +455,7 @@ def test_other_captions_are_noticed(data, tmp_path):
         (dict(dtype='int8'), "no dtype of a cache named 'int8'"),
     ],
 )
-def test_a_cache_is_not_mixed_up(data, tmp_path, change, says):
+def test_a_cache_is_not_mixed_up(data, tmp_path, change, message):
     written(data, tmp_path / 'c')
     kw = (
         dict(
@@ -457,7 +468,7 @@ def test_a_cache_is_not_mixed_up(data, tmp_path, change, says):
         )
         | change
     )
-    with pytest.raises(TinyclipError, match=says):
+    with pytest.raises(TinyclipError, match=message):
         write_cache(
             data,
             clip(kw.pop('teacher')),
@@ -488,16 +499,16 @@ def test_shards_must_be_the_same(data, tmp_path):
         written(data, tmp_path / 'data')
 
 
-def test_prints_tell_models_and_transforms_apart():
-    assert teacher_print(clip()) == teacher_print(copy.deepcopy(clip())) != teacher_print(clip(1))
-    half = clip().half()
-    assert teacher_print(half) == teacher_print(copy.deepcopy(half)) != teacher_print(clip())
+def test_fingerprints_of_models_and_transforms():
+    own, half = teacher_fingerprint(clip()), clip().half()
+    assert own == teacher_fingerprint(copy.deepcopy(clip())) != teacher_fingerprint(clip(1))
+    assert teacher_fingerprint(half) == teacher_fingerprint(copy.deepcopy(half)) != own
 
     def of(t):
-        return cache_module.transform_print(t)
+        return cache_module.transform_fingerprint(t)
 
     def here(a, b):
-        return differing(dict(p=of(a)), dict(p=of(b)))
+        return first_difference(dict(p=of(a)), dict(p=of(b)))
 
     def brighter(im):
         return TRAIN(im) + 0.5

@@ -17,10 +17,9 @@ from tinyclip.cli import main as cli
 from tinyclip.cli.main import main
 from tinyclip.core import TinyclipError
 from tinyclip.data import open_pairs
-from tinyclip.data.cache import ask_teacher, write_cache
+from tinyclip.data.cache import encode_views, write_cache
 from tinyclip.data.cached import CachedBatch, cached_pairs
-from tinyclip.data.mix import mix
-from tinyclip.data.sources import as_source
+from tinyclip.data.sources import as_source, mix
 from tinyclip.distill import Distiller
 from tinyclip.losses import Features, Objective
 from tinyclip.train.step import step
@@ -34,11 +33,11 @@ def test_readers_must_fit(data, tmp_path):
     with pytest.raises(TinyclipError, match='holds no cache'):
         opened(data, folder)
     written(data, folder)
-    for kw, says in (
+    for kw, message in (
         (dict(preprocess=VAL), 'another preprocess'),
         (dict(tokenizer=OTHER), 'another tokenizer'),
     ):
-        with pytest.raises(TinyclipError, match=says):
+        with pytest.raises(TinyclipError, match=message):
             cached_pairs(
                 data, folder, **dict(preprocess=TRAIN, tokenizer=TOKENIZER, batch_size=4) | kw
             )
@@ -148,22 +147,25 @@ def test_several_caches_must_fit(data, tmp_path):
         opened(data, [])
     with pytest.raises(TinyclipError, match='same teacher'):
         opened(data, [a, b, str(a)])
-    for kw, says in ((dict(views=3), 'views=2 and views=3'), (dict(seed=1), 'seed=0 and seed=1')):
-        written(data, tmp_path / says, clip(2), **kw)
-        with pytest.raises(TinyclipError, match=f'of other crops, {says}'):
-            opened(data, [a, tmp_path / says])
+    for kw, message in (
+        (dict(views=3), 'views=2 and views=3'),
+        (dict(seed=1), 'seed=0 and seed=1'),
+    ):
+        written(data, tmp_path / message, clip(2), **kw)
+        with pytest.raises(TinyclipError, match=f'of other crops, {message}'):
+            opened(data, [a, tmp_path / message])
     write_cache(data, clip(2), VAL, TOKENIZER, tmp_path / 'val', precision='fp32', views=2)
     with pytest.raises(TinyclipError, match="'.*val' was made with another preprocess"):
         opened(data, [a, tmp_path / 'val'])
     nan = clip(2)
     plain = nan.encode_image
 
-    def odd(x):
+    def broken(x):
         y = plain(x)
         y[2] = float('nan')
         return y
 
-    nan.encode_image = odd
+    nan.encode_image = broken
     written(data, tmp_path / 'holes', nan, views=2)
     pairs = opened(data, [a, tmp_path / 'holes', b], batch_size=9)
     assert len(list(pairs.epoch(0))) == 3 and pairs.skipped == {'not in the cache': 3}
@@ -229,7 +231,7 @@ def test_a_step_is_the_step_with_the_teacher(data, tmp_path):
         *next(open_pairs(data, TRAIN, TOKENIZER, 6).epoch(0)),
         *(
             f.reshape(6, -1)
-            for f in ask_teacher(
+            for f in encode_views(
                 clip(),
                 *(lambda b: (b.image[:, None], b.text))(
                     next(open_pairs(data, TRAIN, TOKENIZER, 6).epoch(0))
@@ -303,7 +305,7 @@ def test_a_teacher_that_answered_is_let_go(tmp_path, monkeypatch):
     "The student inherits and the fingerprint is compared; then nothing holds the teacher any more"
     shard(tmp_path / 'data' / '0.tar', [sample(i) for i in range(8)])
     where = ['--data', str(tmp_path / 'data' / '*.tar'), '--batch-size', '4']
-    held, there = [], []
+    held, alive = [], []
 
     def watched(*a):
         loaded = load_model(*a)
@@ -313,7 +315,7 @@ def test_a_teacher_that_answered_is_let_go(tmp_path, monkeypatch):
     class Looks(Distiller):
         def fit(self, *a, **kw):
             gc.collect()
-            there.append(held[-1]() is not None)
+            alive.append(held[-1]() is not None)
             return super().fit(*a, **kw)
 
     monkeypatch.setattr(cli, 'load', watched)
@@ -340,5 +342,5 @@ def test_a_teacher_that_answered_is_let_go(tmp_path, monkeypatch):
         == main([*train, '--cache', str(tmp_path / 'c'), '--out', str(tmp_path / 'cached')])
         == 0
     )
-    assert there == [True, False]
+    assert alive == [True, False]
     assert json.loads((tmp_path / 'cached' / 'result.json').read_text())['losses']['affinity'] > 0

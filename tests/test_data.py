@@ -15,12 +15,21 @@ from PIL import Image
 from samples import *  # its fixtures guard every test here
 from shards import shard
 
+from tinyclip.cli.main import main
 from tinyclip.core import TinyclipError
-from tinyclip.data import check, open_pairs
-from tinyclip.data.mix import mix
+from tinyclip.data import check, open_pairs, write_shards
+from tinyclip.data import sources as sources_module
 from tinyclip.data.pairs import captioned, labelled, worker_count
 from tinyclip.data.shapes import Shapes
-from tinyclip.data.sources import SamplingPlan, as_source
+from tinyclip.data.sources import (
+    SOURCES,
+    IndexedSource,
+    Sample,
+    SamplingPlan,
+    Skip,
+    as_source,
+    mix,
+)
 
 # --- order
 
@@ -55,7 +64,7 @@ def test_resume_in_the_middle(tmp_path, workers):
 @both
 def test_every_pair_once(tmp_path, workers):
     got = rows(open_(shards(tmp_path, 3, 10), batch_size=5, workers=workers).epoch(0))
-    assert got == said(*(f'caption {i}' for i in range(30)))
+    assert got == caption_rows(*(f'caption {i}' for i in range(30)))
 
 
 def test_shards_of_uneven_length(tmp_path):
@@ -93,11 +102,11 @@ def test_length_of_shards_is_unknown(tmp_path):
 
 
 def test_one_caption_per_epoch_by_seed_and_name(tmp_path):
-    def said(i):
+    def record(i):
         return json.dumps({'captions': [f'{w} {i}' for w in 'abc']})
 
     pairs = open_(
-        shard(tmp_path / 'a.tar', [{'jpg': picture(i), 'json': said(i)} for i in range(8)]), 8
+        shard(tmp_path / 'a.tar', [{'jpg': picture(i), 'json': record(i)} for i in range(8)]), 8
     )
     seen = [list(pairs.epoch(e))[0].text for e in range(12)]
     words = {e[0, 1].item() for e in [s[s[:, 2].argsort()] for s in seen]}
@@ -147,20 +156,27 @@ def test_every_pair_once_whatever_the_ranks_and_workers(tmp_path, monkeypatch, k
         def source():
             return mix([(uneven, 3), (Shapes(n=40), 1)])
 
-    mine = (
-        {t for t in said(*(f'caption {100 * s + i}' for s in range(7) for i in range(3 + s)))}
+    expected = (
+        {
+            t
+            for t in caption_rows(
+                *(f'caption {100 * s + i}' for s in range(7) for i in range(3 + s))
+            )
+        }
         if kind != 'table'
-        else {t for t in said(*(f'caption {i}' for i in range(29)))}
+        else {t for t in caption_rows(*(f'caption {i}' for i in range(29)))}
     )
     for workers in range(4):
         got, lengths = Counter(), []
         for rank in range(world):
-            monkeypatch.setattr('tinyclip.data.pairs.processes', lambda: (rank, world))
+            monkeypatch.setattr(
+                'tinyclip.data.pairs.rank_and_world_size', lambda r=rank: (r, world)
+            )
             one = rows(open_(source(), 1, workers=workers).epoch(1))
             got += one
             lengths.append(one.total())
-        ours = Counter({t: c for t, c in got.items() if t in mine})
-        assert ours.total() == n and set(ours.values()) == {1}, (workers, ours.total())
+        once = Counter({t: c for t, c in got.items() if t in expected})
+        assert once.total() == n and set(once.values()) == {1}, (workers, once.total())
         if kind == 'table':
             assert set(lengths) == {n // world}
 
@@ -175,7 +191,7 @@ def test_workers_chosen_by_the_cores(tmp_path, monkeypatch, cores, shards_, expe
 
 
 def test_ranks_of_a_real_group(tmp_path, monkeypatch):
-    "What torch.distributed says is what is read"
+    "Ranks and world size are those of torch.distributed"
     dist.init_process_group(
         'gloo', init_method=f'file://{tmp_path}/rendezvous', rank=0, world_size=1
     )
@@ -190,11 +206,11 @@ def test_ranks_of_a_real_group(tmp_path, monkeypatch):
         assert len(open_(Shapes(n=40))) == 5
     finally:
         dist.destroy_process_group()
-    assert got[0] + got[1] == said(*(f'caption {i}' for i in range(32)))
+    assert got[0] + got[1] == caption_rows(*(f'caption {i}' for i in range(32)))
 
 
 def test_fewer_shards_than_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr('tinyclip.data.pairs.processes', lambda: (1, 4))
+    monkeypatch.setattr('tinyclip.data.pairs.rank_and_world_size', lambda: (1, 4))
     with pytest.raises(TinyclipError, match='3 shards cannot be dealt to 4 processes'):
         list(open_(shards(tmp_path)).epoch(0))
 
@@ -203,7 +219,7 @@ def test_more_workers_than_shards(tmp_path):
     pairs = open_(shards(tmp_path, 2, 10), batch_size=5, workers=5)
     with pytest.warns(UserWarning, match='2 are used, not 5'):
         got = rows(pairs.epoch(0))
-    assert got == said(*(f'caption {i}' for i in range(20)))
+    assert got == caption_rows(*(f'caption {i}' for i in range(20)))
 
 
 def test_workers_chosen(tmp_path):
@@ -254,7 +270,7 @@ def test_classes_in_shards(tmp_path):
     pairs = open_(source, classnames=['cat', 'dog', 'owl'], templates=['a {}'])
     got = rows(pairs.epoch(0))
     assert pairs.skipped == {'label outside the class names': 5} and set(got) <= set(
-        said('a cat', 'a dog', 'a owl')
+        caption_rows('a cat', 'a dog', 'a owl')
     )
     (tmp_path / 'classnames.txt').write_text('cat\ndog\nowl\nyak\n')  # found beside the shards
     test = labelled(source, VAL, batch_size=8)
@@ -288,7 +304,7 @@ def test_batch_larger_than_the_data(tmp_path, known, workers):
 def test_a_worker_that_dies(tmp_path):
     "Killed from outside, as by a full memory"
     pairs = open_(shards(tmp_path), workers=2)
-    pairs.cook = _die
+    pairs.collate_fn = _die
     with pytest.raises(TinyclipError, match='worker died'):
         list(pairs.epoch(0))
 
@@ -306,7 +322,7 @@ def test_csv_with_a_missing_column(tmp_path):
         open_(source)
     with pytest.raises(TinyclipError, match="no column 'al'"):
         open_(source, caption_column='al')
-    assert rows(open_(source, 1, caption_column='alt').epoch(0)) == said('x')
+    assert rows(open_(source, 1, caption_column='alt').epoch(0)) == caption_rows('x')
 
 
 @both
@@ -332,7 +348,7 @@ def test_csv_rows_that_lack_something(tmp_path, workers):
     ],
 )
 def test_kinds_of_tables(tmp_path, name, text):
-    assert rows(open_(table(tmp_path, text, name=name), 1).epoch(0)) == said('a, b')
+    assert rows(open_(table(tmp_path, text, name=name), 1).epoch(0)) == caption_rows('a, b')
 
 
 def test_tables_that_are_none(tmp_path):
@@ -348,7 +364,7 @@ def test_folder_of_classes(tmp_path):
     root = folder(tmp_path / 'pets', {'cat': 3, 'guinea_pig': 4, 'yeti': 0})
     pairs = open_(root, 1, templates='a {}')
     assert rows(pairs.epoch(0)) == Counter(
-        {k: n for c, n in (('a cat', 3), ('a guinea pig', 4)) for k in said(c)}
+        {k: n for c, n in (('a cat', 3), ('a guinea pig', 4)) for k in caption_rows(c)}
     )
     assert pairs.skipped == {'class folder without images': 1} and pairs.culprits[
         'class folder without images'
@@ -392,6 +408,75 @@ def test_modes_and_formats(tmp_path, mode, format):
 def test_no_source(source):
     with pytest.raises(TinyclipError, match='Possible:'):
         open_(source)
+
+
+class Lines(IndexedSource):
+    "A throw-away kind of source: lines of `name|caption` beside the images"
+
+    usage = "lines ('pairs.lines')"
+
+    def __init__(self, path, separator='|'):
+        self.path = Path(path)
+        self.rows = [line.split(separator) for line in self.path.read_text().splitlines()]
+
+    @classmethod
+    def recognises(cls, source):
+        return isinstance(source, (str, Path)) and Path(source).suffix == '.lines'
+
+    def __len__(self):
+        return len(self.rows)
+
+    def read(self, indices):
+        return [self.one(*self.rows[i]) for i in indices]
+
+    def one(self, name, caption):
+        if not caption:
+            return Skip('no caption', name, self.path.name)
+        return Sample(name, self.path.name, self.path.parent / name, [caption])
+
+    def __repr__(self):
+        return f'{len(self)} lines'
+
+
+@pytest.fixture
+def lines(tmp_path, monkeypatch):
+    "A file that only `Lines` reads, once that is an entry of `SOURCES`"
+    for i in range(12):
+        (tmp_path / f'{i}.jpg').write_bytes(picture(i))
+    path = tmp_path / 'pairs.lines'
+    path.write_text(''.join(f'{i}.jpg|{f"caption {i}" if i else ""}\n' for i in range(12)))
+    with pytest.raises(TinyclipError, match='no source'):
+        as_source(path)
+    monkeypatch.setattr(sources_module, 'SOURCES', [*SOURCES, Lines])
+    return path
+
+
+@both
+def test_a_source_is_a_class_and_an_entry(lines, tmp_path, workers):
+    pairs = open_(lines, 1, seed=3, workers=workers)
+    whole = list(pairs.epoch(1))
+    assert rows(whole) == caption_rows(*(f'caption {i}' for i in range(1, 12)))
+    assert pairs.skipped == {'no caption': 1} and same(whole[4:], list(pairs.epoch(1, start=4)))
+    assert rows(open_(lines, 1, separator='|').epoch(0)) == rows(whole)
+    report = check(lines, VAL, TOKENIZER, n=8, seconds=0.1)
+    assert report.looked == 8 and report.source == '12 lines'
+    assert len(list(captioned(str(lines), VAL, TOKENIZER, batch_size=4))) == 3
+    assert write_shards(lines, tmp_path / 'shards')['samples'] == 11
+    with pytest.raises(TinyclipError, match='it takes separator'):
+        open_(lines, caption_column='x')
+    with pytest.raises(TinyclipError, match=r"Possible:.*lines \('pairs.lines'\)"):
+        open_('photos.zip')
+
+
+def test_the_command_line_opens_such_a_source(lines, tmp_path, capsys):
+    data = ['--data', str(lines)]
+    assert main(['check', *data, '--model', 'shapes-teacher', '--n', '8', '--json']) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report['source'] == '12 lines' and report['looked'] == 8
+    half = ['--teacher', 'shapes-teacher', '--image-width', '.5', '--text-depth', '.5']
+    run = ['--steps', '1', '--batch-size', '4', '--out', str(tmp_path / 'run'), '--device', 'cpu']
+    assert main(['distill', *data, *half, *run, '--json']) == 0
+    assert (tmp_path / 'run' / 'student').is_dir()
 
 
 def test_arguments():

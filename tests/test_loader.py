@@ -6,6 +6,7 @@ import json
 import pickle
 import warnings
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,16 @@ from PIL import Image, ImageDraw
 from shards import shard
 from torchvision import transforms as T
 
-import tinyclip.data.transforms
 from tinyclip.core import TinyclipError
 from tinyclip.data import open_pairs
 from tinyclip.data.jpeg import MARGIN, first_step, opener, reduction, window
-from tinyclip.data.mix import mix
 from tinyclip.data.pairs import captioned, labelled, rebatch
 from tinyclip.data.shapes import Shapes
-from tinyclip.data.sources import SamplingPlan, Sample, as_source, decode
-from tinyclip.data.transforms import as_bytes, collate, pictures, with_label
+from tinyclip.data.sources import Sample, SamplingPlan, as_source, decode, mix
+from tinyclip.data.transforms import Chunk, as_bytes, collate, label_targets, pictures
+
+# the package shows the function of this name in place of the module
+transforms_module = import_module('tinyclip.data.transforms')
 
 TRAIN, VAL = (image_transform_v2(PreprocessCfg(size=32), is_train=t) for t in (True, False))
 TOKENIZER = open_clip.SimpleTokenizer(context_length=12)
@@ -280,7 +282,7 @@ OTHERS = [
     ids=[f'{k}-{i}' for k, o in (('ours', OURS), ('other', OTHERS)) for i in range(len(o))],
 )  # processes must agree on the names
 def test_parted_or_whole_the_same_to_the_bit(transform, reduced):
-    chunk = collate(entries(), SamplingPlan(seed=3), transform, with_label, reduced=reduced)
+    chunk = collate(entries(), SamplingPlan(seed=3), transform, label_targets, reduced=reduced)
     whole = torch.stack(pictures(entries(), SamplingPlan(seed=3), transform, reduced=reduced)[1])
     assert chunk.ready()[0].dtype == torch.float32 and torch.equal(chunk.ready()[0], whole)
     assert (
@@ -294,15 +296,11 @@ def test_parted_or_whole_the_same_to_the_bit(transform, reduced):
 def test_workers_hand_over_bytes(tmp_path, monkeypatch):
     "A quarter of what it was, and the same batches"
     seen, source = [], shards(tmp_path)
-    ready = tinyclip.data.transforms.Chunk.ready
-    monkeypatch.setattr(
-        tinyclip.data.transforms.Chunk,
-        'ready',
-        lambda c: (seen.append(c.fields[0].dtype), ready(c))[1],
-    )
+    ready = Chunk.ready
+    monkeypatch.setattr(Chunk, 'ready', lambda c: (seen.append(c.fields[0].dtype), ready(c))[1])
     got = list(open_(source, workers=2).epoch(0))
     assert set(seen) == {torch.uint8} and same(got, list(open_(source).epoch(0)))
-    monkeypatch.setattr(tinyclip.data.transforms, 'as_bytes', lambda t: (t, None))
+    monkeypatch.setattr(transforms_module, 'as_bytes', lambda t: (t, None))
     seen.clear()
     assert same(got, list(open_(source, workers=2).epoch(0))) and set(seen) == {torch.float32}
 
@@ -310,7 +308,10 @@ def test_workers_hand_over_bytes(tmp_path, monkeypatch):
 # --- mixing
 
 
-def flow(source, order=SamplingPlan(size=4), workers=1):
+IN_FOURS = SamplingPlan(size=4)
+
+
+def flow(source, order=IN_FOURS, workers=1):
     "As a loader with so many workers collects them"
     from itertools import zip_longest
 
@@ -334,7 +335,7 @@ def test_shares_and_one_pass(tmp_path):
     firsts = [s.key + s.where for s in got if s.where[0] == 'a']
     assert (
         len(firsts) == 64 == len(set(firsts)) and abs(of(got)['b'] - 64 / 3) <= 4
-    )  # 4 lanes, each right to within one
+    )  # 4 streams, each right to within one
     assert len({(s.key, s.where) for s in got}) == len(got)  # 21 of 64: none twice
     for n in (8, 24, 48):
         assert abs(of(got[:n])['b'] - n / 4) <= 4
@@ -357,7 +358,7 @@ def test_a_given_length(tmp_path):
 
 @pytest.mark.parametrize('length', [None, 90])
 def test_a_mix_repeats_itself_whatever_the_workers(tmp_path, length):
-    parts = [*two(tmp_path).items(), (Shapes(n=70), 2)]  # 4 lanes
+    parts = [*two(tmp_path).items(), (Shapes(n=70), 2)]  # 4 streams
 
     def run(epoch=2, **kw):
         return list(open_(mix(parts, length), seed=5, **kw).epoch(epoch))
@@ -478,7 +479,7 @@ def test_nothing_before_the_mark_is_decoded(tmp_path, monkeypatch):
         return open_(csv(tmp_path), 16, reduced=False)
 
     monkeypatch.setattr(
-        'tinyclip.data.transforms.decode', lambda image: (seen.append(image), decode(image))[1]
+        transforms_module, 'decode', lambda image: (seen.append(image), decode(image))[1]
     )
     one = make()
     whole = list(one.epoch(0))

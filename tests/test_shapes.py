@@ -114,11 +114,11 @@ def test_the_shape_stands_where_and_how_the_label_says():
 
 
 @pytest.mark.parametrize(
-    'wrong, says',
+    'wrong, message',
     [(dict(split='tain'), "'train'"), (dict(n=0), 'at least 1'), (dict(size=4), 'at least 8')],
 )
-def test_bad_input(wrong, says):
-    with pytest.raises(TinyclipError, match=says):
+def test_bad_input(wrong, message):
+    with pytest.raises(TinyclipError, match=message):
         Shapes(**wrong)
 
 

@@ -215,7 +215,7 @@ def _cache(args) -> dict:
         precision=args.precision,
         batch_size=args.batch_size,
         workers=args.workers,
-        told=lambda r: tell(f"{r['shard']}: {r['samples']} samples, {human(r['bytes'])}B"),
+        on_shard=lambda r: tell(f"{r['shard']}: {r['samples']} samples, {human(r['bytes'])}B"),
     )
     if device:
         result = dict(process=rank, of=world) | result

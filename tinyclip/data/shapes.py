@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'SIZES', 'PLACES', 'combinations', 'WORDS', 'TEMPLATES', 'PROMPTS', 'classnames', 'heldout',
-           'trained', 'DRAWS', 'SPLITS', 'caption', 'hashed', 'uniform', 'grid', 'distance', 'variation', 'render',
-           'Shapes', 'normalise']
+           'trained', 'SPLITS', 'caption', 'hashed', 'grid', 'render', 'Shapes', 'normalise']
 
 # %% ../../nbs/data/01_shapes.ipynb #faed33e0
 import math
@@ -68,33 +67,25 @@ TEMPLATES = (
     '{size} {colour} {shape} {place}',
     'a {colour} {shape}, {size}, {place}',
 )
-PROMPTS = (
-    '{}',
-    'a photo of {}',
-    'a picture of {}',
-    'there is {}',
-)  # for zero-shot classification over `classnames`
+# for zero-shot classification over `classnames`
+PROMPTS = ('{}', 'a photo of {}', 'a picture of {}', 'there is {}')
 
 # %% ../../nbs/data/01_shapes.ipynb #4d568f56
 def caption(
     label: int,  # Which of `combinations`
     template: int = 0,  # Which of `TEMPLATES`; counted round, too
-    words: tuple = (
-        0,
-        0,
-        0,
-        0,
-    ),  # Which synonym for colour, shape, size, place; counted round where there are fewer
+    # Which synonym for colour, shape, size, place; counted round where there are fewer
+    words: tuple = (0, 0, 0, 0),
 ) -> str:  # For example `'a small red star at the top left'`
-    "Say what is to be seen"
+    "Caption of a label, from a template and synonyms"
     if not 0 <= label < len(combinations):
         raise TinyclipError(
             f'There is no label {label}: labels run from 0 to {len(combinations) - 1}.'
         )
-    said = [w[k % len(w)] for a, k in zip(combinations[label], words) for w in [WORDS.get(a, (a,))]]
-    text = TEMPLATES[template % len(TEMPLATES)].format(
-        **dict(zip(('colour', 'shape', 'size', 'place'), said))
-    )
+    synonyms = [WORDS.get(a, (a,)) for a in combinations[label]]
+    chosen = [s[k % len(s)] for s, k in zip(synonyms, words)]
+    fields = dict(zip(('colour', 'shape', 'size', 'place'), chosen))
+    text = TEMPLATES[template % len(TEMPLATES)].format(**fields)
     return text.replace('a orange', 'an orange')
 
 
@@ -104,7 +95,7 @@ classnames = [caption(o) for o in range(len(combinations))]
 def hashed(
     *keys,  # Integers or integer arrays that broadcast together
 ) -> np.ndarray:  # uint64, the broadcast shape (at least one dimension)
-    "64 well mixed bits for every tuple of keys"
+    "Hash of every tuple of keys, 64 bits (splitmix64)"
     h = np.zeros(1, np.uint64)
     for k in keys:
         h = (h ^ np.asarray(k).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
@@ -117,7 +108,7 @@ def hashed(
 def uniform(
     *keys,  # As in `hashed`
 ) -> np.ndarray:  # float32 in [0, 1), exact multiples of 2**-24
-    "A uniform number for every tuple of keys"
+    "Uniform random number for every tuple of keys"
     return (hashed(*keys) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
 
 # %% ../../nbs/data/01_shapes.ipynb #abcb5a83
@@ -134,9 +125,9 @@ def grid(
     zoom: int = 2,  # Every pixel becomes zoom x zoom
     gap: int = 2,  # White pixels between them
 ) -> Image.Image:
-    "Many pictures as one"
-    n, _, h, w = images.shape
-    rows = math.ceil(n / columns)
+    "Contact sheet: many pictures in one"
+    h, w = images.shape[2:]
+    rows = math.ceil(len(images) / columns)
     sheet = torch.full(
         (rows * (h + gap) - gap, columns * (w + gap) - gap, 3), 255, dtype=torch.uint8
     )
@@ -213,7 +204,7 @@ def distance(
     x: np.ndarray,  # Rightwards, in units of the radius
     y: np.ndarray,  # Upwards, in units of the radius
 ) -> np.ndarray:  # Same shape: negative inside, zero at the edge
-    """Distance to the edge of a shape of radius about one (exact along straight edges, close
+    """Signed distance to the edge of a shape of radius about one (exact along straight edges, close
     enough at corners)"""
     if shape not in _DISTANCES:
         raise unknown('shape', shape, SHAPES)
@@ -255,7 +246,7 @@ DRAWS = [
 def variation(
     key: np.ndarray,  # (n,) uint64: one per picture
 ) -> dict:  # name -> (n,) float32 in [0, 1)
-    "All that may vary in a picture, each under its name"
+    "Random draws for all that may vary in a picture, by name"
     return dict(zip(DRAWS, uniform(key[:, None], np.arange(len(DRAWS))).T.copy()))
 
 # %% ../../nbs/data/01_shapes.ipynb #7f1f7014
@@ -283,7 +274,7 @@ def _clouds(key, x, y, cells=5):
     lattice = uniform(
         key[:, None, None], 1000 + np.arange(cells + 1)[:, None], np.arange(cells + 1)
     )
-    (i, fx), (j, fy) = [(np.minimum((o * cells).astype(int), cells - 1), None) for o in (x, y)]
+    i, j = (np.minimum((o * cells).astype(int), cells - 1) for o in (x, y))
     fx = _smooth(x * cells - i)[None, None, :]
     fy = _smooth(y * cells - j)[None, :, None]
     rows = lattice[:, j] * (1 - fy) + lattice[:, j + 1] * fy
@@ -329,15 +320,15 @@ def _edges(labels, v, xs, ys):
     """(n,s,s) signed distance to the edge, and coordinates relative to the centre and radius, y
     upwards"""
     where = [combinations[l] for l in labels]
-    place = np.array([PLACES[o[3]] for o in where], np.float32)
+    middle = np.array([PLACES[o[3]] for o in where], np.float32)
     low, high = np.array([SIZES[o[2]] for o in where], np.float32).T
     r = (low + (high - low) * v['radius'])[:, None, None]
 
     def centre(o, u):
         return (o + 4 * u - 2)[:, None, None]
 
-    px = (xs[None, None, :] - centre(place[:, 0], v['x'])) / r
-    py = (centre(place[:, 1], v['y']) - ys[None, :, None]) / r
+    px = (xs[None, None, :] - centre(middle[:, 0], v['x'])) / r
+    py = (centre(middle[:, 1], v['y']) - ys[None, :, None]) / r
     c, s = (o[:, None, None] for o in _turn(v['tilt'], 0.13))
     x = c * px + s * py
     y = c * py - s * px
@@ -375,9 +366,8 @@ def _blend(labels, key, size):
         + (0.1 + 0.25 * col['shine']) * _smooth(0.9 - _length(px - 0.5 * s, py - 0.5 * c))
     )
     step = max(1, round(size * 1.6 / 48))
-    fall = np.pad(edge, ((0, 0), (step, 0), (0, 0)), mode='edge')[
-        :, :size
-    ]  # the shadow falls downwards
+    # the shadow falls downwards
+    fall = np.pad(edge, ((0, 0), (step, 0), (0, 0)), mode='edge')[:, :size]
     shade = 1 - (0.1 + 0.35 * col['shadow']) * (1 - _smooth(fall / 4 + 0.4))
     grain = (
         hashed(key[:, None, None], 7000 + np.arange(size)[:, None], np.arange(size))
@@ -403,11 +393,11 @@ def _blend(labels, key, size):
 # %% ../../nbs/data/01_shapes.ipynb #7748761e
 def render(
     labels,  # n of them: which of `combinations`
-    key: np.ndarray,  # (n,) uint64: all the chance there is in each picture
+    key: np.ndarray,  # (n,) uint64: seeds all that is random in a picture
     size: int = 48,  # Side in pixels
     chunk: int = 16,  # Pictures drawn together
 ) -> torch.Tensor:  # (n,3,size,size) uint8
-    "Draw pictures"
+    "Pictures of labels, drawn"
     labels = np.atleast_1d(labels)
     key = np.atleast_1d(key).astype(np.uint64)
     parts = [
@@ -423,7 +413,7 @@ SPLITS = dict(train=trained, val=trained, heldout=heldout)
 
 
 class Shapes:
-    "Pictures and captions of one split, drawn when asked for"
+    "Data set of drawn pictures, captions and labels: one split, drawn on demand"
 
     def __init__(
         self,
@@ -494,6 +484,6 @@ class Shapes:
 def normalise(
     images: torch.Tensor,  # (n,3,h,w) uint8
 ) -> torch.Tensor:  # (n,3,h,w) float32
-    "What the image tower takes: CLIP's mean and standard deviation"
+    "Normalised images for a tower, with CLIP's mean and standard deviation"
     mean, std = (torch.tensor(o).view(3, 1, 1) for o in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
     return (images / 255 - mean) / std

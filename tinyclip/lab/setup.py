@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from ..core import TinyclipError, evaluating, human, pick_device
-from ..data.pairs import Pairs, SkipCounter, captioned, labelled, open_pairs, stream
+from ..data.pairs import Pairs, SkipCounter, captioned, labelled, load_chunks, open_pairs
 from ..data.shapes import Shapes
-from ..data.sources import SyntheticSource, IndexedSource, SamplingPlan, Source, as_source
+from ..data.sources import IndexedSource, SamplingPlan, Source, SyntheticSource, as_source
 from ..data.transforms import Chunk, drawn_caption, pictures, transforms
 from ..evaluate.cost import parameters
 from ..evaluate.zeroshot import retrieval, zero_shot
@@ -52,7 +52,7 @@ def few(
         samples, images, skips = pictures(entries, order, preprocess)
         return Chunk((samples, images) if samples else (), skips)
 
-    for fields in stream(source, order, cook, 0, SkipCounter(source)):
+    for fields in load_chunks(source, order, cook, 0, SkipCounter(source)):
         got += zip(*fields)
         if len(got) >= n:
             break
