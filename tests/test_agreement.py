@@ -267,7 +267,9 @@ def test_other_batches_are_refused():
     own = torch.arange(6) % 3
     tokens = torch.arange(24).view(6, 4)
 
-    def ask(batches, student=Flat(), teacher=Flat(3), **kw):
+    wide, narrow = Flat(), Flat(3)
+
+    def ask(batches, student=wide, teacher=narrow, **kw):
         return agreement(
             student,
             teacher,

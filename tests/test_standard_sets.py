@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tinyclip.core import TinyclipError
 from tinyclip.data import transforms
 from tinyclip.data.pairs import captioned, labelled
-from tinyclip.data.sources import SamplingPlan, Sample, Shards, Skip, decode
+from tinyclip.data.sources import Sample, SamplingPlan, Shards, Skip, decode
 from tinyclip.evaluate import zero_shot
 from tinyclip.evaluate.standard_sets import (
     SETS,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core import TinyclipError, autocast, evaluating
 from .redundancy import similarity
-from .zeroshot import class_embeddings, check_finite, rank_of
+from .zeroshot import check_finite, class_embeddings, rank_of
 from ..losses.mimicking import affinity, soft_cross_entropy
 
 # %% ../../nbs/evaluate/05_agreement.ipynb #3e9110e9
