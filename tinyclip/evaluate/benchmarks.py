@@ -301,8 +301,10 @@ def open_benchmark(
         raise
     except (Exception, SystemExit) as e:
         raise _refusal(e, name, root, split) from e  # it exits where kaggle or gdown is missing
-    count = Path(root) / split / 'nshards.txt'
-    shards = (int(count.read_text()) if count.is_file() else 1) if prefix == 'wds' else None
+    shards = None
+    if prefix == 'wds':
+        count = Path(root) / split / 'nshards.txt'
+        shards = int(count.read_text()) if count.is_file() else 1
     return Benchmark(name, split, task, dataset, shards)
 
 # %% ../../nbs/evaluate/07_benchmarks.ipynb #0fb2caf8
