@@ -12,7 +12,13 @@ from torch.nn import functional as F
 from tinyclip.core import TinyclipError
 from tinyclip.data.pairs import captioned, labelled
 from tinyclip.evaluate import zero_shot
-from tinyclip.evaluate.agreement import Answers, agreement, model_answers, divergence, overlap
+from tinyclip.evaluate.agreement import (
+    Answers,
+    agreement,
+    kl_divergence,
+    model_answers,
+    top_k_overlap,
+)
 from tinyclip.inheritance import inherit
 from tinyclip.keep import manual
 from tinyclip.losses import affinity_mimicking
@@ -53,12 +59,15 @@ def kl(s, t, scale):  # of the definition, in float64
 def test_divergence_and_overlap_by_definition(n, m, d, e, seed, scale, rows):
     s = (unit(n, d, seed=seed), unit(m, d, seed=seed + 1))
     t = (unit(n, e, seed=seed + 2), unit(m, e, seed=seed + 3))
-    assert divergence(*s, *t, scale, scale, rows) == pytest.approx(
+    assert kl_divergence(*s, *t, scale, scale, rows) == pytest.approx(
         kl(s, t, scale), rel=1e-4, abs=1e-4
     )
     assert (
-        divergence(*s, *s, scale, scale, rows) == 0
-        and overlap(*s, *s, m, rows) == overlap(*s, *s, 1, rows) == overlap(*s, *t, m, rows) == 1
+        kl_divergence(*s, *s, scale, scale, rows) == 0
+        and top_k_overlap(*s, *s, m, rows)
+        == top_k_overlap(*s, *s, 1, rows)
+        == top_k_overlap(*s, *t, m, rows)
+        == 1
     )
     if min(d, e) > 1:  # in one dimension everything is a tie
         k = 1 + seed % m
@@ -66,7 +75,7 @@ def test_divergence_and_overlap_by_definition(n, m, d, e, seed, scale, rows):
             [set(r.tolist()) for r in (a @ b.T).argsort(1, descending=True)[:, :k]]
             for a, b in (s, t)
         ]
-        assert overlap(*s, *t, k, rows) == pytest.approx(
+        assert top_k_overlap(*s, *t, k, rows) == pytest.approx(
             sum(len(a & b) for a, b in zip(*first)) / (n * k)
         )
 
@@ -77,7 +86,7 @@ def test_divergence_is_what_the_loss_can_still_lose():
     for now, least, value in zip(
         affinity_mimicking(*s, *t),
         affinity_mimicking(*t, *t),
-        (divergence(*s, *t), divergence(*s[::-1], *t[::-1])),
+        (kl_divergence(*s, *t), kl_divergence(*s[::-1], *t[::-1])),
     ):
         assert (now - least).item() == pytest.approx(value, rel=1e-4)
 
@@ -156,7 +165,7 @@ def test_scales():
     t = classes(seed=5)._replace(scale=30.0)
     own = agreement(s, t, scale='own')
     assert (
-        own['kl'] == pytest.approx(divergence(s.image, s.text, t.image, t.text, 7.0, 30.0))
+        own['kl'] == pytest.approx(kl_divergence(s.image, s.text, t.image, t.text, 7.0, 30.0))
         and own['kl'] != agreement(s, t)['kl']
         and own['agree'] == agreement(s, t)['agree']
     )
@@ -199,8 +208,8 @@ def test_photographs(shared):
     names = (shared / 'data/cifar10/classnames.txt').read_text().split()
     student = inherit(teacher, manual(teacher, text_depth=0.5))
     modes = [m.training for m in student.train().modules()]
-    told = model_answers(teacher, batches, tokenizer, names)
-    r = agreement(student, told, batches, tokenizer, names)
+    encoded = model_answers(teacher, batches, tokenizer, names)
+    r = agreement(student, encoded, batches, tokenizer, names)
     assert (
         r == agreement(student, teacher, batches, tokenizer, names)
         and [m.training for m in student.modules()] == modes
@@ -209,12 +218,12 @@ def test_photographs(shared):
     for who, m in (('student', student), ('teacher', teacher)):
         assert r[f'{who}_top1'] == zero_shot(m, tokenizer, batches, names)['top1']
     assert (
-        told.scale == pytest.approx(13.7, abs=0.05)
+        encoded.scale == pytest.approx(13.7, abs=0.05)
         and r['cka'] == pytest.approx(1, abs=1e-4)
         and 0 < r['agree'] < 1
         and r['n'] == 100
     )
-    same = agreement(teacher, told, batches, tokenizer, names)
+    same = agreement(teacher, encoded, batches, tokenizer, names)
     assert (same['agree'], same['agree_right'], same['agree_wrong'], same['kl']) == (1, 1, 1, 0)
 
 
@@ -258,7 +267,9 @@ def test_other_batches_are_refused():
     own = torch.arange(6) % 3
     tokens = torch.arange(24).view(6, 4)
 
-    def ask(batches, student=Flat(), teacher=Flat(3), **kw):
+    wide, narrow = Flat(), Flat(3)
+
+    def ask(batches, student=wide, teacher=narrow, **kw):
         return agreement(
             student,
             teacher,
@@ -294,7 +305,7 @@ def test_other_batches_are_refused():
         (lambda: ask(good, k=0), 'k=0'),
         (lambda: ask(good, scale=-1), 'scale=-1'),
         (lambda: ask(good, scale=float('nan')), 'scale=nan'),
-        (lambda: ask(good, scale='own'), 'without a logit scale'),
+        (lambda: ask(good, scale='own'), 'is for models with a logit scale'),
         (lambda: ask(paired, student=Flat(context_length=7)), 'texts are 4 and this model takes 7'),
         (lambda: ask(good, student=classes()), 'different data'),
         (lambda: agreement(classes(), pairs()), 'different data'),

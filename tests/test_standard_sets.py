@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tinyclip.core import TinyclipError
 from tinyclip.data import transforms
 from tinyclip.data.pairs import captioned, labelled
-from tinyclip.data.sources import SamplingPlan, Sample, Shards, Skip, decode
+from tinyclip.data.sources import Sample, SamplingPlan, Shards, Skip, decode
 from tinyclip.evaluate import zero_shot
 from tinyclip.evaluate.standard_sets import (
     SETS,
@@ -579,9 +579,9 @@ BAD = {
     ),
     "holds images but no class folders of ImageNet": lambda t: standard('imagenet', loose(t)),
     "holds archives (ILSVRC2012_img_val.tar)": lambda t: standard('imagenet', archive(t)),
-    "holds no class folder of ImageNet-V2 (0, ...). These are the folders of 'imagenet-a'": lambda t: (
-        standard('imagenet-v2', full(t, 'imagenet-a'))
-    ),
+    (
+        "holds no class folder of ImageNet-V2 (0, ...). These are the folders of 'imagenet-a'"
+    ): lambda t: standard('imagenet-v2', full(t, 'imagenet-a')),
     "holds no class folder of ImageNet (n01440764, ...). Check the path": lambda t: standard(
         'imagenet', tree(t, ['cats', 'dogs'])
     ),
@@ -618,9 +618,9 @@ BAD = {
         'objectnet', objectnet(t / 'objectnet-1.0').parent
     ),
     "name the unpacked ObjectNet download": lambda t: standard('objectnet', tree(t, ['banana'])),
-    "folder_to_objectnet_label.json'; it should be ObjectNet's list of folders and labels": lambda t: (
-        standard('objectnet', without(t, 'folder_to_objectnet_label.json'))
-    ),
+    (
+        "folder_to_objectnet_label.json'; it should be ObjectNet's list of folders and labels"
+    ): lambda t: standard('objectnet', without(t, 'folder_to_objectnet_label.json')),
     "is not valid JSON": lambda t: standard('objectnet', other_map(t, '{"Banana":')),
     "holds a list, not an object": lambda t: standard('objectnet', other_map(t, '["Banana"]')),
     "('Bananna' is in only one of them)": lambda t: standard(

@@ -21,7 +21,7 @@ from ..data.transforms import transforms
 from ..evaluate.agreement import agreement, model_answers
 from ..evaluate.benchmarks import benchmark
 from ..evaluate.cost import compare, macs, parameters, profile, weight_bytes
-from ..evaluate.probe import PROTOCOLS, linear_probe
+from ..evaluate.probe import linear_probe
 from ..evaluate.redundancy import drop_one, layer_features, similarity
 from ..evaluate.standard_sets import SETS, evaluate_on, standard, watched
 from ..evaluate.zeroshot import TEMPLATES, retrieval, zero_shot
@@ -162,7 +162,7 @@ def eval_options(p: argparse.ArgumentParser):
     )
     p.add_argument(
         '--probe',
-        choices=PROTOCOLS,
+        action='store_true',
         help='a linear classifier on image features that learns from --train',
     )
     p.add_argument(
@@ -261,7 +261,6 @@ def ask(
             loaded.model,
             train,
             test,
-            protocol=args.probe,
             precision=args.precision,
             progress=progress,
         )

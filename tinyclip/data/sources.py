@@ -187,11 +187,12 @@ def fill_template(
     "Captions of a class, from templates"
     if isinstance(templates, str):
         templates = [templates]
-    bad = [t for t in templates if not callable(t) and '{}' not in t]
-    if bad or not templates:
+    if not templates:
+        raise TinyclipError('At least one template is needed.')
+    if bad := [t for t in templates if not callable(t) and '{}' not in t]:
         raise TinyclipError(
-            f"Templates need a place for the class name, like 'a photo of a {{}}.'; got "
-            f"{bad[0] if bad else templates!r}."
+            f"The template {bad[0]!r} has no {{}}, the place for the class name, as in "
+            "'a photo of a {}.'."
         )
     return [t(name) if callable(t) else t.replace('{}', name) for t in templates]
 

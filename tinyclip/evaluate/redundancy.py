@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor, nn
 
 from ..core import Table, TinyclipError, autocast, evaluating, unknown
-from .zeroshot import finite
+from .zeroshot import check_finite
 from ..inheritance import inherit
 from ..keep import choose
 from ..towers import TOWERS, family_of, tower_of
@@ -129,7 +129,7 @@ def centred(
     "Features as CKA compares them"
     if x.ndim != 2:
         raise TinyclipError(f'Features have the shape (n, width), not {tuple(x.shape)}.')
-    x = finite(x).double()
+    x = check_finite(x).double()
     c = x - x.mean(0)
     if not c.norm() > 1e-6 * x.norm():
         raise TinyclipError(

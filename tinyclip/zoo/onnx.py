@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..core import Table, TinyclipError, evaluating, unknown, write_json
 from ..evaluate.cost import image_size
-from ..evaluate.zeroshot import finite, retrieval, zero_shot
+from ..evaluate.zeroshot import check_finite, retrieval, zero_shot
 from .folders import preprocess_cfg, replacing
 from .vocabulary import ShortTokenizer, tokenizer_of
 
@@ -427,7 +427,7 @@ def to_onnx(
     with replacing(folder, FILES) as tmp:
         for kind, x in given.items():
             with torch.no_grad():
-                want = finite(
+                want = check_finite(
                     Tower(m, kind)(x)
                 ).numpy()  # before the export, which may leave its traces
             path = tmp / f'{kind}.onnx'
