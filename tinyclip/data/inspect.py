@@ -6,9 +6,7 @@
 __all__ = ['recall_at_1', 'verdict', 'Report', 'loader_speed', 'check']
 
 # %% ../../nbs/data/07_inspect.ipynb #05ee64e7
-import base64
 import html
-import io
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from ..core import TinyclipError, evaluating, human
+from ..core import TinyclipError, data_url, evaluating, human
 from tinyclip.data.pairs import (
     SkipCounter,
     open_pairs,
@@ -91,12 +89,10 @@ def _gallery(pictures, captions, side=112):  # HTML that needs nothing but itsel
     def figure(image, caption):
         image = image.copy()
         image.thumbnail((side, side))
-        image.save(buffer := io.BytesIO(), 'JPEG', quality=80)
-        data = base64.b64encode(buffer.getvalue()).decode()
         return (
             f'<figure style="margin:0;width:{side}px">'
             f'<img style="height:{side}px;width:{side}px;object-fit:contain" '
-            f'src="data:image/jpeg;base64,{data}" alt="">'
+            f'src="{data_url(image, "jpeg", quality=80)}" alt="">'
             '<figcaption '
             f'style="font-size:75%;line-height:1.2">{html.escape(caption[:120])}</figcaption></figure>'
         )
