@@ -164,7 +164,7 @@ def test_an_interrupt_while_waiting(tmp_path, presses, says):
 
 
 def test_a_figure_that_cannot_be_drawn_does_not_end_training(tmp_path, monkeypatch):
-    import tinyclip.live.dashboard.dashboard as module
+    import tinyclip.live.dashboard as module
 
     def broken(*_):
         raise ZeroDivisionError('in the figure')

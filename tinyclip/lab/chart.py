@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import plotly.graph_objects as go
 
-from ..core import TinyclipError, atomic_path, human, unknown
+from ..core import COLOURS, TinyclipError, atomic_path, human, unknown
 
 # %% ../../nbs/lab/02_chart.ipynb #62d930c4
 AXES = {  # short name -> (names in rows, title)

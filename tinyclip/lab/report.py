@@ -143,11 +143,9 @@ def predicted(
 
 def marked(prediction: int, truth: int) -> str:
     "A predicted class name: right words plain, wrong ones struck out"
-    colour, shape, size, place = (
-        p if p == t else f'<s>{p}</s>'
-        for p, t in zip(combinations[prediction], combinations[truth])
-    )
-    return f'{size} {colour} {shape} {place}'
+    pairs = zip(combinations[prediction], combinations[truth])
+    words = [p if p == t else f'<s>{p}</s>' for p, t in pairs]
+    return ' '.join(words[i] for i in (2, 0, 1, 3))  # size, colour, shape, place
 
 # %% ../../nbs/lab/04_report.ipynb #051bedba
 def what_they_see(
