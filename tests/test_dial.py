@@ -6,6 +6,7 @@ import time
 
 import plotly.graph_objects as go
 import pytest
+
 import tinyclip.live.dial as module
 from tinyclip.core import TinyclipError
 from tinyclip.live.dial import Dial, filmed

@@ -124,7 +124,8 @@ def test_fifty_runs_leave_nothing(tmp_path):
 
 WAITING = f"""import os, signal, sys, threading, time; sys.path.insert(0, {str(HERE)!r})
 from test_live import *
-signal.signal(signal.SIGINT, signal.default_int_handler) # whatever started the tests may ignore interrupts, and that is inherited
+# whatever started the tests may ignore interrupts, and that is inherited
+signal.signal(signal.SIGINT, signal.default_int_handler)
 inside,release = threading.Event(), threading.Event()
 def spoil(e, i, batch): # a step that takes as long as we like
     if i==2: inside.set(); release.wait(60)

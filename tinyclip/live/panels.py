@@ -119,7 +119,7 @@ def points(
     line = lines[keys[0]] if keys else []
     return dict(
         x=np.array([step for step, _ in line], 'i4'),
-        y=np.array([value * curve.factor for _, value in line], 'f4').round(3),
+        y=np.array([float(f'{value * curve.factor:.5g}') for _, value in line], 'f4'),
     )
 
 # %% ../../nbs/live/02_panels.ipynb #2c2a0c80
