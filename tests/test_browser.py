@@ -21,14 +21,13 @@ RULES = dict(
     },
 )
 LONG = {
-    'b = bench()': 'b = bench(steps=2000, batch_size=8)',
-    'b.steps//100': '1',
-    'warmup=.6': 'warmup=.005',
-    'importance_warmup=.15': 'importance_warmup=.005',
+    'b = lab_setup()': 'b = lab_setup(steps=2000, batch_size=8)',
+    'b.steps // 100': '1',
+    'warmup=0.6': 'warmup=0.005',
+    'importance_warmup=0.15': 'importance_warmup=0.005',
 }  # the target arrives within 20 steps, and every step is told
-BOTH = {
-    'b = bench()': 'b = bench(steps=1990, batch_size=8, n=64)'
-}  # not over before the test has looked, also where a page takes long
+# not over before the test has looked, also where a page takes long
+BOTH = {'b = lab_setup()': 'b = lab_setup(steps=1990, batch_size=8, n=64)'}
 KNOWN = (  # what pages may say, and why
     # plotly: the figure of a cell that was cleared is updated until the cell's next run closes it
     "Error setting state: Cannot read properties of undefined (reading 'length')",
@@ -281,8 +280,8 @@ def test_without_widgets_a_picture_is_updated(masks):
 @pytest.mark.parametrize(
     'code, says',
     [
-        ("bench('nowhere/model')", "no model folder 'nowhere/model'"),
-        ("bench(data='nowhere-*.tar')", 'nowhere-*.tar'),
+        ("lab_setup('nowhere/model')", "no model folder 'nowhere/model'"),
+        ("lab_setup(data='nowhere-*.tar')", 'nowhere-*.tar'),
     ],
 )
 def test_a_mistake_in_a_cell_costs_one_sentence(masks, code, says):
@@ -295,7 +294,7 @@ def test_a_mistake_in_a_cell_costs_one_sentence(masks, code, says):
     nb.shot(code, f'mistake-{nb.lab.rule}')
 
 
-FORM = 'arena = Arena('
+FORM = 'app = ComparisonApp('
 
 
 def test_two_ways_are_watched_from_a_form(both):
@@ -307,7 +306,7 @@ def test_two_ways_are_watched_from_a_form(both):
     )
     nb.press(FORM, 'Pause')
     nb.shows(FORM, 'paused')
-    quiet(nb, FORM, 'arena.live')
+    quiet(nb, FORM, 'app.live')
     still = nb.step(FORM)
     nb.page.wait_for_timeout(2000)
     assert nb.step(FORM) == still
@@ -329,10 +328,10 @@ def test_two_ways_are_watched_from_a_form(both):
     nb.press(FORM, 'Run both')
     nb.until('t => T.facts(t).includes("of 100")', FORM)
     nb.grows(FORM)
-    assert nb.value('arena.setting.batch_size') == 8
+    assert nb.value('app.setup.batch_size') == 8
     nb.press(FORM, 'Stop')
     nb.shows(FORM, 'stopped')
-    assert checkpoints(nb.lab.root / nb.value('str(arena.contest.folder)'))
+    assert checkpoints(nb.lab.root / nb.value('str(app.comparison.folder)'))
 
 
 @once
@@ -341,11 +340,11 @@ def test_a_finished_contest_shows_a_table_and_saves(both, tmp_path):
     from tinyclip.zoo import load
 
     nb = both
-    short = 'short = Arena(bench(steps=8, batch_size=8, n=64), share=.35).start()\nshort'
+    setup = 'lab_setup(steps=8, batch_size=8, n=64)'
+    short = f'short = ComparisonApp({setup}, share=.35).start()\nshort'
     nb.idle()
-    nb.ask(
-        'from tinyclip.lab.comparison_app import ComparisonApp\nfrom tinyclip.lab.setup import lab_setup'
-    )
+    nb.ask('from tinyclip.lab.comparison_app import ComparisonApp')
+    nb.ask('from tinyclip.lab.setup import lab_setup')
     nb.add(short)
     nb.shows(short, 'finished')
     cell = nb.cell(short)

@@ -6,8 +6,8 @@ import time
 
 import plotly.graph_objects as go
 import pytest
-import tinyclip.live.dashboard.dial as module
 
+import tinyclip.live.dial as module
 from tinyclip.core import TinyclipError
 from tinyclip.live.dial import Dial, filmed
 

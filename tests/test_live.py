@@ -125,7 +125,8 @@ def test_fifty_runs_leave_nothing(tmp_path):
 
 WAITING = f"""import os, signal, sys, threading, time; sys.path.insert(0, {str(HERE)!r})
 from test_live import *
-signal.signal(signal.SIGINT, signal.default_int_handler) # whatever started the tests may ignore interrupts, and that is inherited
+# whatever started the tests may ignore interrupts, and that is inherited
+signal.signal(signal.SIGINT, signal.default_int_handler)
 inside,release = threading.Event(), threading.Event()
 def spoil(e, i, batch): # a step that takes as long as we like
     if i==2: inside.set(); release.wait(LIMIT)
@@ -165,7 +166,7 @@ def test_an_interrupt_while_waiting(tmp_path, presses, says):
 
 
 def test_a_figure_that_cannot_be_drawn_does_not_end_training(tmp_path, monkeypatch):
-    import tinyclip.live.dashboard.dashboard as module
+    import tinyclip.live.dashboard as module
 
     def broken(*_):
         raise ZeroDivisionError('in the figure')

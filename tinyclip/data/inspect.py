@@ -6,9 +6,7 @@
 __all__ = ['recall_at_1', 'verdict', 'Report', 'loader_speed', 'check']
 
 # %% ../../nbs/data/06_inspect.ipynb #05ee64e7
-import base64
 import html
-import io
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from ..core import evaluating, human
+from ..core import data_url, evaluating, human
 from .pairs import SkipCounter, load_chunks, worker_count
 from .sources import SamplingPlan, as_source
 from tinyclip.data.transforms import (
@@ -88,12 +86,10 @@ def _gallery(pictures, captions, side=112):
     def figure(image, caption):
         image = image.copy()
         image.thumbnail((side, side))
-        image.save(buffer := io.BytesIO(), 'JPEG', quality=80)
-        data = base64.b64encode(buffer.getvalue()).decode()
         return (
             f'<figure style="margin:0;width:{side}px">'
             f'<img style="height:{side}px;width:{side}px;object-fit:contain" '
-            f'src="data:image/jpeg;base64,{data}" alt="">'
+            f'src="{data_url(image, "jpeg", quality=80)}" alt="">'
             f'<figcaption style="font-size:75%;line-height:1.2">{html.escape(caption[:120])}'
             '</figcaption></figure>'
         )

@@ -24,8 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core import Table, TinyclipError, autocast, evaluating, human
-from ..towers.architecture import config, create
 from ..towers import parts
+from ..towers.architecture import config, create
 
 # %% ../../nbs/evaluate/01_cost.ipynb #adfc0d56
 def parameters(

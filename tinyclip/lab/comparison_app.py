@@ -8,8 +8,6 @@ __all__ = ['ComparisonApp']
 # %% ../../nbs/lab/06_comparison_app.ipynb #bea6bc55
 import html
 
-import plotly.graph_objects as go
-
 from ..comparison import Comparison, by_masks, by_rule
 from ..core import Table, TinyclipError
 from .keep_map import keep_map
@@ -18,34 +16,37 @@ from .setup import LabSetup
 from ..live.dashboard import front_end, new_folder, watch
 from ..live.widgets import Canvas, close_all, red, widen
 
+try:
+    import ipywidgets as W
+except ImportError:
+    W = None
+
 # %% ../../nbs/lab/06_comparison_app.ipynb #287476e9
 class ComparisonApp:
-    "Two students of one size under one budget"
+    "Form that compares manual with automatic inheritance: two students of one size and budget"
 
     def __init__(
         self,
-        setting: LabSetup,  # Teacher, data, device, steps
+        setup: LabSetup,  # Teacher, data, device, steps
         share: float = 0.5,  # Of the tower parameters, for both
         # A folder per run; another number if it is there already
         folder='runs/manual-or-automatic',
         show: str = 'auto',  # As in `watch`
     ):
-        self.setting = setting
+        self.setup = setup
         self.share = share
         self.folder = folder
         self.show = show
-        self.contest = None
-        self.live = None
-        self.box = None
+        self.comparison = self.live = self.box = None
 
     def start(self) -> 'ComparisonApp':
-        "Begin; what trained before is stopped"
-        b = self.setting
-        ways = dict(
+        "Begin; whatever trained before is stopped"
+        b = self.setup
+        methods = dict(
             automatic=by_masks(self.share, b.steps), manual=by_rule(self.share, b.steps)
         )  # first the one that has masks to watch
-        self.contest = Comparison(
-            ways,
+        self.comparison = Comparison(
+            methods,
             b.teacher,
             b.pairs,
             new_folder(self.folder),
@@ -58,10 +59,10 @@ class ComparisonApp:
             save_every=max(1, b.steps // 4),
             device=str(b.device),
         )
-        self.live = watch(self.contest, show=self.show)
-        self.live.compose = self.over
+        self.live = watch(self.comparison, show=self.show)
+        self.live.then = self.show_results
         if self.box:
-            self.place()
+            self.show_dashboard()
         return self
 
     def settle(self) -> 'ComparisonApp':
@@ -70,95 +71,43 @@ class ComparisonApp:
         return self
 
     def table(self) -> Table:
-        "What came of it; empty before the end"
+        "Sizes, speeds and accuracies of both students; empty before the end"
         return self.live.run.value or Table()
 
-    def pictures(self) -> list[go.Figure]:  # Of every finished student
-        "What each student kept of the teacher"
-        return [keep_map(k, n) for n, k in kept_by(self.contest.students).items()]
-
     def save(self, name: str, folder):
-        "Take a student away: `'manual'` or `'automatic'`"
-        return self.contest.save(name, folder, self.setting.tokenizer)
+        "Save a student: `'manual'` or `'automatic'`"
+        return self.comparison.save(name, folder, self.setup.tokenizer)
 
     def widgets(self):
         "The form, a place for the dashboard, and one for the results"
-        import ipywidgets as W
-
-        b = self.setting
-        wide = dict(layout=dict(width='420px'), style=dict(description_width='90px'))
-
-        def field(name, hint):
-            return W.Text(
-                g if isinstance(g := b.given[name.replace(' ', '_')], str) else '',
-                description=name,
-                placeholder=hint,
-                **wide,
-            )
-
-        self.fields = dict(
-            teacher=field('teacher', 'a name or a model folder'),
-            data=field('data', 'as above; or train-*.tar, pairs.csv, a folder, shapes'),
-            held_out=field('held out', 'as above; or val-*.tar, ...'),
-        )
-        self.device = W.Dropdown(
-            options=list(
-                dict.fromkeys([b.given['device'] or 'best', 'best', 'cpu', 'cuda', 'mps'])
-            ),
-            description='device',
-            **wide,
-        )
-        self.target = W.FloatSlider(
-            value=self.share,
-            min=0.1,
-            max=0.9,
-            step=0.05,
-            description='share',
-            readout_format='.0%',
-            **wide,
-        )
-        self.steps = W.BoundedIntText(b.steps, min=5, max=10**7, description='steps each', **wide)
-        self.run = W.Button(description='Run both', button_style='primary')
-        self.said = W.HTML()
-        self.stage = W.VBox()
-        self.results = W.VBox()
-        self.run.on_click(lambda _: self.read_form())
-        self.box = W.VBox(
-            [
-                W.HBox(
-                    [
-                        W.VBox([*self.fields.values()]),
-                        W.VBox([self.device, self.target, self.steps]),
-                    ]
-                ),
-                self.run,
-                self.said,
-                self.stage,
-                self.results,
-            ]
-        )
+        self.form = _form(self.setup, self.share)
+        self.button = W.Button(description='Run both', button_style='primary')
+        self.button.on_click(lambda _: self.read_form())
+        self.message, self.stage, self.results = W.HTML(), W.VBox(), W.VBox()
+        teacher_and_data = W.VBox(list(self.form.values())[:3])
+        sizes = W.VBox(list(self.form.values())[3:])
+        form = W.HBox([teacher_and_data, sizes])
+        self.box = W.VBox([form, self.button, self.message, self.stage, self.results])
         if self.live:
-            self.place()
+            self.show_dashboard()
         return self.box
 
     def read_form(self):
-        "What the button does"
-        self.said.value = 'looking at teacher and data ...'
+        "Begin with what the form says"
+        self.message.value = 'looking at teacher and data ...'
+        values = {k: f.value for k, f in self.form.items()}
+        share, device = values.pop('share'), values.pop('device')
+        named = {k: v for k, v in values.items() if v not in ('', None)}
         try:
-            named = {k: f.value.strip() for k, f in self.fields.items() if f.value.strip()}
-            self.setting = self.setting.again(
-                **named,
-                device=None if self.device.value == 'best' else self.device.value,
-                steps=self.steps.value,
-            )
-            self.share = self.target.value
+            self.setup = self.setup.again(**named, device=None if device == 'best' else device)
+            self.share = share
             self.start()
-            self.said.value = ''
+            self.message.value = ''
         except TinyclipError as e:
-            self.said.value = red(e)
+            self.message.value = red(e)
 
-    def place(self):
-        "Show the dashboard of the present contest"
+    def show_dashboard(self):
+        "Show the dashboard of the present comparison"
         for w in self.results.children:
             close_all(w)
         self.results.children = ()
@@ -166,37 +115,28 @@ class ComparisonApp:
         if self.live.box:
             widen(self.live.figure_widget)
 
-    def over(self):
-        "After the last step: table, pictures, and buttons to take a student away"
-        if not (self.box and self.contest.students):
+    def show_results(self):
+        "After the last step: table, maps, and buttons to save a student"
+        if not (self.box and self.comparison.students):
             return
-        import ipywidgets as W
-
-        folder = W.Text(f'{self.contest.folder}/students', description='save in')
-
-        def button(name):
-            b = W.Button(description=f'Save {name}')
-            b.on_click(lambda _: self.keep(name, folder.value))
-            return b
-
-        maps = [Canvas(f) for f in self.pictures()]
-        self.results.children = [
-            W.HTML(
-                f'<style>.tc td,.tc th{{padding:.2rem .9rem;text-align:right}}</style><div '
-                f'class=tc>{to_html(self.table())}</div>'
-            ),
-            *maps,
-            W.HBox([folder, *map(button, self.contest.students)]),
-        ]
+        folder = W.Text(f'{self.comparison.folder}/students', description='save in')
+        buttons = [W.Button(description=f'Save {name}') for name in self.comparison.students]
+        for name, b in zip(self.comparison.students, buttons):
+            b.on_click(lambda _, name=name: self.save_to(name, folder.value))
+        maps = [Canvas(keep_map(k, n)) for n, k in kept_by(self.comparison.students).items()]
+        style = '<style>.tc td,.tc th{padding:.2rem .9rem;text-align:right}</style>'
+        table = W.HTML(f'{style}<div class=tc>{to_html(self.table())}</div>')
+        self.results.children = [table, *maps, W.HBox([folder, *buttons])]
         for m in maps:
             widen(m)
 
-    def keep(self, name, folder):
-        "What a save button does"
+    def save_to(self, name, folder):
+        "Save a student below a folder, and say where"
         try:
-            self.said.value = f'saved: {html.escape(str(self.save(name, f"{folder}/{name}")))}'
+            path = self.save(name, f'{folder}/{name}')
+            self.message.value = f'saved: {html.escape(str(path))}'
         except (TinyclipError, OSError) as e:
-            self.said.value = red(str(e))
+            self.message.value = red(str(e))
 
     def _ipython_display_(self, **_):
         "How IPython displays it"
@@ -211,4 +151,27 @@ class ComparisonApp:
         elif self.live:
             display(self.live)
         else:
-            print('The form needs Jupyter; without it: Arena(bench(...)).start().')
+            print('The form needs Jupyter; without it: ComparisonApp(lab_setup(...)).start().')
+
+
+def _form(setup, share) -> dict:  # name, as in `lab_setup` (and the share) -> widget
+    look = dict(layout=dict(width='420px'), style=dict(description_width='90px'))
+    hints = dict(
+        teacher='a name or a model folder',
+        data='as above; or train-*.tar, pairs.csv, a folder, shapes',
+        held_out='as above; or val-*.tar, ...',
+    )
+    form = {}
+    for name, hint in hints.items():
+        given = setup.given[name] if isinstance(setup.given[name], str) else ''
+        words = name.replace('_', ' ')
+        form[name] = W.Text(given, description=words, placeholder=hint, **look)
+    devices = dict.fromkeys([setup.given['device'] or 'best', 'best', 'cpu', 'cuda', 'mps'])
+    form['device'] = W.Dropdown(options=list(devices), description='device', **look)
+    form['share'] = W.FloatSlider(
+        share, min=0.1, max=0.9, step=0.05, description='share', readout_format='.0%', **look
+    )
+    form['steps'] = W.BoundedIntText(
+        setup.steps, min=5, max=10**7, description='steps each', **look
+    )
+    return form

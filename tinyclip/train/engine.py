@@ -27,10 +27,10 @@ from tinyclip.train.speed import (
     checkpointing,
     compiled,
     convolutional,
-    uncompile,
     half_precision_copy,
     on_device,
     restore_checkpointing,
+    uncompile,
 )
 from .step import encode, split, step, step_in_chunks
 
