@@ -322,8 +322,8 @@ def init_from_importance(
         if not (groups := [g for g in masked.groups if g.startswith(t)]):
             continue
         per_parameter = torch.cat([importance[g] / saved[g] for g in groups])
-        rank = per_parameter.argsort(stable=True).argsort(stable=True)
-        score = spread * math.sqrt(2) * torch.erfinv((2 * rank + 1) / len(rank) - 1)
+        order = per_parameter.argsort(stable=True).argsort(stable=True)
+        score = spread * math.sqrt(2) * torch.erfinv((2 * order + 1) / len(order) - 1)
         for g, s in zip(groups, score.split([masked.groups[g] for g in groups])):
             masked.by_group(masked.log_alpha)[g].copy_(s)
 
@@ -458,13 +458,13 @@ class Sparsity:
         m, goal = self.masked, self.goal
         for i, (groups, t) in enumerate(zip(goal.together(), self.targets())):
 
-            def share():
+            def measure():
                 if goal.shape:
                     return keep_prob(m.by_group(m.log_alpha)[groups[0]]).mean()
                 return goal.measure()[i]
 
             if groups:
-                project(m, groups, share, t)
+                project(m, groups, measure, t)
 
     @torch.no_grad()
     def before_step(self, ok: Tensor):  # Is this step's gradient finite?
