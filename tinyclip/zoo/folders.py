@@ -9,7 +9,6 @@ __all__ = ['CONFIG', 'WEIGHTS', 'KEEP', 'BPE', 'TOKENIZER_KEYS', 'Loaded', 'repl
 # %% ../../nbs/zoo/04_folders.ipynb #326d8ef7
 import contextlib
 import functools
-import json
 import os
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors.torch import save_file
 from torch import nn
 
-from ..core import TinyclipError, write_json
+from ..core import TinyclipError, read_json, write_json
 from ..data.transforms import transforms
 from ..keep import Keep
 from ..towers.architecture import architecture
@@ -231,11 +230,8 @@ def read_config(
             f'{str(folder)!r} holds no model: {CONFIG} is missing. A model folder is what '
             'tinyclip.zoo.save or open_clip writes.'
         )
-    try:
-        cfg = json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e:
-        raise TinyclipError(f'{str(path)!r} is not valid JSON ({e}); save the model again.') from e
-    part = cfg.get('model_cfg') if isinstance(cfg, dict) else None
+    cfg = read_json(path, 'save the model again')
+    part = cfg.get('model_cfg')
     missing = [
         k
         for k, kind in (('embed_dim', int), ('vision_cfg', dict), ('text_cfg', dict))

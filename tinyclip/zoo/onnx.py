@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core import Table, TinyclipError, evaluating, unknown, write_json
+from ..core import Table, TinyclipError, evaluating, read_json, unknown, write_json
 from ..evaluate.cost import image_size
 from ..evaluate.zeroshot import finite, retrieval, zero_shot
 from .folders import preprocess_cfg, replacing
@@ -470,17 +470,10 @@ def read_onnx_config(
             f'{str(folder)!r} holds no finished export: {ONNX_CONFIG} is missing. Export '
             'again with tinyclip.zoo.onnx.to_onnx.'
         )
-    try:
-        c = json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e:
-        raise TinyclipError(f'{str(path)!r} is not valid JSON ({e}); export again.') from e
+    c = read_json(path, 'export again')
     kinds = dict(image=dict, text=dict, logit_scale=float, files=dict)
     lacking = next(
-        (
-            k
-            for k, kind in kinds.items()
-            if not isinstance(c, dict) or not isinstance(c.get(k), kind)
-        ),
+        (k for k, kind in kinds.items() if not isinstance(c.get(k), kind)),
         None,
     )
     lacking = lacking or next(

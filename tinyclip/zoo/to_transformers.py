@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tinyclip
-from ..core import TinyclipError, unknown
+from ..core import TinyclipError, check_choice
 from ..towers.architecture import architecture
 from .folders import preprocess_cfg, replacing
 from .vocabulary import tokenizer_of, vocab_and_merges
@@ -414,8 +414,7 @@ def to_transformers(
     | None = None,
 ) -> dict:  # `folder`, `form`, `why` not a CLIPModel, `parameters` of the model, `stored` in the folder (the rest is padding), `snippet`
     "Write a folder that transformers loads, all or nothing"
-    if form not in FORMS:
-        raise unknown('form', form, FORMS)
+    check_choice('form', form, FORMS)
     d, both = describe(model), processor(model)
     why = obstacle(d)
     if form == 'clip' and why:
