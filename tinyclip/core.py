@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'TinyclipError', 'unknown', 'check_choice', 'check_range', 'check_positive', 'rank_and_world_size',
            'seed_everything', 'pick_device', 'native_bf16', 'resolve_precision', 'autocast', 'evaluating',
-           'scalars_on_device', 'human', 'Table', 'atomic_path', 'write_json', 'read_json', 'lazy_names',
+           'scalars_on_device', 'human', 'Table', 'atomic_path', 'write_json', 'read_json', 'lazy_names', 'names_in',
            'when_imported', 'environment', 'record_run']
 
 # %% ../nbs/00_core.ipynb #a195d469
+import ast
 import contextlib
 import difflib
 import importlib.abc
@@ -341,6 +342,28 @@ def lazy_names(
         return sorted({*vars(sys.modules[package]), *homes})
 
     return get, names
+
+# %% ../nbs/00_core.ipynb #510d28e1
+def names_in(
+    module: str,  # A module of the package, e.g. `'losses.mimicking'`
+    table: str,  # A dict or tuple that it defines, with its names written out, e.g. `'LOSSES'`
+) -> list:  # The keys of the dict, the items of the tuple
+    "Names in a table of a module that is not imported for it"
+    if loaded := sys.modules.get(f'tinyclip.{module}'):
+        return list(getattr(loaded, table))  # with what was added since
+    package = Path(sys.modules['tinyclip'].__file__).parent
+    path = package.joinpath(*module.split('.')).with_suffix('.py')
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    values = {
+        ast.unparse(target): o.value
+        for o in tree.body
+        if isinstance(o, ast.Assign)
+        for target in o.targets
+    }
+    value = values[table]
+    if isinstance(value, ast.Call):
+        return [k.arg for k in value.keywords]
+    return list(map(ast.literal_eval, value.keys if isinstance(value, ast.Dict) else value.elts))
 
 # %% ../nbs/00_core.ipynb #dcded756
 class _Loader(importlib.abc.Loader):

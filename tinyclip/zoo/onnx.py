@@ -454,6 +454,7 @@ def to_onnx(
                     )
                 )
         config['tokenizer'] = save_tokenizer(model, tokenizer, tmp)
+        config['tokenizer_cfg'] = getattr(model, 'tokenizer_cfg', {})
         config['files'] = {p.name: p.stat().st_size for p in sorted(tmp.glob('*.onnx*'))}
         config['parity'] = {r['file']: {k: r[k] for k in ('difference', 'cosine')} for r in rows}
         write_json(tmp / ONNX_CONFIG, config)
