@@ -252,8 +252,7 @@ def printable(rows) -> Table:
 
 
 def run_eval(args) -> dict:
-    """Accuracy of one model or several: zero-shot, retrieval, a linear probe, agreement with a
-    teacher"""
+    "`tinyclip eval`"
     check_eval(args)
     teacher = answers_to(open_model(args.teacher, args.device), args) if args.teacher else None
     rows, layers = [], {}
@@ -280,7 +279,7 @@ def run_eval(args) -> dict:
 
 
 def run_measure(args) -> dict:
-    "What models cost: parameters, MACs, speed, memory"
+    "`tinyclip measure`"
     models = {n: load(n, pick_device(args.device)).model for n in args.model}
     if not args.json:
         print(compare(models, args.batch_size, args.precision, args.reference))

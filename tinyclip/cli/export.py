@@ -23,7 +23,7 @@ from ..zoo.vocabulary import coverage, shorten
 
 # %% ../../nbs/cli/03_export.ipynb #8266927f
 def run_zoo(args) -> dict:
-    "The released models, as published; with names: download them"
+    "`tinyclip zoo`"
     files = {n: str(fetch(n, progress=not args.json)) for n in args.model}
     if not args.json:
         print(Table(dict(model=n, file=f) for n, f in files.items()) if files else published())

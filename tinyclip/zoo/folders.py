@@ -49,7 +49,7 @@ def replacing(
     # Names that an older model of this kind may have there: they go, all others stay. Nothing is
     # loaded without the first
     files,
-):  # Yields an empty folder on the same disk; what is put there is in `folder` in the end, or nowhere
+):  # Yields an empty folder on the same disk; its files move to `folder` in the end, or nowhere
     "Fill a folder so that it never holds half a model"
     folder = Path(folder)
     file = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
@@ -85,7 +85,7 @@ def replacing(
 def preprocess_cfg(
     model: nn.Module,  # A CLIP
 ) -> dict:  # Size, mean, std, interpolation and resize mode
-    "How a model's images are prepared; CLIP's own constants where the model does not say"
+    "Preprocessing configuration of a model; CLIP's own constants where it has none"
     cfg = vars(PreprocessCfg()).copy()
     for attr, key in (('image_mean', 'mean'), ('image_std', 'std')):
         if getattr(model.visual, attr, None) is not None:
@@ -247,7 +247,7 @@ def read_config(
 def weights_file(
     folder: Path,  # A model folder
 ) -> Path:
-    "Where the weights of a folder are: as safetensors, or as a torch file"
+    "Path of the weights in a model folder: a safetensors or a torch file"
     path = next(
         (f for f in (folder / WEIGHTS, folder / 'open_clip_pytorch_model.bin') if f.is_file()), None
     )

@@ -187,13 +187,14 @@ def _onnx_tokenizer(model, folder):
     "The tokenizer of an export: CLIP's, a shortened one, or one of Hugging Face"
     from open_clip.tokenizer import HFTokenizer
 
-    from tinyclip.zoo.folders import clip_tokenizer
-    from tinyclip.zoo.vocabulary import read_merges
+    from tinyclip.zoo.folders import whole_tokenizer
+    from tinyclip.zoo.vocabulary import ShortTokenizer, read_merges
 
-    if (folder / 'bpe.txt.gz').is_file():
-        model.merges = read_merges(folder / 'bpe.txt.gz')
-    if model.config.get('tokenizer') != 'huggingface':
-        return clip_tokenizer(model)
+    kind, context = model.config.get('tokenizer'), model.context_length
+    if kind is None:
+        return whole_tokenizer(context)
+    if kind != 'huggingface':
+        return ShortTokenizer(read_merges(folder / 'bpe.txt.gz'), context)
     own = model.config.get('tokenizer_cfg', {})
     if 'trust_remote_code' in str(own):
         raise TinyclipError(
@@ -201,7 +202,7 @@ def _onnx_tokenizer(model, folder):
             '(trust_remote_code); it is not loaded.'
         )
     options = dict(own.get('tokenizer_kwargs') or {}, tokenizer_mode=own.get('tokenizer_mode'))
-    return HFTokenizer(str(folder), context_length=model.context_length, **options)
+    return HFTokenizer(str(folder), context_length=context, **options)
 
 # %% ../../nbs/zoo/10_formats.ipynb #63692755
 FORMATS = dict(open_clip=OpenClip(), transformers=Transformers(), onnx=Onnx())

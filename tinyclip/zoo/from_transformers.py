@@ -9,6 +9,7 @@ __all__ = ['COMMON', 'RULES', 'DEFAULTS', 'check', 'clip_description', 'read_des
 # %% ../../nbs/zoo/07_from_transformers.ipynb #2a7fe011
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -129,59 +130,56 @@ DEFAULTS = dict(
 )  # of transformers' CLIPConfig: a config.json may leave them out
 
 
+def _tower_description(cfg, kind, source) -> tuple:  # (configuration, description)
+    "Description of a tower of a CLIPModel, checked"
+    given = next(
+        (g for g in (cfg.get(f'{kind}_config_dict'), cfg.get(f'{kind}_config')) if g is not None),
+        {},
+    )  # the first is how old versions wrote it
+    if not isinstance(given, dict):
+        raise TinyclipError(f'{source}: {kind}_config is no JSON object.')
+    c = DEFAULTS[kind] | given
+    sizes = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads') + (
+        ('vocab_size', 'eos_token_id') if kind == 'text' else ()
+    )
+    bad = next(
+        (
+            k
+            for k in sizes
+            if not _number(c[k]) or c[k] > MOST['layers' if k == 'num_hidden_layers' else 'number']
+        ),
+        None,
+    )
+    if bad:
+        raise TinyclipError(
+            f'{source}: {bad} = {str(c[bad])[:40]} of the {kind} tower is nothing that '
+            'can be built here.'
+        )
+    if c['hidden_size'] % c['num_attention_heads']:
+        raise TinyclipError(
+            f"{source}: {c['num_attention_heads']} heads do not divide the width "
+            f"{c['hidden_size']} of the {kind} tower."
+        )
+    n = c['num_hidden_layers']
+    t = dict(
+        width=c['hidden_size'],
+        head_dim=c['hidden_size'] // c['num_attention_heads'],
+        heads=[c['num_attention_heads']] * n,
+        ffn=[c['intermediate_size']] * n,
+        act=c['hidden_act'],
+        eps=c['layer_norm_eps'],
+        layer_scale=False,
+    )
+    return c, t
+
+
 def clip_description(
     cfg: dict,  # A `config.json` of a CLIPModel
     source: str,  # For the error
 ) -> dict:  # As from `describe`
-    "What a CLIPModel is made of"
-
-    def tower(kind):
-        given = next(
-            (
-                g
-                for g in (cfg.get(f'{kind}_config_dict'), cfg.get(f'{kind}_config'))
-                if g is not None
-            ),
-            {},
-        )  # the first is how old versions wrote it
-        if not isinstance(given, dict):
-            raise TinyclipError(f'{source}: {kind}_config is no JSON object.')
-        c = DEFAULTS[kind] | given
-        sizes = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads') + (
-            ('vocab_size', 'eos_token_id') if kind == 'text' else ()
-        )
-        odd = next(
-            (
-                k
-                for k in sizes
-                if not _number(c[k])
-                or c[k] > MOST['layers' if k == 'num_hidden_layers' else 'number']
-            ),
-            None,
-        )
-        if odd:
-            raise TinyclipError(
-                f'{source}: {odd} = {str(c[odd])[:40]} of the {kind} tower is nothing that '
-                'can be built here.'
-            )
-        if c['hidden_size'] % c['num_attention_heads']:
-            raise TinyclipError(
-                f"{source}: {c['num_attention_heads']} heads do not divide the width "
-                f"{c['hidden_size']} of the {kind} tower."
-            )
-        n = c['num_hidden_layers']
-        t = dict(
-            width=c['hidden_size'],
-            head_dim=c['hidden_size'] // c['num_attention_heads'],
-            heads=[c['num_attention_heads']] * n,
-            ffn=[c['intermediate_size']] * n,
-            act=c['hidden_act'],
-            eps=c['layer_norm_eps'],
-            layer_scale=False,
-        )
-        return c, t
-
-    (v, vision), (t, text) = tower('vision'), tower('text')
+    "Description of a CLIPModel, from its configuration"
+    v, vision = _tower_description(cfg, 'vision', source)
+    t, text = _tower_description(cfg, 'text', source)
 
     def square(s):
         return [s, s] if isinstance(s, int) else s
@@ -207,7 +205,7 @@ def clip_description(
 def read_description(
     folder: Path,  # A folder of transformers
 ) -> tuple:  # (form, as from `describe`)
-    "What model a folder holds"
+    "Form and description of the model in a folder"
     path = folder / 'config.json'
     if not path.is_file():
         raise TinyclipError(
@@ -228,7 +226,7 @@ def read_description(
 def model_cfg(
     d: dict,  # As from `describe`
 ) -> dict:  # open_clip's, with `tinyclip_cfg` where layers are unequal
-    "The same description in open_clip's words"
+    "Configuration of open_clip for a description"
 
     def one(s):
         return s[0] if s[0] == s[1] else s
@@ -266,6 +264,30 @@ def model_cfg(
     )
 
 # %% ../../nbs/zoo/07_from_transformers.ipynb #19208df8
+def _take(state, name, dims, source):
+    "A tensor out of the weights, with so many dimensions"
+    t = state.pop(name, None)
+    if t is None or t.ndim != dims:
+        raise TinyclipError(
+            f'The weights in {source} do not fit its configuration: {name} '
+            + ('is missing.' if t is None else f'has the shape {tuple(t.shape)}.')
+        )
+    return t
+
+
+def _dimensions(own, name) -> int:
+    "Number of dimensions of a parameter outside the blocks"
+    if own == 'logit_scale':
+        return 0
+    if own in TURNED:
+        return 2
+    if name.endswith('.bias') or '.ln_' in own or own[:3] == 'ln_':
+        return 1
+    if own.endswith('class_embedding'):
+        return 1
+    return 4 if 'conv1' in own else 2
+
+
 def unpack(
     state: dict,  # Names of a CLIPModel
     d: dict,  # From `clip_description`
@@ -277,30 +299,9 @@ def unpack(
         k: v for k, v in state.items() if not k.endswith('.position_ids')
     }  # a constant that old files hold
 
-    def take(name, dims):
-        t = state.pop(name, None)
-        if t is None or t.ndim != dims:
-            raise TinyclipError(
-                f'The weights in {source} do not fit its configuration: {name} '
-                + ('is missing.' if t is None else f'has the shape {tuple(t.shape)}.')
-            )
-        return t
-
-    new = {
-        a: take(b, 2).T.contiguous()
-        if a in TURNED
-        else take(
-            b,
-            0
-            if a == 'logit_scale'
-            else 1
-            if b.endswith('.bias') or '.ln_' in a or a[:3] == 'ln_' or a.endswith('class_embedding')
-            else 4
-            if 'conv1' in a
-            else 2,
-        )
-        for a, b in TOP.items()
-    }
+    take = partial(_take, state, source=source)
+    new = {a: take(b, _dimensions(a, b)) for a, b in TOP.items()}
+    new |= {a: new[a].T.contiguous() for a in TURNED}
     for tower, (here, there) in BLOCKS.items():
         for i in range(len(d[tower]['heads'])):
             p, q = f'{here}.{i}.', f'{there}.{i}.'
@@ -331,11 +332,27 @@ def unpack(
     return new
 
 # %% ../../nbs/zoo/07_from_transformers.ipynb #93b51676
+def _box(v):
+    "Height and width, however a configuration gives them"
+    if isinstance(v, dict):
+        v = v['shortest_edge'] if v.get('shortest_edge') else [v.get('height'), v.get('width')]
+    return v if v is None or isinstance(v, list) else [v, v]
+
+
+def _triple(v) -> bool:
+    "Whether a value is a number for each colour"
+    return (
+        isinstance(v, list)
+        and len(v) == 3
+        and all(type(x) in (int, float) and abs(x) < 1e6 for x in v)
+    )
+
+
 def read_images(
     folder: Path,  # A folder of transformers
     size: list,  # Height and width that the model takes
 ) -> dict:  # A `preprocess_cfg`
-    "How the folder wants images to be prepared; CLIP's own way where it does not say"
+    "Preprocessing configuration of a folder; CLIP's own where it has none"
     path = next(
         (
             p
@@ -349,44 +366,32 @@ def read_images(
         cfg.get('image_processor', cfg) if isinstance(cfg.get('image_processor', cfg), dict) else {}
     )
 
-    def box(v):
-        if isinstance(v, dict):
-            v = v['shortest_edge'] if v.get('shortest_edge') else [v.get('height'), v.get('width')]
-        return v if v is None or isinstance(v, list) else [v, v]
-
     to = cfg.get('size', 224) if path else list(size)
     crop = cfg.get('crop_size')
     cuts = cfg.get('do_center_crop', True)
     squash = isinstance(to, dict) and not to.get('shortest_edge')
     fine = dict(
-        size=box(to) == list(size),
-        crop_size=crop is None or cuts is False or box(crop) == list(size),
+        size=_box(to) == list(size),
+        crop_size=crop is None or cuts is False or _box(crop) == list(size),
         do_center_crop=cuts is True or squash and cuts is False,
         resample=cfg.get('resample', 3) in (2, 3),
         rescale_factor=abs(f * 255 - 1) < 1e-6
         if isinstance(f := cfg.get('rescale_factor', 1 / 255), float)
         else False,
     )
-    odd = [k for k, ok in fine.items() if not ok] + [
+    bad = [k for k, ok in fine.items() if not ok] + [
         k for k in ('do_resize', 'do_rescale', 'do_normalize') if cfg.get(k, True) is not True
     ]
 
-    def triple(v):
-        return (
-            isinstance(v, list)
-            and len(v) == 3
-            and all(type(x) in (int, float) and abs(x) < 1e6 for x in v)
-        )
-
-    odd += [
+    bad += [
         k
         for k in ('image_mean', 'image_std')
-        if k in cfg and not (triple(cfg[k]) and (k == 'image_mean' or min(cfg[k]) > 0))
+        if k in cfg and not (_triple(cfg[k]) and (k == 'image_mean' or min(cfg[k]) > 0))
     ]
-    if odd:
+    if bad:
         raise TinyclipError(
-            f'{str(path)!r}: open_clip cannot prepare images with {odd[0]} = '
-            f'{str(cfg.get(odd[0]))[:60]} for a model that takes {size[0]}x{size[1]}; change '
+            f'{str(path)!r}: open_clip cannot prepare images with {bad[0]} = '
+            f'{str(cfg.get(bad[0]))[:60]} for a model that takes {size[0]}x{size[1]}; change '
             'it there if the model allows.'
         )
     pre = dict(
@@ -400,7 +405,7 @@ def read_merges_of(
     folder: Path,  # A folder of transformers
     vocab_size: int,  # Rows of the model's token table
 ) -> tuple | None:  # Merges of a shortened vocabulary; None for CLIP's own
-    "Which tokens a model has"
+    "Merges of a folder's tokenizer"
     if (path := folder / 'tokenizer.json').is_file():
         held = read_json(path).get('model')
         vocab, merges = (

@@ -45,7 +45,7 @@ def need(
 
 @contextlib.contextmanager
 def quiet():
-    "What others warn and log stays unheard meanwhile; what they raise is raised"
+    "Silence warnings and logs of other packages; exceptions pass"
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -75,7 +75,7 @@ def check_model(model):
 def float_copy(
     model: nn.Module,  # A CLIP; left in its mode, type and place
 ) -> nn.Module:  # On the CPU, in float32, in eval mode
-    "The model that is exported"
+    "Copy of a model for the export: float32, on the CPU, in eval mode"
     with evaluating(model):
         model.train()  # empties TinyViT's cache of position biases, which may be of another type
         new = copy.deepcopy(model)
@@ -89,7 +89,7 @@ def sample_inputs(
     model: nn.Module,  # A CLIP
     n: int = 3,  # Rows
 ) -> tuple:  # `(n,3,h,w)` noise; `(n,context)` tokens: texts of random length that end as the model expects, then zeros
-    "Something to compare with, where the user gives nothing"
+    "Random images and tokens to compare with, where the user gives none"
     g = torch.Generator().manual_seed(0)
     text = getattr(model, 'text', model)
     pool, eos = (
@@ -225,7 +225,7 @@ def apart(
 ) -> (
     dict
 ):  # `difference`: the largest, as a share of the largest number wanted; `cosine`: of the worst row
-    "How far apart two sets of rows are"
+    "Difference of two sets of rows: the largest, and the smallest cosine"
 
     def norm(a):
         return np.linalg.norm(a, axis=1)
@@ -324,7 +324,7 @@ FILES = (
 
 
 def onnx_config(model, opset) -> dict:
-    "What a program needs besides the files"
+    "Configuration of an export: preprocessing, context length, logit scale"
     image, text = (dict(input=i, output=o) for i, o in IO.values())
     image |= preprocess_cfg(model) | dict(size=list(image_size(model)))
     text |= dict(
@@ -513,7 +513,7 @@ def read_onnx_config(
 
 # %% ../../nbs/zoo/08_onnx.ipynb #aa27e1f2
 class OnnxCLIP(nn.Module):
-    "An export that answers as a CLIP does: `zero_shot`, `retrieval` and `transforms` take it"
+    "CLIP that runs an ONNX export: `zero_shot`, `retrieval` and `transforms` take it"
 
     def __init__(
         self,

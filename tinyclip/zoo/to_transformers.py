@@ -57,7 +57,7 @@ def tower_of(cfg, tower) -> dict:
 def describe(
     model: nn.Module,  # A CLIP or a student
 ) -> dict:  # `vision`, `text`, `projection_dim`
-    "What transformers has to know of a model; a sentence where it cannot hold it"
+    "Description of a model for transformers; refuses what that cannot hold"
     cfg = architecture(model)
     vision, text = cfg['vision_cfg'], cfg['text_cfg']
     if not isinstance(model.visual, VisionTransformer):
@@ -126,7 +126,7 @@ def fit(
 def obstacle(
     d: dict,  # From `describe`
 ) -> str:  # Empty if it can
-    "Why a model cannot be a CLIPModel"
+    "Reason why a model cannot be a CLIPModel"
     v, t = d['vision'], d['text']
     if v['pool'] != 'tok':
         return 'the image tower pools by average'
@@ -260,7 +260,7 @@ def transformers_or_why():
 def image_processor_cfg(
     model: nn.Module,  # A CLIP
 ) -> dict:  # Arguments of `CLIPImageProcessor`
-    "How images are prepared, in transformers' words"
+    "Configuration of transformers' image processor"
     pre = preprocess_cfg(model)
     size = pre['size'] if isinstance(pre['size'], (tuple, list)) else (pre['size'],) * 2
     mode = pre['resize_mode']
@@ -392,7 +392,7 @@ def snippet(
     form: str,  # `'clip'` or `'slim'`
     folder='FOLDER',  # Where the model is
 ) -> str:  # Python
-    "How to use an export"
+    "Code that uses an export"
     kind, own = ('CLIPModel', '') if form == 'clip' else ('AutoModel', ', trust_remote_code=True')
     return f"""from PIL import Image
 from transformers import {kind}, CLIPProcessor
