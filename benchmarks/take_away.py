@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 
-from tinyclip.cli.export import size_of, texts_in
+from tinyclip.cli.export import texts_in
 from tinyclip.core import Table, record_run
 from tinyclip.data.pairs import labelled
 from tinyclip.evaluate import class_embeddings, prompts
 from tinyclip.evaluate.cost import speeds
 from tinyclip.zoo import load, save
+from tinyclip.zoo.formats import FORMATS
 from tinyclip.zoo.onnx import OnnxCLIP, to_onnx
 from tinyclip.zoo.to_transformers import to_transformers
 from tinyclip.zoo.vocabulary import shorten
@@ -31,7 +32,8 @@ def forms(student, words, folder):
     "name -> (the model as its reader loads it, bytes of its weights)"
 
     def sized(model, sub, form):
-        return (model, size_of(folder / sub, form))
+        f = next(f for f in FORMATS.values() if form in f.files)
+        return model, f.size(folder / sub, form)
 
     def again(sub):
         return load(folder / sub).model

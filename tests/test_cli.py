@@ -5,12 +5,100 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tinyclip.cli.main import main
+from tinyclip.cli.options import COMMANDS
+from tinyclip.inheritance import build
+from tinyclip.towers.architecture import architecture
+from tinyclip.zoo.folders import finish
+from tinyclip.zoo.formats import FORMATS, Format
+
+HELP = """import sys
+from tinyclip.cli.main import main
+for argv in ([], *([c] for c in sys.argv[1:])):
+    try: main([*argv, '--help'])
+    except SystemExit as e: assert e.code == 0
+heavy = 'torch', 'numpy', 'open_clip', 'transformers', 'plotly', 'accelerate', 'PIL'
+print([n for n in heavy if n in sys.modules])"""
+
+
+def test_help_imports_nothing_heavy():
+    r = subprocess.run([sys.executable, '-c', HELP, *COMMANDS], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    assert r.stdout.splitlines()[-1] == '[]'
+    assert r.stdout.count('usage: tinyclip') == 1 + len(COMMANDS)
+
+
+NAMES = """import importlib, sys
+import tinyclip.core as core
+found, read = [], core.names_in
+core.names_in = lambda *where: found.append((where, read(*where))) or found[-1][1]
+from tinyclip.cli.options import parser
+parser()
+assert 'torch' not in sys.modules
+for (module, table), names in found:
+    assert names == list(getattr(importlib.import_module(f'tinyclip.{module}'), table)), table
+print(*sorted({table for (_, table), _ in found}))"""
+
+
+def test_choices_are_those_of_the_tables():
+    "They are read from the source; once the modules are imported, they are the same"
+    r = subprocess.run([sys.executable, '-c', NAMES], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    tables = 'CHOOSERS DTYPES FORMS KEPT LOSSES SETS TEMPLATES'
+    assert r.stdout.strip() == tables
+
+
+class StateDict(Format):
+    "A format that is nowhere else"
+
+    files = {'state dict': ('clip.pt',)}
+    options = dict(note=dict(help='kept in the file'))
+    marker = 'clip.pt'
+
+    def write(self, loaded, folder, note=None):
+        Path(folder).mkdir()
+        held = dict(cfg=architecture(loaded.model), state=loaded.model.state_dict(), note=note)
+        torch.save(held, Path(folder) / 'clip.pt')
+        return dict(note=note)
+
+    def open(self, folder, form='state dict', device='cpu'):
+        held = torch.load(Path(folder) / 'clip.pt', weights_only=True)
+        model = build(held['cfg'])
+        model.load_state_dict(held['state'])
+        return finish(model.to(device).eval(), held['cfg'], {})
+
+    def summary(self, report):
+        return [f'Note: {report["note"]}']
+
+
+def test_a_format_is_one_object_and_one_entry(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(FORMATS, 'state_dict', StateDict())
+    out = tmp_path / 'out'
+    export = ['export', 'shapes-teacher', '--out', str(out), '--note', 'mine']
+    assert main([*export, '--to', 'onnx']) == 2
+    assert '--note belongs to --to state_dict' in capsys.readouterr().err
+    assert main([*export, '--to', 'state_dict', '--int8']) == 2 and not out.exists()
+    assert '--int8 belongs to --to onnx' in capsys.readouterr().err
+    assert main([*export, '--to', 'state_dict']) == 0
+    assert 'Note: mine' in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(['export', '--help'])
+    assert 'with --to state_dict: kept in the file' in ' '.join(capsys.readouterr().out.split())
+    again = tmp_path / 'again'
+    assert main([*export[:3], str(again), '--to', 'state_dict', '--json']) == 0
+    found = json.loads(capsys.readouterr().out)
+    torch_row, row = found['rows']
+    assert torch_row['form'] == 'torch' and row['form'] == 'state dict' and found['note'] is None
+    assert row['difference'] == 0 and row['MB'] == (again / 'clip.pt').stat().st_size / 1e6
+    assert main(['eval', str(out), 'shapes-teacher', '--data', 'shapes', '--json']) == 0
+    own, first = json.loads(capsys.readouterr().out)['rows']
+    assert own.pop('model') == str(out) and first.pop('model') and own == first
 
 
 def test_json_goes_to_standard_output_alone():

@@ -693,7 +693,7 @@ def test_a_killed_download_goes_on(server, tmp_path, monkeypatch):
     server.handler.pause = 0
     monkeypatch.setenv('TINYCLIP_CACHE', str(cache))
     monkeypatch.setattr(
-        'tinyclip.released.released',
+        'tinyclip.zoo.released.released',
         lambda: {name: {**released()[name], 'url': f'{server.url}/{name}.pt'}},
     )
     model = zoo.load(name).model
@@ -761,7 +761,7 @@ def test_a_damaged_download_says_so(server, tmp_path, monkeypatch):
     (server.root / 'x.pt').write_bytes(b'<html>Sign in</html>' * 100)
     monkeypatch.setenv('TINYCLIP_CACHE', str(tmp_path / 'cache'))
     monkeypatch.setattr(
-        'tinyclip.released.released',
+        'tinyclip.zoo.released.released',
         lambda: {name: {**released()[name], 'url': f'{server.url}/x.pt'}},
     )
     with pytest.raises(TinyclipError, match='Delete .* to have it downloaded again'):

@@ -20,8 +20,6 @@ from ..inheritance import inherit, reinitialized
 from ..keep import keep_for_size
 from .report import readable, write_report
 from ..stages import SHORT, Stage, Stages
-from ..towers import token_table
-from ..towers.architecture import build
 from ..train.events import read_events
 from ..zoo.folders import WEIGHTS, save
 from ..zoo.loading import EMBEDDED, load

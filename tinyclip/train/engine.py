@@ -170,7 +170,8 @@ def prepare_teacher(
 ) -> nn.Module:  # In eval mode; a copy where the precision is another
     "A teacher where and as it answers fastest"
     dtype = PRECISIONS.get(accelerator.mixed_precision)
-    t = (half_precision_copy(teacher, dtype) if dtype else teacher).to(accelerator.device).eval()
+    copy = half_precision_copy(teacher, getattr(torch, dtype)) if dtype else teacher
+    t = copy.to(accelerator.device).eval()
     if convolutional(t):
         channels_last(t)
     return compiled(t, compile) if compile else t

@@ -9,7 +9,6 @@ __all__ = ['CONFIG', 'WEIGHTS', 'KEEP', 'BPE', 'TOKENIZER_KEYS', 'Loaded', 'repl
 # %% ../../nbs/zoo/04_folders.ipynb #326d8ef7
 import contextlib
 import functools
-import json
 import os
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors.torch import save_file
 from torch import nn
 
-from ..core import TinyclipError, write_json
+from ..core import TinyclipError, read_json, write_json
 from ..data.transforms import transforms
 from ..keep import Keep
 from ..towers.architecture import architecture
@@ -50,7 +49,7 @@ def replacing(
     # Names that an older model of this kind may have there: they go, all others stay. Nothing is
     # loaded without the first
     files,
-):  # Yields an empty folder on the same disk; what is put there is in `folder` in the end, or nowhere
+):  # Yields an empty folder on the same disk; its files move to `folder` in the end, or nowhere
     "Fill a folder so that it never holds half a model"
     folder = Path(folder)
     file = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
@@ -86,7 +85,7 @@ def replacing(
 def preprocess_cfg(
     model: nn.Module,  # A CLIP
 ) -> dict:  # Size, mean, std, interpolation and resize mode
-    "How a model's images are prepared; CLIP's own constants where the model does not say"
+    "Preprocessing configuration of a model; CLIP's own constants where it has none"
     cfg = vars(PreprocessCfg()).copy()
     for attr, key in (('image_mean', 'mean'), ('image_std', 'std')):
         if getattr(model.visual, attr, None) is not None:
@@ -231,11 +230,8 @@ def read_config(
             f'{str(folder)!r} holds no model: {CONFIG} is missing. A model folder is what '
             'tinyclip.zoo.save or open_clip writes.'
         )
-    try:
-        cfg = json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e:
-        raise TinyclipError(f'{str(path)!r} is not valid JSON ({e}); save the model again.') from e
-    part = cfg.get('model_cfg') if isinstance(cfg, dict) else None
+    cfg = read_json(path, 'save the model again')
+    part = cfg.get('model_cfg')
     missing = [
         k
         for k, kind in (('embed_dim', int), ('vision_cfg', dict), ('text_cfg', dict))
@@ -251,7 +247,7 @@ def read_config(
 def weights_file(
     folder: Path,  # A model folder
 ) -> Path:
-    "Where the weights of a folder are: as safetensors, or as a torch file"
+    "Path of the weights in a model folder: a safetensors or a torch file"
     path = next(
         (f for f in (folder / WEIGHTS, folder / 'open_clip_pytorch_model.bin') if f.is_file()), None
     )

@@ -12,7 +12,7 @@ import open_clip
 import torch
 
 import tinyclip
-from ..core import TinyclipError, unknown
+from ..core import TinyclipError, check_choice, unknown
 from .folders import CONFIG, Loaded, finish, load_folder, save
 from .from_transformers import from_transformers
 from .released import adopt, load_released, released
@@ -74,8 +74,7 @@ def load_named(
         )
     if tag not in tags and Path(tag).is_file():
         return load_file(tag, arch)
-    if tag not in tags:
-        raise unknown(f'weights for {arch}', tag, tags, show=40)
+    check_choice(f'weights for {arch}', tag, tags, show=40)
     try:
         model = open_clip.create_model(arch, pretrained=tag)
     except (RuntimeError, OSError) as e:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core import Table, TinyclipError, evaluating, unknown, write_json
+from ..core import Table, TinyclipError, evaluating, read_json, unknown, write_json
 from ..evaluate.cost import image_size
 from ..evaluate.zeroshot import check_finite, retrieval, zero_shot
 from .folders import preprocess_cfg, replacing
@@ -45,7 +45,7 @@ def need(
 
 @contextlib.contextmanager
 def quiet():
-    "What others warn and log stays unheard meanwhile; what they raise is raised"
+    "Silence warnings and logs of other packages; exceptions pass"
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -75,7 +75,7 @@ def check_model(model):
 def float_copy(
     model: nn.Module,  # A CLIP; left in its mode, type and place
 ) -> nn.Module:  # On the CPU, in float32, in eval mode
-    "The model that is exported"
+    "Copy of a model for the export: float32, on the CPU, in eval mode"
     with evaluating(model):
         model.train()  # empties TinyViT's cache of position biases, which may be of another type
         new = copy.deepcopy(model)
@@ -89,7 +89,7 @@ def sample_inputs(
     model: nn.Module,  # A CLIP
     n: int = 3,  # Rows
 ) -> tuple:  # `(n,3,h,w)` noise; `(n,context)` tokens: texts of random length that end as the model expects, then zeros
-    "Something to compare with, where the user gives nothing"
+    "Random images and tokens to compare with, where the user gives none"
     g = torch.Generator().manual_seed(0)
     text = getattr(model, 'text', model)
     pool, eos = (
@@ -225,7 +225,7 @@ def apart(
 ) -> (
     dict
 ):  # `difference`: the largest, as a share of the largest number wanted; `cosine`: of the worst row
-    "How far apart two sets of rows are"
+    "Difference of two sets of rows: the largest, and the smallest cosine"
 
     def norm(a):
         return np.linalg.norm(a, axis=1)
@@ -324,7 +324,7 @@ FILES = (
 
 
 def onnx_config(model, opset) -> dict:
-    "What a program needs besides the files"
+    "Configuration of an export: preprocessing, context length, logit scale"
     image, text = (dict(input=i, output=o) for i, o in IO.values())
     image |= preprocess_cfg(model) | dict(size=list(image_size(model)))
     text |= dict(
@@ -454,6 +454,7 @@ def to_onnx(
                     )
                 )
         config['tokenizer'] = save_tokenizer(model, tokenizer, tmp)
+        config['tokenizer_cfg'] = getattr(model, 'tokenizer_cfg', {})
         config['files'] = {p.name: p.stat().st_size for p in sorted(tmp.glob('*.onnx*'))}
         config['parity'] = {r['file']: {k: r[k] for k in ('difference', 'cosine')} for r in rows}
         write_json(tmp / ONNX_CONFIG, config)
@@ -470,17 +471,10 @@ def read_onnx_config(
             f'{str(folder)!r} holds no finished export: {ONNX_CONFIG} is missing. Export '
             'again with tinyclip.zoo.onnx.to_onnx.'
         )
-    try:
-        c = json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e:
-        raise TinyclipError(f'{str(path)!r} is not valid JSON ({e}); export again.') from e
+    c = read_json(path, 'export again')
     kinds = dict(image=dict, text=dict, logit_scale=float, files=dict)
     lacking = next(
-        (
-            k
-            for k, kind in kinds.items()
-            if not isinstance(c, dict) or not isinstance(c.get(k), kind)
-        ),
+        (k for k, kind in kinds.items() if not isinstance(c.get(k), kind)),
         None,
     )
     lacking = lacking or next(
@@ -519,7 +513,7 @@ def read_onnx_config(
 
 # %% ../../nbs/zoo/08_onnx.ipynb #aa27e1f2
 class OnnxCLIP(nn.Module):
-    "An export that answers as a CLIP does: `zero_shot`, `retrieval` and `transforms` take it"
+    "CLIP that runs an ONNX export: `zero_shot`, `retrieval` and `transforms` take it"
 
     def __init__(
         self,

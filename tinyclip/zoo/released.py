@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import tinyclip
-from ..core import Table, TinyclipError, unknown
+from ..core import Table, TinyclipError, check_choice
 from ..towers.architecture import cfg_from_state, config
 from .download import cache_folder, download
 from .weights import assemble, plain_names, read_weights, sketch
@@ -75,8 +75,7 @@ def fetch(
     progress: bool = True,  # Show a bar
 ) -> Path:  # The checkpoint's file
     "Download a released checkpoint, once; a part that a broken download left is gone on from"
-    if name not in released():
-        raise unknown('released model', name, released())
+    check_choice('released model', name, released())
     fact = released()[name]
     return download(fact['url'], Path(folder or cache_folder()) / fact['file'], progress=progress)
 

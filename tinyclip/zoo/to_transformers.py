@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tinyclip
-from ..core import TinyclipError, unknown
+from ..core import TinyclipError, check_choice
 from ..towers import VIT, family_of
 from ..towers.architecture import architecture
 from .folders import preprocess_cfg, replacing
@@ -57,7 +57,7 @@ def tower_of(cfg, tower) -> dict:
 def describe(
     model: nn.Module,  # A CLIP or a student
 ) -> dict:  # `vision`, `text`, `projection_dim`
-    "What transformers has to know of a model; a sentence where it cannot hold it"
+    "Description of a model for transformers; refuses what that cannot hold"
     cfg = architecture(model)
     vision, text = cfg['vision_cfg'], cfg['text_cfg']
     if (family := family_of(model, 'image')) is not VIT:
@@ -126,7 +126,7 @@ def fit(
 def obstacle(
     d: dict,  # From `describe`
 ) -> str:  # Empty if it can
-    "Why a model cannot be a CLIPModel"
+    "Reason why a model cannot be a CLIPModel"
     v, t = d['vision'], d['text']
     if v['pool'] != 'tok':
         return 'the image tower pools by average'
@@ -260,7 +260,7 @@ def transformers_or_why():
 def image_processor_cfg(
     model: nn.Module,  # A CLIP
 ) -> dict:  # Arguments of `CLIPImageProcessor`
-    "How images are prepared, in transformers' words"
+    "Configuration of transformers' image processor"
     pre = preprocess_cfg(model)
     size = pre['size'] if isinstance(pre['size'], (tuple, list)) else (pre['size'],) * 2
     mode = pre['resize_mode']
@@ -392,7 +392,7 @@ def snippet(
     form: str,  # `'clip'` or `'slim'`
     folder='FOLDER',  # Where the model is
 ) -> str:  # Python
-    "How to use an export"
+    "Code that uses an export"
     kind, own = ('CLIPModel', '') if form == 'clip' else ('AutoModel', ', trust_remote_code=True')
     return f"""from PIL import Image
 from transformers import {kind}, CLIPProcessor
@@ -414,8 +414,7 @@ def to_transformers(
     | None = None,
 ) -> dict:  # `folder`, `form`, `why` not a CLIPModel, `parameters` of the model, `stored` in the folder (the rest is padding), `snippet`
     "Write a folder that transformers loads, all or nothing"
-    if form not in FORMS:
-        raise unknown('form', form, FORMS)
+    check_choice('form', form, FORMS)
     d, both = describe(model), processor(model)
     why = obstacle(d)
     if form == 'clip' and why:

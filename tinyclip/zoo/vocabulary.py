@@ -268,7 +268,7 @@ def coverage(
     short,  # The short tokenizer
     tokenizer=None,  # The long one; None for CLIP's own
 ) -> dict:  # `same`: share of texts with the same tokens in both; `tokens_before`, `tokens_after`: mean per text, without start and end; `texts`
-    "How much of `texts` a short tokenizer reads as the long one does"
+    "Coverage: share of `texts` with the same tokens in a short and in the long tokenizer"
     full = SimpleTokenizer() if tokenizer is None else tokenizer
     n = 0
     same = 0
@@ -285,7 +285,7 @@ def coverage(
 def table_sizes(
     models: dict,  # name -> CLIP, e.g. before and after
 ) -> Table:  # One row per model; parameters, and the bytes they take
-    "How much of each model is its token table"
+    "Share of the token table in each model's parameters"
 
     def row(name, model):
         p = parameters(model)
