@@ -238,7 +238,7 @@ def test_a_job_without_a_folder_begins_again():
 
 def test_a_fresh_process_shows_what_was_and_goes_on(tmp_path):
     code = (
-        f"import sys; sys.path.insert(0, {str(HERE)!r}); from test_live import *\n"
+        f"import os, sys; sys.path.insert(0, {str(HERE)!r}); from test_live import *\n"
         f"run = Background(masked({str(tmp_path)!r}, listeners=[lambda e: os._exit(3) if "
         "(e['event'], e['step'])==('log', 7) else None], save_every=2), 12); run.start(); "
         "run.wait()"
