@@ -26,8 +26,8 @@ from .towers import TOWERS, Layout, ParamCount, layout
 
 # %% ../nbs/04_masking.ipynb #6e4d63d2
 class Fill(torch.autograd.Function):
-    """`scale*x + sum(x)*fill`, sums over channels, in place where it can be: LayerNorms are many
-    and bound by memory"""
+    """`scale*x + sum(x)*fill`, sums over channels, in place where possible: LayerNorms are many and
+    bound by memory"""
 
     @staticmethod
     def forward(ctx, x, scale, fill):
@@ -82,8 +82,7 @@ class ScaledEmbedding(nn.Embedding):
 
 # %% ../nbs/04_masking.ipynb #bda630e1
 class Recomputed(nn.Module):
-    """A block that gradient checkpointing may recompute: with the weights of the call, not those
-    of the moment"""
+    "A block that gradient checkpointing may recompute, with the weights that it was called with"
 
     def __init__(
         self,
@@ -126,7 +125,7 @@ def mask_groups(
 ) -> (
     dict
 ):  # name -> how many masks; the name is an axis, or e.g. `'image.attention'` with a mask per layer
-    "The groups of masks that a model can have"
+    "The groups of masks of a model"
     kinds = (kinds,) if isinstance(kinds, str) else kinds
     for k in kinds:
         if k not in (*KINDS, *BRANCHES):
@@ -152,7 +151,7 @@ def gate_of(
     axis: str,  # e.g. `'image.layers.3.heads'`
     groups,  # Names of groups
 ):  # e.g. `('image.attention', 3)`, or None where no branch mask rules the axis
-    "The branch mask that an axis stands under"
+    "The branch mask that also multiplies an axis"
     tower, *rest = axis.split('.')
     if len(rest) < 3:
         return None
@@ -181,7 +180,7 @@ def shared_noise(
     n: int,  # How many
     device,  # Where
 ) -> Tensor:  # `(n,)`, uniform in (0, 1), from torch's generator
-    "Noise that is the same in all processes: the first one's"
+    "Uniform noise, the same in all processes"
     u = torch.rand(n, device=device).clamp(1e-6, 1 - 1e-6)
     if rank_and_world_size()[1] > 1:
         dist.broadcast(u, 0)
@@ -211,8 +210,8 @@ def prepare(
     l: Layout,  # Its layout
     axes,  # The masked axes
 ) -> tuple:  # (a copy, {path of a norm: its masked axis})
-    """A copy whose norms, token table and blocks can be told about masks. All of it is trained,
-    also where a teacher was frozen."""
+    """A copy whose norms, token table and blocks take masks. All of it is trained, also where a
+    teacher was frozen."""
     new = copy.deepcopy(clip).requires_grad_(True)
     norms = {p: a for p, a in l.norms.items() if a in axes}
     for path in norms:
@@ -363,7 +362,7 @@ class MaskedCLIP(nn.Module):
         return out
 
     def keep_probs(self) -> dict:  # axis -> `(size,)`, 0..1, differentiable
-        "How likely every head, neuron and channel is open"
+        "Probability that a mask is not zero, per head, neuron and channel"
         return self.by_axis(self.by_group(keep_prob(self.log_alpha.float())))
 
     def open_counts(self) -> Tensor:  # `(len(size.axes),)`, in the order of `self.size.axes`
@@ -382,7 +381,7 @@ class MaskedCLIP(nn.Module):
 
     @torch.no_grad()
     def sparsity(self) -> dict:  # `image`, `text`, and `towers` for both together
-        "Which share of each tower's parameters is closed, expected"
+        "Expected closed share of each tower's parameters"
         n = self.size.whole
         kept = dict(zip(TOWERS, self.shares().tolist()))
         kept['towers'] = sum(kept[t] * n[t] for t in n) / sum(n.values())
@@ -393,7 +392,7 @@ class MaskedCLIP(nn.Module):
         self,
         shift: float = 0.0,  # Added to every log alpha
     ) -> dict:  # group -> how many of its masks are closed
-        "The expected number of closed masks per group; at least one channel stays"
+        "Expected number of closed masks per group; at least one channel stays"
         n = {g: expected_zeros(a) for g, a in self.by_group(self.log_alpha.float() + shift).items()}
         return {g: min(k, self.groups[g] - g.endswith('.width')) for g, k in n.items()}
 
