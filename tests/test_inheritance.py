@@ -7,10 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinyclip.core import TinyclipError
-from tinyclip.inheritance import build, reinitialized, inherit
+from tinyclip.inheritance import inherit, reinitialized
 from tinyclip.keep import Keep, keep_for_config, manual, student_sizes
 from tinyclip.towers import layout
-from tinyclip.towers.architecture import architecture
+from tinyclip.towers.architecture import architecture, build
 
 quick = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)

@@ -15,10 +15,9 @@ from test_inheritance import models, outputs, quick
 
 from tinyclip.core import TinyclipError
 from tinyclip.evaluate.cost import parameters
-from tinyclip.inheritance import build
 from tinyclip.masking import BRANCHES, KINDS, MaskedCLIP
 from tinyclip.sparsity import Goal, Sparsity
-from tinyclip.towers.architecture import architecture, create
+from tinyclip.towers.architecture import architecture, build, create
 from tinyclip.train.events import read_events
 
 

@@ -19,9 +19,10 @@ from tinyclip.evaluate.redundancy import (
     similarity_map,
     without_layer,
 )
-from tinyclip.inheritance import build, inherit
+from tinyclip.inheritance import inherit
 from tinyclip.keep import choose
 from tinyclip.masking import MaskedCLIP
+from tinyclip.towers.architecture import build
 
 EOS = 31
 

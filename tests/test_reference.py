@@ -9,18 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinyclip.inheritance import build, inherit
+from tinyclip.inheritance import inherit
 from tinyclip.losses import affinity_mimicking, contrastive
 from tinyclip.masking import MaskedCLIP
 from tinyclip.masks import (
     LagrangianConstraint,
-    keep_prob,
     eval_masks,
     hard_concrete,
-    released_count,
+    keep_prob,
     soft_values,
     target_share,
 )
+from tinyclip.towers.architecture import build
 from tinyclip.zoo import load, save
 
 
@@ -80,6 +80,17 @@ def test_manual(vectors, case):
 
 
 KINDS = ('hidden', 'heads', 'intermediate')
+
+
+def released_count(width, heads, ffn):
+    """Expected and prunable parameters as the released TinyCLIP code counts them: matrices of the
+    blocks, and biases as if every head owned an equal part of them"""
+    (w,), (layers, h), f = width.shape, heads.shape, ffn.shape[1]
+    head = (4 * w * w + 4 * w) // h
+    return (
+        width.sum() * heads.sum() * head / w + 2 * width.sum() * ffn.sum(),
+        layers * head * h + layers * (2 * w * f + w + f),
+    )
 
 
 @pytest.mark.parametrize('case', range(4))

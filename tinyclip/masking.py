@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'BRANCHES', 'Fill', 'OpenNorm', 'ScaledEmbedding', 'Recomputed', 'mask_groups', 'gate_of', 'masked_weights',
-           'shared_noise', 'MethodModule', 'replace_module', 'prepare', 'MaskedCLIP', 'Scale']
+           'shared_noise', 'MethodModule', 'replace_module', 'prepare', 'MaskVector', 'MaskedCLIP', 'Scale']
 
 # %% ../nbs/04_masking.ipynb #361d2666
 import contextlib
@@ -26,8 +26,8 @@ from .towers import TOWERS, Layout, ParamCount, layout
 
 # %% ../nbs/04_masking.ipynb #6e4d63d2
 class Fill(torch.autograd.Function):
-    """`scale*x + sum(x)*fill`, sums over channels, in place where it can be: LayerNorms are many
-    and bound by memory"""
+    """`scale*x + sum(x)*fill`, sums over channels, in place where possible: LayerNorms are many and
+    bound by memory"""
 
     @staticmethod
     def forward(ctx, x, scale, fill):
@@ -82,8 +82,7 @@ class ScaledEmbedding(nn.Embedding):
 
 # %% ../nbs/04_masking.ipynb #bda630e1
 class Recomputed(nn.Module):
-    """A block that gradient checkpointing may recompute: with the weights of the call, not those
-    of the moment"""
+    "A block that gradient checkpointing may recompute, with the weights that it was called with"
 
     def __init__(
         self,
@@ -126,7 +125,7 @@ def mask_groups(
 ) -> (
     dict
 ):  # name -> how many masks; the name is an axis, or e.g. `'image.attention'` with a mask per layer
-    "The groups of masks that a model can have"
+    "The groups of masks of a model"
     kinds = (kinds,) if isinstance(kinds, str) else kinds
     for k in kinds:
         if k not in (*KINDS, *BRANCHES):
@@ -152,7 +151,7 @@ def gate_of(
     axis: str,  # e.g. `'image.layers.3.heads'`
     groups,  # Names of groups
 ):  # e.g. `('image.attention', 3)`, or None where no branch mask rules the axis
-    "The branch mask that an axis stands under"
+    "The branch mask that also multiplies an axis"
     tower, *rest = axis.split('.')
     if len(rest) < 3:
         return None
@@ -181,7 +180,7 @@ def shared_noise(
     n: int,  # How many
     device,  # Where
 ) -> Tensor:  # `(n,)`, uniform in (0, 1), from torch's generator
-    "Noise that is the same in all processes: the first one's"
+    "Uniform noise, the same in all processes"
     u = torch.rand(n, device=device).clamp(1e-6, 1 - 1e-6)
     if rank_and_world_size()[1] > 1:
         dist.broadcast(u, 0)
@@ -211,8 +210,8 @@ def prepare(
     l: Layout,  # Its layout
     axes,  # The masked axes
 ) -> tuple:  # (a copy, {path of a norm: its masked axis})
-    """A copy whose norms, token table and blocks can be told about masks. All of it is trained,
-    also where a teacher was frozen."""
+    """A copy whose norms, token table and blocks take masks. All of it is trained, also where a
+    teacher was frozen."""
     new = copy.deepcopy(clip).requires_grad_(True)
     norms = {p: a for p, a in l.norms.items() if a in axes}
     for path in norms:
@@ -229,75 +228,27 @@ def prepare(
             m.recompute = bool(own)
     return new, norms
 
-# %% ../nbs/04_masking.ipynb #046b3848
-class MaskedCLIP(nn.Module):
-    "A CLIP with learnable masks (TinyCLIP, section 3.2, automatic inheritance)"
+# %% ../nbs/04_masking.ipynb #9b08833a
+class MaskVector(nn.Module):
+    "All masks of a model as one vector, by group and by axis"
 
     def __init__(
         self,
-        # An open_clip CLIP with a ViT image tower, or a student of one; it is copied
-        clip: nn.Module,
-        # What to mask: `'heads'`, `'ffn'` (neurons), `'width'` (channels); `'attention'`, `'mlp'`
-        # (whole branches)
-        kinds=KINDS,
-        start: float = 3.0,  # Where every log alpha begins: at 3, a mask is open 99 % of the time
-        # Open masks are worth exactly 1, in training and after it; gradients pass straight through
-        hard: bool = False,
-        # Parameters that count as 100 %, see `ParamCount`; None for those of `clip`
-        whole: Mapping | None = None,
+        l: Layout,  # Of the model
+        kinds,  # What to mask, as in `mask_groups`
+        start: float,  # Where every log alpha begins
+        hard: bool,  # Open masks are worth exactly 1
     ):
         super().__init__()
-        self.layout = layout(clip)
-        self.groups = mask_groups(self.layout, kinds)
-        self.size = ParamCount(self.layout, whole)
+        self.layout = l
+        self.groups = mask_groups(l, kinds)
         self.hard = hard
-        self.gates = {a: gate_of(a, self.groups) for a in self.layout.sizes}
-        self.axes = [a for a in self.layout.sizes if a in self.groups or self.gates[a]]
-        self.writers = masked_weights(self.layout, self.axes)
-        self.clip, self.norms = prepare(clip, self.layout, self.axes)
+        self.gates = {a: gate_of(a, self.groups) for a in l.sizes}
+        self.axes = [a for a in l.sizes if a in self.groups or self.gates[a]]
         self.log_alpha = nn.Parameter(torch.full((sum(self.groups.values()),), float(start)))
-        self.probe = nn.Parameter(
-            torch.zeros_like(self.log_alpha)
-        )  # its gradient is that of the masks; its value never matters
+        # its gradient is that of the masks; its value never matters
+        self.probe = nn.Parameter(torch.zeros_like(self.log_alpha))
         self.noise = None  # what masks are drawn from, within `one_draw`
-        self.to(self.clip.logit_scale.device)
-
-    def __getattr__(
-        self, name
-    ):  # what is no mask is the CLIP's: visual, logit_scale, context_length, ...
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == 'clip':
-                raise
-            return getattr(self.clip, name)
-
-    def set_grad_checkpointing(self, enable=True):
-        "Recompute activations in the backward pass instead of keeping them"
-        for m in self.clip.modules():
-            if isinstance(m, Recomputed):
-                m.recompute = enable
-
-    def forward(self, image=None, text=None):
-        return self.run('forward', image, text)
-
-    def encode_image(self, image, normalize=False):
-        return self.run('encode_image', image, normalize=normalize)
-
-    def encode_text(self, text, normalize=False):
-        return self.run('encode_text', text, normalize=normalize)
-
-    def run(self, method, *args, **kwargs):
-        "Call a method of the CLIP with the masks folded into its weights"
-        weights = self.fold(self.draw() if self.training else self.values())
-        if method == 'forward':
-            return functional_call(self.clip, weights, args)
-        return functional_call(
-            MethodModule(self.clip, method),
-            {f'model.{k}': v for k, v in weights.items()},
-            args,
-            kwargs,
-        )
 
     def by_group(
         self,
@@ -340,6 +291,91 @@ class MaskedCLIP(nn.Module):
         finally:
             self.noise = None
 
+    def keep_probs(self) -> dict:  # axis -> `(size,)`, 0..1, differentiable
+        "Probability that a mask is not zero, per head, neuron and channel"
+        return self.by_axis(self.by_group(keep_prob(self.log_alpha.float())))
+
+    @torch.no_grad()
+    def zeros(
+        self,
+        shift: float = 0.0,  # Added to every log alpha
+    ) -> dict:  # group -> how many of its masks are closed
+        "Expected number of closed masks per group; at least one channel stays"
+        n = {g: expected_zeros(a) for g, a in self.by_group(self.log_alpha.float() + shift).items()}
+        return {g: min(k, self.groups[g] - g.endswith('.width')) for g, k in n.items()}
+
+    @torch.no_grad()
+    def values(
+        self,
+        zeros: Mapping
+        | None = None,  # group -> how many to close; the expected number where absent
+    ) -> dict:  # axis -> masks `(size,)`
+        "Masks without noise, as eval mode and the cut use them"
+        zeros = {**self.zeros(), **(zeros or {})}
+        z = {g: eval_masks(a, zeros[g]) for g, a in self.by_group(self.log_alpha.float()).items()}
+        return self.by_axis({g: (m > 0).float() for g, m in z.items()} if self.hard else z)
+
+# %% ../nbs/04_masking.ipynb #046b3848
+class MaskedCLIP(MaskVector):
+    "A CLIP with learnable masks (TinyCLIP, section 3.2, automatic inheritance)"
+
+    def __init__(
+        self,
+        # An open_clip CLIP with a ViT image tower, or a student of one; it is copied
+        clip: nn.Module,
+        # What to mask: `'heads'`, `'ffn'` (neurons), `'width'` (channels); `'attention'`, `'mlp'`
+        # (whole branches)
+        kinds=KINDS,
+        start: float = 3.0,  # Where every log alpha begins: at 3, a mask is open 99 % of the time
+        # Open masks are worth exactly 1, in training and after it; gradients pass straight through
+        hard: bool = False,
+        # Parameters that count as 100 %, see `ParamCount`; None for those of `clip`
+        whole: Mapping | None = None,
+    ):
+        l = layout(clip)
+        super().__init__(l, kinds, start, hard)
+        self.size = ParamCount(l, whole)
+        self.writers = masked_weights(l, self.axes)
+        self.clip, self.norms = prepare(clip, l, self.axes)
+        self.to(self.clip.logit_scale.device)
+
+    def __getattr__(
+        self, name
+    ):  # what is no mask is the CLIP's: visual, logit_scale, context_length, ...
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == 'clip':
+                raise
+            return getattr(self.clip, name)
+
+    def set_grad_checkpointing(self, enable=True):
+        "Recompute activations in the backward pass instead of keeping them"
+        for m in self.clip.modules():
+            if isinstance(m, Recomputed):
+                m.recompute = enable
+
+    def forward(self, image=None, text=None):
+        return self.run('forward', image, text)
+
+    def encode_image(self, image, normalize=False):
+        return self.run('encode_image', image, normalize=normalize)
+
+    def encode_text(self, text, normalize=False):
+        return self.run('encode_text', text, normalize=normalize)
+
+    def run(self, method, *args, **kwargs):
+        "Call a method of the CLIP with the masks folded into its weights"
+        weights = self.fold(self.draw() if self.training else self.values())
+        if method == 'forward':
+            return functional_call(self.clip, weights, args)
+        return functional_call(
+            MethodModule(self.clip, method),
+            {f'model.{k}': v for k, v in weights.items()},
+            args,
+            kwargs,
+        )
+
     def fold(
         self,
         masks: Mapping,  # axis -> `(size,)`
@@ -362,10 +398,6 @@ class MaskedCLIP(nn.Module):
             out[f'{self.layout.table}.scale'] = masks[width]
         return out
 
-    def keep_probs(self) -> dict:  # axis -> `(size,)`, 0..1, differentiable
-        "How likely every head, neuron and channel is open"
-        return self.by_axis(self.by_group(keep_prob(self.log_alpha.float())))
-
     def open_counts(self) -> Tensor:  # `(len(size.axes),)`, in the order of `self.size.axes`
         "Expected number of open masks per axis; axes without masks count whole"
         p = self.keep_probs()
@@ -382,31 +414,11 @@ class MaskedCLIP(nn.Module):
 
     @torch.no_grad()
     def sparsity(self) -> dict:  # `image`, `text`, and `towers` for both together
-        "Which share of each tower's parameters is closed, expected"
+        "Expected closed share of each tower's parameters"
         n = self.size.whole
         kept = dict(zip(TOWERS, self.shares().tolist()))
         kept['towers'] = sum(kept[t] * n[t] for t in n) / sum(n.values())
         return {t: 1 - s for t, s in kept.items()}
-
-    @torch.no_grad()
-    def zeros(
-        self,
-        shift: float = 0.0,  # Added to every log alpha
-    ) -> dict:  # group -> how many of its masks are closed
-        "The expected number of closed masks per group; at least one channel stays"
-        n = {g: expected_zeros(a) for g, a in self.by_group(self.log_alpha.float() + shift).items()}
-        return {g: min(k, self.groups[g] - g.endswith('.width')) for g, k in n.items()}
-
-    @torch.no_grad()
-    def values(
-        self,
-        zeros: Mapping
-        | None = None,  # group -> how many to close; the expected number where absent
-    ) -> dict:  # axis -> masks `(size,)`
-        "Masks without noise, as eval mode and the cut use them"
-        zeros = {**self.zeros(), **(zeros or {})}
-        z = {g: eval_masks(a, zeros[g]) for g, a in self.by_group(self.log_alpha.float()).items()}
-        return self.by_axis({g: (m > 0).float() for g, m in z.items()} if self.hard else z)
 
     def keep(
         self,

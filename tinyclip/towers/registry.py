@@ -63,8 +63,8 @@ def family_of(
 # %% ../../nbs/towers/10_registry.ipynb #e8d6f792
 def parts(
     model: nn.Module,  # A CLIP
-) -> dict:  # Parameter name -> `'image'`, `'text'` (without the table), `'token_table'` or `'head'` (logit scale and bias)
-    "The part of the model that each parameter belongs to"
+) -> dict:  # Parameter name -> `'image'`, `'text'`, `'token_table'` or `'head'`
+    "The part of the model that each parameter belongs to; `'head'` is logit scale and bias"
     _, path = tower_of(model, 'text')
     tables = {path + f.table_name for f in FAMILIES if f.tower == 'text'}
 

@@ -79,10 +79,10 @@ def check_archive(
                 f'{path.name!r} is a TorchScript program, not a file of weights; save the '
                 'state_dict of the model instead.'
             )
-        odd = foreign(archive.read(program))
-    if odd:
+        bad = foreign(archive.read(program))
+    if bad:
         raise TinyclipError(
-            f'{path.name!r} wants to call {odd[0]} when it is opened. Weights need no such '
+            f'{path.name!r} calls {bad[0]} when it is opened. Weights need no such '
             'thing, and nothing was run. If you trust where it comes from, '
             'load it there with torch and save only model.state_dict(), best as safetensors.'
         )
@@ -96,7 +96,7 @@ def tensors_in(
     for key in ('state_dict', 'model'):
         if isinstance(held, dict) and isinstance(held.get(key), dict):
             held = held[key]
-    odd = (
+    bad = (
         next(
             (k for k, v in held.items() if not isinstance(v, Tensor) or not isinstance(k, str)),
             None,
@@ -104,10 +104,10 @@ def tensors_in(
         if isinstance(held, dict)
         else 'nothing by name'
     )
-    if odd is not None or not held:
+    if bad is not None or not held:
         raise TinyclipError(
             (
-                f'{name!r} holds no weights by name ({odd!r} is no tensor). Save '
+                f'{name!r} holds no weights by name ({bad!r} is no tensor). Save '
                 'model.state_dict(), bare or as dict(state_dict=...).'
             )
             if held
@@ -129,7 +129,7 @@ def read_weights(
     try:
         if head[8:] == b'{':
             with safe_open(path, 'pt') as f:
-                state = {k: f.get_tensor(k) for k in f.keys()}
+                state = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
         elif head[:4] == b'PK\x03\x04':
             check_archive(path)
             state = torch.load(path, map_location='cpu', weights_only=True)
@@ -249,17 +249,17 @@ def misfits(
     want: dict,  # The model's state dict
     state: dict,  # The weights
 ) -> list:  # Sentences
-    "What does not fit"
-    odd = [f'{k} is missing' for k in want if k not in state] + [
+    "Sentences on weights that do not fit a model"
+    bad = [f'{k} is missing' for k in want if k not in state] + [
         f'{k} is not expected' for k in state if k not in want
     ]
     both = [k for k in want if k in state]
-    odd += [
+    bad += [
         f'{k} is {tuple(state[k].shape)} where the configuration says {tuple(want[k].shape)}'
         for k in both
         if state[k].shape != want[k].shape
     ]
-    return odd + [
+    return bad + [
         f'{k} is of type {str(state[k].dtype).removeprefix("torch.")}'
         for k in both
         if state[k].is_floating_point() != want[k].is_floating_point()
@@ -280,11 +280,11 @@ def assemble(
     }  # a constant that old files hold
     want = plan.state_dict()
     state |= {k: torch.zeros(want[k].shape) for k in branch_biases(plan) if k not in state}
-    odd = misfits(want, state)
-    if odd:
+    bad = misfits(want, state)
+    if bad:
         raise TinyclipError(
-            f'The weights in {source} do not fit its configuration: {odd[0]}'
-            + (f' (and {len(odd) - 1} more).' if len(odd) > 1 else '.')
+            f'The weights in {source} do not fit its configuration: {bad[0]}'
+            + (f' (and {len(bad) - 1} more).' if len(bad) > 1 else '.')
         )
     model = build(cfg)
     model.load_state_dict(state)
