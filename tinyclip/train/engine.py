@@ -21,16 +21,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..core import PRECISIONS, TinyclipError, pick_device, resolve_precision, unknown
 from ..losses.mimicking import Objective
 from ..losses.tiled import fused_tiles
+from .config import TrainConfig, takes_settings
+from .protocols import Penalty
 from .sharding import Sharded, load_whole_state, whole_state
 from tinyclip.train.speed import (
     channels_last,
     checkpointing,
     compiled,
     convolutional,
-    uncompile,
     half_precision_copy,
     on_device,
     restore_checkpointing,
+    uncompile,
 )
 from .step import encode, split, step, step_in_chunks
 
@@ -123,7 +125,8 @@ def make_optimizer(
     student: nn.Module,  # Its parameters with `requires_grad`
     weight_decay: float,  # As in `parameter_groups`
     betas=(0.9, 0.98),  # Of AdamW
-    penalty=None,  # Brings groups of its own (masks, multipliers), whose rate is fixed
+    penalty: Penalty
+    | None = None,  # Brings groups of its own (masks, multipliers), whose rate is fixed
 ) -> torch.optim.AdamW:  # Fused where it can be
     "AdamW for a student, and for what a penalty trains beside it"
     own = penalty.groups() if penalty else []
@@ -168,7 +171,7 @@ def prepare_teacher(
     accelerator: Accelerator,  # Device and precision of the run
     compile: bool | str = False,  # As in `Distiller`
 ) -> nn.Module:  # In eval mode; a copy where the precision is another
-    "A teacher where and as it answers fastest"
+    "The teacher on its device, in the run's precision"
     dtype = PRECISIONS.get(accelerator.mixed_precision)
     t = (half_precision_copy(teacher, dtype) if dtype else teacher).to(accelerator.device).eval()
     if convolutional(t):
@@ -177,67 +180,174 @@ def prepare_teacher(
 
 # %% ../../nbs/train/06_engine.ipynb #a7bd6cf9
 class Engine:
-    "A student with its teacher, optimiser and precision; `update` moves it by one batch"
+    "Student, teacher, optimiser and precision of a run: gradients of a batch, and the update"
 
+    @takes_settings
     def __init__(
         self,
         student: nn.Module,  # Trained in place
         teacher: nn.Module | None,  # Only looked at
         objective: Objective,  # What to minimise
         accelerator: Accelerator,  # Device, precision, processes
-        weight_decay=0.2,
-        betas=(0.9, 0.98),
-        clip_norm=1.0,
-        scale='learned',
-        penalty=None,  # As in `Distiller`
-        chunk_size=None,
-        shard=None,
-        compile=False,
-        grad_checkpointing=False,  # As in `Distiller`
+        penalty: Penalty | None = None,  # As in `Distiller`
+        *,
+        config: TrainConfig,  # Settings
     ):
         self.accelerator = accelerator
         self.objective = objective
-        self.clip_norm = clip_norm
         self.penalty = penalty
-        self.chunk_size = chunk_size
-        self.compile = compile
-        a = accelerator
+        self.config = config
         device = accelerator.device
         self.live = student.train()
         self.trainable = {n: p.requires_grad for n, p in student.named_parameters()}
         self.forward = vars(student).get('forward')
-        self.flags = checkpointing(student) if grad_checkpointing else []
+        self.flags = checkpointing(student) if config.grad_checkpointing else []
         self.images_last = convolutional(student)
         if self.images_last:
             channels_last(student)
         self.scale, bias = [getattr(student, n, None) for n in ('logit_scale', 'logit_bias')]
-        for p, fixed in ((self.scale, scale == 'fixed'), (bias, True)):  # no softmax feels a bias
+        # a bias has no effect on a softmax
+        for p, fixed in ((self.scale, config.scale == 'fixed'), (bias, True)):
             if p is not None and fixed:
                 p.requires_grad_(False)
         student.to(device)
-        self.sharded = (
-            Sharded(
-                student,
-                device,
-                [p for g in penalty.groups() for p in g['params']] if penalty else (),
-            )
-            if wants_shards(a, shard)
-            else None
-        )
-        if compile:
-            compiled(student, compile)
-        self.adamw = make_optimizer(student, weight_decay, betas, penalty)
+        self.sharded = None
+        if wants_shards(accelerator, config.shard):
+            apart = [p for g in penalty.groups() for p in g['params']] if penalty else ()
+            self.sharded = Sharded(student, device, apart)
+        if config.compile:
+            compiled(student, config.compile)
+        self.adamw = make_optimizer(student, config.weight_decay, config.betas, penalty)
         self.fused = device.type in ('cpu', 'cuda')
         self.student, self.optimizer = (
-            (student, self.adamw) if self.sharded else a.prepare(student, self.adamw)
+            (student, self.adamw) if self.sharded else accelerator.prepare(student, self.adamw)
         )
         self.plain = self.sharded.whole if self.sharded else student  # what others may look at
-        self.teacher = teacher and prepare_teacher(teacher, a, compile)
+        self.teacher = teacher and prepare_teacher(teacher, accelerator, config.compile)
         self.answers = teacher
         self.stats = [
             b for m in student.modules() if isinstance(m, _BatchNorm) for b in m.buffers()
         ]
+        self.stats_before = []
         self.tally = LossMeter(device)
+
+    def backward(
+        self,
+        batch,  # `image` and `text`, anywhere
+        watch: bool = False,  # As in `step`
+        done: float = 0.0,  # Share of the run that is over, for a penalty
+    ) -> dict:  # What `step` returns, detached, and the `penalty`
+        "Forward and backward pass; returns detached losses"
+        a, size = self.accelerator, self.config.chunk_size
+        self.stats_before = [b.clone() for b in self.stats]
+        with (
+            getattr(self.live, 'one_draw', contextlib.nullcontext)(),
+            fused_tiles(bool(self.config.compile)),
+        ):
+            penalty = self.penalty(done) if self.penalty else None
+            if size and len(batch.image) > size:
+                out = step_in_chunks(
+                    self.student,
+                    self.teacher,
+                    split(batch, size),
+                    self.objective,
+                    self.ask,
+                    a.backward,
+                    self.sharded.quiet if self.sharded else lambda: a.no_sync(self.student),
+                    0 if penalty is None else penalty,
+                    watch,
+                )
+            else:
+                with a.autocast():
+                    out = step(self.student, self.teacher, self.move(batch), self.objective, watch)
+                a.backward(out['loss'] if penalty is None else out['loss'] + penalty)
+        if self.sharded:
+            self.sharded.average()
+        out = {k: v.detach() for k, v in out.items()}
+        if penalty is not None:
+            out |= dict(penalty=penalty.detach(), loss=out['loss'] + penalty.detach())
+        return out
+
+    def update(
+        self,
+        out: dict,  # What `backward` returned
+        lr: float,  # Rate of the weights
+    ):
+        "Optimiser step. After a bad batch the student is as it was."
+        weights = [g for g in self.adamw.param_groups if not g.get('fixed')]
+        for g in weights:
+            g['lr'] = lr
+        norm = self.clip([p for g in weights for p in g['params']])
+        ok = torch.isfinite(norm) & torch.isfinite(out['loss'])
+        if self.penalty:
+            self.penalty.before_step(ok)
+        if self.fused:
+            self.adamw.found_inf = (~ok).float()
+        if self.fused or ok:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.penalty:
+            self.penalty.after_step(ok)
+        for b, old in zip(self.stats, self.stats_before):
+            b.copy_(torch.where(ok, b, old))
+        if self.scale is not None:
+            self.scale.data.clamp_(0, math.log(100))
+        self.tally.add({k: v for k, v in out.items() if k not in ('r1', 'chance')}, ok)
+
+    def move(self, batch):
+        "Batch on the device of the models"
+        return on_device(batch, self.accelerator.device, self.images_last)
+
+    def ask(self, model, chunk):
+        "Features of a chunk that may still be elsewhere"
+        chunk = self.move(chunk)
+        with self.accelerator.autocast():
+            return encode(model, chunk)
+
+    def clip(self, params) -> torch.Tensor:  # The norm before
+        "Gradient norm, limited to `clip_norm`"
+        limit = self.config.clip_norm or math.inf
+        return (
+            self.sharded.clip(params, limit)
+            if self.sharded
+            else self.accelerator.clip_grad_norm_(params, limit)
+        )
+
+    def collect(self) -> nn.Module:  # `plain`: the same in all processes
+        "The whole student as it stands"
+        return self.sharded.collect() if self.sharded else self.plain
+
+    @contextlib.contextmanager
+    def for_evaluation(self):
+        "The whole student, on the device for the time of an evaluation"
+        model = self.collect()
+        try:
+            yield model.to(self.accelerator.device) if self.sharded else model
+        finally:
+            if self.sharded:
+                model.to('cpu')
+
+    def state_dict(self) -> dict:
+        "Optimiser (in the first process), count of skipped steps, penalty and gradient scaler"
+        scaler = self.accelerator.scaler
+        own = self.sharded or self.accelerator.is_main_process  # slices need everybody
+        return dict(
+            optimizer=whole_state(self.adamw) if own else None,
+            skipped=self.tally.skipped.cpu(),
+            penalty=self.penalty and self.penalty.state_dict(),
+            scaler=scaler and scaler.state_dict(),
+        )
+
+    def load_state_dict(self, state):
+        "Restore the state, once `plain` holds the weights"
+        if self.sharded:
+            self.sharded.hand_out()
+        load_whole_state(self.adamw, state['optimizer'])
+        self.tally.skipped = state['skipped'].to(self.accelerator.device)
+        if state['penalty']:
+            self.penalty.load_state_dict(state['penalty'])
+        if state['scaler']:
+            self.accelerator.scaler.load_state_dict(state['scaler'])
 
     def release(self):
         "Give student and teacher back as they came, the student trained: unwrapped, in eval mode"
@@ -258,132 +368,9 @@ class Engine:
                 continue
             if convolutional(m):
                 channels_last(m, False)
-            if self.compile:
+            if self.config.compile:
                 uncompile(m)
         self.live.eval()
-
-    def move(self, batch):
-        "A batch where the models are"
-        return on_device(batch, self.accelerator.device, self.images_last)
-
-    def ask(self, model, chunk):
-        "Features of a chunk that may still be elsewhere"
-        chunk = self.move(chunk)
-        with self.accelerator.autocast():
-            return encode(model, chunk)
-
-    def backward(
-        self, batch, watch, done
-    ) -> dict:  # What `step` returns, detached, and the `penalty`
-        "Losses of a batch; their gradients are where they belong"
-        a = self.accelerator
-        penalty = self.penalty(done) if self.penalty else None
-        if self.chunk_size and len(batch.image) > self.chunk_size:
-            quiet = self.sharded.quiet if self.sharded else lambda: a.no_sync(self.student)
-            out = step_in_chunks(
-                self.student,
-                self.teacher,
-                split(batch, self.chunk_size),
-                self.objective,
-                self.ask,
-                a.backward,
-                quiet,
-                0 if penalty is None else penalty,
-                watch,
-            )
-        else:
-            with a.autocast():
-                out = step(self.student, self.teacher, self.move(batch), self.objective, watch)
-            a.backward(out['loss'] if penalty is None else out['loss'] + penalty)
-        if self.sharded:
-            self.sharded.average()
-        out = {k: v.detach() for k, v in out.items()}
-        return (
-            out
-            if penalty is None
-            else out | dict(penalty=penalty.detach(), loss=out['loss'] + penalty.detach())
-        )
-
-    def clip(self, params) -> torch.Tensor:  # The norm before
-        "Limit the gradient's norm"
-        limit = self.clip_norm or math.inf
-        return (
-            self.sharded.clip(params, limit)
-            if self.sharded
-            else self.accelerator.clip_grad_norm_(params, limit)
-        )
-
-    def update(
-        self,
-        batch,  # `image` and `text`, anywhere
-        lr: float,  # Rate of the weights
-        watch: bool = False,  # As in `step`
-        done: float = 0.0,  # Share of the run that is over, for a penalty
-    ) -> dict:  # What `step` returns
-        "One step. A bad batch leaves the student as it was."
-        opt, stats = self.adamw, [b.clone() for b in self.stats]
-        weights = [g for g in opt.param_groups if not g.get('fixed')]
-        for g in weights:
-            g['lr'] = lr
-        with (
-            getattr(self.live, 'one_draw', contextlib.nullcontext)(),
-            fused_tiles(bool(self.compile)),
-        ):
-            out = self.backward(batch, watch, done)
-        norm = self.clip([p for g in weights for p in g['params']])
-        ok = torch.isfinite(norm) & torch.isfinite(out['loss'])
-        if self.penalty:
-            self.penalty.before_step(ok)
-        if self.fused:
-            opt.found_inf = (~ok).float()
-        if self.fused or ok:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.penalty:
-            self.penalty.after_step(ok)
-        for b, old in zip(self.stats, stats):
-            b.copy_(torch.where(ok, b, old))
-        if self.scale is not None:
-            self.scale.data.clamp_(0, math.log(100))
-        self.tally.add({k: v for k, v in out.items() if k not in ('r1', 'chance')}, ok)
-        return out
-
-    def collect(self) -> nn.Module:  # `plain`: the same in all processes
-        "The whole student as it stands"
-        return self.sharded.collect() if self.sharded else self.plain
-
-    @contextlib.contextmanager
-    def for_evaluation(self):
-        "The whole student, on the device for the time of an evaluation"
-        model = self.collect()
-        try:
-            yield model.to(self.accelerator.device) if self.sharded else model
-        finally:
-            if self.sharded:
-                model.to('cpu')
-
-    def state_dict(self) -> dict:
-        "Optimiser (in the first process), count of skipped steps, penalty and gradient scaler"
-        # slices need everybody
-        scaler = self.accelerator.scaler
-        asked = self.sharded or self.accelerator.is_main_process
-        return dict(
-            optimizer=whole_state(self.adamw) if asked else None,
-            skipped=self.tally.skipped.cpu(),
-            penalty=self.penalty and self.penalty.state_dict(),
-            scaler=scaler and scaler.state_dict(),
-        )
-
-    def load_state_dict(self, state):
-        "Go on from there, once `plain` holds the weights"
-        if self.sharded:
-            self.sharded.hand_out()
-        load_whole_state(self.adamw, state['optimizer'])
-        self.tally.skipped = state['skipped'].to(self.accelerator.device)
-        if state['penalty']:
-            self.penalty.load_state_dict(state['penalty'])
-        if state['scaler']:
-            self.accelerator.scaler.load_state_dict(state['scaler'])
 
 # %% ../../nbs/train/06_engine.ipynb #c218fb4d
 def make_accelerator(
