@@ -139,7 +139,8 @@ def test_no_step_waits(name, student, kw):
     )
     b = batch(32 if name == 'resnet' else 16)
     for done in (0.0, 0.5):
-        e.update(e.backward(b, done=done), 1e-3)  # past the moment when masks are ranked, which happens once
+        # past the moment when masks are ranked, which happens once
+        e.update(e.backward(b, done=done), 1e-3)
     with Waits() as w:
         e.update(e.backward(b, done=0.6), 1e-3)
     assert not w.seen
