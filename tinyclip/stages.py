@@ -166,6 +166,23 @@ def _flat(recipe: dict) -> dict:
     return plain({**_DEFAULTS, **recipe, **recipe['settings'], 'settings': None})
 
 
+def _check_folder(folder: Path, recipe: dict, resume: bool):
+    "Write the recipe into the folder, or compare it with the one that is there"
+    file = folder / 'stages.json'
+    if _first_process() and file.exists() and not resume:
+        raise TinyclipError(
+            f"'{folder}' already holds a compression. Go on with it: fit(resume=True), "
+            "or choose another folder."
+        )
+    bad = file.exists() and differences(_flat(json.loads(file.read_text())), _flat(recipe))
+    if bad:
+        raise TinyclipError(
+            f"'{folder}' was begun with another plan: {bad}. Give the same one, or another folder."
+        )
+    if _first_process():
+        write_json(file, recipe)
+
+
 _DEFAULTS = dict(objective='affinity', precision='auto', **TrainConfig().part('recipe'))
 
 # %% ../nbs/07_stages.ipynb #fe466a7b
@@ -226,7 +243,13 @@ class Stages:
         resume: bool = False,  # Skip what is done and go on with what was stopped
     ) -> Table:  # A row per finished stage
         "Run all stages, or those that are left"
-        self._check_folder(resume)
+        recipe = dict(
+            stages=[asdict(s) for s in self.stages],
+            masks={**self.clip_settings, **self.masks, 'weights': self.weights},
+            seed=self.config.seed,
+            settings=_settings(self.objective, self.config),
+        )
+        _check_folder(self.folder, plain(recipe), resume)
         try:
             for i in range(1, len(self.stages) + 1):
                 path = self.folder / f'stage-{i}'
@@ -331,31 +354,6 @@ class Stages:
                 write_json(tmp / 'stage.json', facts)
         if dist.is_available() and dist.is_initialized():
             dist.barrier()
-
-    def _check_folder(self, resume: bool):
-        "Write the recipe into the folder, or compare it with the one that is there"
-        recipe = dict(
-            stages=[asdict(s) for s in self.stages],
-            masks={**self.clip_settings, **self.masks, 'weights': self.weights},
-            seed=self.config.seed,
-            settings=_settings(self.objective, self.config),
-        )
-        file = self.folder / 'stages.json'
-        if _first_process() and file.exists() and not resume:
-            raise TinyclipError(
-                f"'{self.folder}' already holds a compression. Go on with it: fit(resume=True), "
-                "or choose another folder."
-            )
-        bad = file.exists() and differences(
-            _flat(json.loads(file.read_text())), _flat(plain(recipe))
-        )
-        if bad:
-            raise TinyclipError(
-                f"'{self.folder}' was begun with another plan: {bad}. Give the same one, or "
-                "another folder."
-            )
-        if _first_process():
-            write_json(file, plain(recipe))
 
     @property
     def total_steps(self) -> int:
