@@ -50,7 +50,7 @@ def retarget(
     run: Distiller | None,  # Between two steps
     share,  # As in `sparsity.Goal`
 ):
-    "Another target for the masks, from the next step on"
+    "Target share of the masks, changed from the next step on"
     if run is None or run.penalty is None:
         raise TinyclipError(
             'There are no masks to aim right now: a target can be moved while masks learn, '
@@ -164,7 +164,7 @@ class Background:
         self.go.set()
 
     def history(self) -> RunLogs:
-        "What was told so far"
+        "Logs of the run so far"
         with self.reading:
             while self.inbox:
                 self.folded.add(self.inbox.popleft())
@@ -177,7 +177,7 @@ class Background:
     def state(
         self,
     ) -> str:  # `'not started'`, `'training'`, `'paused'`, `'stopped'`, `'finished'` or `'failed'`
-        "How it stands"
+        "State of the run, in a word"
         if not self.done.is_set():
             return 'paused' if self.paused else 'training'
         return (
@@ -266,7 +266,7 @@ class Background:
         return self.ask(make)
 
     def set_target(self, share) -> Future:  # Of None
-        "Another target for the masks, from the next step on"
+        "Target share of the masks, changed from the next step on"
         return self.ask(lambda: retarget(self.job.current(), share))
 
     def wait(
@@ -312,7 +312,7 @@ def stop_live(
 
 # %% ../../nbs/live/03_background.ipynb #377d848a
 def answer(f, what):
-    "Do it, and pass on what comes of it, an error too"
+    "Result of a request, or its error, put into its future"
     if not f.set_running_or_notify_cancel():
         return
     try:
@@ -344,7 +344,7 @@ async def heed_interrupts(
 
 
 class Reader:
-    "How a kernel reads what widgets send: an interrupt meanwhile is no interrupt of the reading"
+    "Comm handler of a kernel, wrapped so that an interrupt stops the run"
 
     def __init__(self, usual):
         self.usual = usual
