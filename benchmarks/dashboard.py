@@ -8,6 +8,7 @@ import json
 import statistics
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,7 +50,8 @@ class Turns:
             if self.mark:
                 self.times.append(now - self.mark)
             if i < len(self.order):
-                shown, self.job.every['log'] = KINDS[self.order[i]]
+                shown, every = KINDS[self.order[i]]
+                self.job.config = replace(self.job.config, log_every=every)
                 self.on.set() if shown else self.on.clear()
             self.mark = time.perf_counter()
         self.n += 1

@@ -55,12 +55,14 @@ def steps(a, tile, teacher, batch):
         )
 
     hook = engine.adamw.register_step_pre_hook(look)
-    loss = engine.update(batch, 1e-5)['loss'].item()
+    out = engine.backward(batch)
+    engine.update(out, 1e-5)
+    loss = out['loss'].item()
     hook.remove()
     times = []
     for _ in range(a.rounds):
         wall, own = time.perf_counter(), time.process_time()
-        engine.update(batch, 1e-5)
+        engine.update(engine.backward(batch), 1e-5)
         times.append((time.process_time() - own, time.perf_counter() - wall))
     return dict(
         loss=loss, gradient=seen['gradient'], seconds=[statistics.median(t) for t in zip(*times)]

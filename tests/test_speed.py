@@ -176,9 +176,10 @@ def test_no_step_waits(name, student, kw):
     )
     b = batch(32 if name == 'resnet' else 16)
     for done in (0.0, 0.5):
-        e.update(b, 1e-3, done=done)  # past the moment when masks are ranked, which happens once
+        # past the moment when masks are ranked, which happens once
+        e.update(e.backward(b, done=done), 1e-3)
     with Waits() as w:
-        e.update(b, 1e-3, done=0.6)
+        e.update(e.backward(b, done=0.6), 1e-3)
     assert not w.seen
     with Waits() as w:
         e.tally.read()
@@ -213,7 +214,7 @@ def test_compiled_runs_fuse_their_tiles(monkeypatch):
 
     def after(**kw):
         e = engine(tiny(1), objective=Objective(['affinity', 'contrastive'], tile=3), **kw)
-        e.update(batch(), 1e-3)
+        e.update(e.backward(batch()), 1e-3)
         e.release()
         return torch.cat([p.detach().flatten() for p in e.live.parameters()])
 
@@ -283,7 +284,7 @@ def test_a_resnet_is_laid_out_for_its_convolutions_and_back():
     student.visual.conv1.register_forward_pre_hook(
         lambda m, x: seen.append(x[0].is_contiguous(memory_format=torch.channels_last))
     )
-    e.update(batch(32), 1e-3)
+    e.update(e.backward(batch(32)), 1e-3)
     e.release()
     assert seen == [True] and {n: p.stride() for n, p in student.named_parameters()} == before
 
@@ -379,11 +380,11 @@ def test_no_step_waits_for_a_gpu(kw):
     )
     b = batch()
     for done in (0.0, 0.5, 0.6):
-        e.update(b, 1e-3, done=done)
+        e.update(e.backward(b, done=done), 1e-3)
     torch.cuda.set_sync_debug_mode('error')
     try:
         for _ in range(3):
-            e.update(b, 1e-3, done=0.7)
+            e.update(e.backward(b, done=0.7), 1e-3)
     finally:
         torch.cuda.set_sync_debug_mode('default')
     assert e.tally.read()['losses']['loss'] > 0

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'COLOURS', 'TOWER_COLOURS', 'SCALE', 'TinyclipError', 'unknown', 'check_choice', 'check_range',
            'check_positive', 'rank_and_world_size', 'seed_everything', 'pick_device', 'native_bf16',
-           'resolve_precision', 'autocast', 'evaluating', 'scalars_on_device', 'human', 'Table', 'data_url',
+           'resolve_precision', 'autocast', 'evaluating', 'scalars_on_device', 'human', 'Table', 'data_url', 'sweep',
            'atomic_path', 'write_json', 'read_json', 'lazy_names', 'names_in', 'when_imported', 'environment',
            'record_run']
 
@@ -14,6 +14,7 @@ import ast
 import base64
 import contextlib
 import difflib
+import glob
 import importlib.abc
 import io
 import json
@@ -22,6 +23,7 @@ import numbers
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -300,23 +302,43 @@ def data_url(
     return f'data:image/{kind};base64,' + base64.b64encode(buffer.getvalue()).decode()
 
 # %% ../nbs/00_core.ipynb #929edd2e
+def sweep(
+    folder,  # Where files and folders are written by `atomic_path`
+    name: str = '*',  # Only what would have become this
+    before: float = math.inf,  # Only what was last written before this time, in seconds
+):
+    "Remove what killed processes left half written"
+    name = name if name == '*' else glob.escape(name)
+    for p in Path(folder).glob(f'.{name}.*tmp'):
+        if before == math.inf or p.stat().st_mtime < before:
+            shutil.rmtree(p, ignore_errors=True) if p.is_dir() else p.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def atomic_path(
-    path,  # Where the finished file shall stand
+    path,  # Where the finished file or folder shall stand; a folder must not exist yet
+    folder: bool = False,  # Write a folder: what killed processes left of it is swept first
 ):  # Yields a temporary path beside it; moved into place on success, removed on error
-    "Write a file all or nothing"
+    "File or folder written all or nothing"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
-    os.close(fd)
+    place = dict(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
+    if folder:
+        sweep(path.parent, path.name)
+        tmp = Path(tempfile.mkdtemp(**place))
+    else:
+        fd, name = tempfile.mkstemp(**place)
+        os.close(fd)
+        tmp = Path(name)
     try:
-        yield Path(tmp)
-        with open(tmp, 'rb') as f:
-            os.fsync(f.fileno())
-        os.chmod(tmp, 0o644)
+        yield tmp
+        for p in [o for o in tmp.rglob('*') if o.is_file()] if folder else [tmp]:
+            with open(p, 'rb') as f:
+                os.fsync(f.fileno())
+        tmp.chmod(0o755 if folder else 0o644)
         os.replace(tmp, path)
     finally:
-        Path(tmp).unlink(missing_ok=True)
+        shutil.rmtree(tmp, ignore_errors=True) if folder else tmp.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #f0aa63f0
 def write_json(

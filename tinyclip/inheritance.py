@@ -67,7 +67,9 @@ def _student_name(name, l, keep):
 def inherit(
     teacher: nn.Module,  # An open_clip CLIP, or a student of one
     keep,  # A `Keep`; or a student's configuration: a registered name, or a dict
-) -> nn.Module:  # In eval mode, on the teacher's device, in its dtype; `student.keep` says what it is
+) -> (
+    nn.Module
+):  # In eval mode, on the teacher's device, in its dtype; `student.keep` says what it is
     "Cut a student out of its teacher (TinyCLIP, section 3.2)"
     l = layout(teacher)
     if not isinstance(keep, Keep):

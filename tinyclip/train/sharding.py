@@ -110,22 +110,15 @@ class Sharded:
 
     @torch.no_grad()
     def clip(self, params, limit: float) -> torch.Tensor:  # The norm before
-        "Scale gradients so that their norm, over all slices, is at most `limit`"
-        grads = [p.grad for p in params if p.grad is not None]
-
-        def squares(ts):
-            return (
-                torch.stack([t.square().sum() for t in ts]).sum()
-                if ts
-                else torch.zeros((), device=self.device)
-            )
-
-        mine = squares([g.to_local() for g in grads if isinstance(g, DTensor)])
-        dist.all_reduce(mine)
-        norm = (mine + squares([g for g in grads if not isinstance(g, DTensor)])).sqrt()
-        share = (limit / (norm + 1e-6)).clamp(max=1.0)
-        for g in grads:
-            (g.to_local() if isinstance(g, DTensor) else g).mul_(share)
+        "Gradient norm over all slices, limited to `limit`"
+        params = [p for p in params if p.grad is not None]
+        groups = [
+            [p for p in params if isinstance(p.grad, DTensor) is cut] for cut in (True, False)
+        ]
+        norms = [nn.utils.get_total_norm([p.grad for p in g]) for g in groups if g]
+        norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+        for g in groups:  # each of one kind of tensor
+            nn.utils.clip_grads_with_norm_(g, limit, norm)
         return norm
 
     @torch.no_grad()
