@@ -207,7 +207,7 @@ def test_compiled_is_the_same(backend):
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='no C++ compiler here')
 def test_compiled_runs_fuse_their_tiles(monkeypatch):
-    import tinyclip.losses.mimicking.tiled as tiling
+    import tinyclip.losses.tiled as tiling
 
     asked, real = [], tiling._fused
     monkeypatch.setattr(tiling, '_fused', lambda f: asked.append(f.__name__) or real(f))
