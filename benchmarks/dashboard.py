@@ -24,9 +24,8 @@ from tinyclip.masking import MaskedCLIP
 from tinyclip.sparsity import Sparsity
 from tinyclip.zoo import load
 
-KINDS = dict(
-    off=(False, 10), nothing=(False, 10), watched=(True, 10), every_step=(True, 1)
-)  # (dashboard, log_every); 'nothing' changes nothing: the noise
+# (dashboard, log_every); 'nothing' changes nothing: the noise
+KINDS = dict(off=(False, 10), nothing=(False, 10), watched=(True, 10), every_step=(True, 1))
 BLOCK = 10  # steps
 
 
@@ -132,10 +131,11 @@ if __name__ == '__main__':
         .strip()
         .splitlines()[-1]
     )
+    # the first round warms up
     rounds = [
         dict(zip(KINDS, told['times'][i : i + len(KINDS)]))
         for i in range(len(KINDS), len(told['times']), len(KINDS))
-    ]  # the first round warms up
+    ]
     ratios = {k: [r[k] / r['off'] for r in rounds] for k in KINDS if k != 'off'}
     rows = Table(
         dict(

@@ -19,9 +19,8 @@ from tinyclip.core import Table, environment, record_run
 from tinyclip.lab.demo import BATCH, MASKS, RECIPE, STEPS
 from tinyclip.train.events import read_events
 
-PLAIN = dict(
-    ONEDNN_MAX_CPU_ISA='AVX2', ATEN_CPU_CAPABILITY='avx2'
-)  # what a CPU without AVX-512 and AMX can do
+# what a CPU without AVX-512 and AMX can do
+PLAIN = dict(ONEDNN_MAX_CPU_ISA='AVX2', ATEN_CPU_CAPABILITY='avx2')
 
 
 def spent():
@@ -55,9 +54,8 @@ def demo(machine, env, steps, seed):
             processor_s=round(spent() - before, 1), clock_s=round(time.perf_counter() - start, 1)
         )
         rows = json.loads(Path(f'{d}/demo/results.json').read_text())['rows']
-        precision = read_events(f'{d}/demo/runs/manual')[0]['precision'].replace(
-            'no', 'fp32'
-        )  # accelerate's word for it
+        # accelerate's word for it
+        precision = read_events(f'{d}/demo/runs/manual')[0]['precision'].replace('no', 'fp32')
     return [
         dict(
             machine=machine,

@@ -34,9 +34,10 @@ def affinity(x, scale, tile):
 
 
 def both(x, scale, tile):
+    # what open_clip's adds up to
     return sum(affinity_mimicking(*x, scale, 50.0, tile=tile)) / 2 + contrastive(
         *x[:2], scale, tile=tile
-    )  # what open_clip's adds up to
+    )
 
 
 def theirs(x, scale, tile):
@@ -159,9 +160,10 @@ if __name__ == '__main__':
                 row['gradient_error'] = float(f'{error(loss, tile, n, a.width, device):.1e}')
             known = [r for r in rows if r['loss'] == name and r.get('whole_gb')]
             if known and not holds:
+                # tables grow with the square
                 row['whole_gb_expected'] = round(
                     known[-1]['whole_gb'] * (n / known[-1]['batch']) ** 2, 1
-                )  # tables grow with the square
+                )
             rows.append(row)
             print(row, flush=True)
     print(rows)

@@ -19,7 +19,7 @@ from tinyclip.data.shapes import Shapes
 from tinyclip.distill import Distiller
 from tinyclip.evaluate import zero_shot
 from tinyclip.evaluate.cost import parameters
-from tinyclip.inheritance import reinitialized, inherit
+from tinyclip.inheritance import inherit, reinitialized
 from tinyclip.keep import keep_for_size
 from tinyclip.lab.demo import examine
 from tinyclip.stages import SHORT, Stage, Stages
@@ -122,9 +122,8 @@ def row_of(place, make):
     return json.loads((place / 'row.json').read_text())
 
 
-SHAPES = dict(
-    steps=200, batch=64, lr=5e-4, weights_lr=3e-4
-)  # of the drawn pictures, for the benchmarks that vary one thing
+# of the drawn pictures, for the benchmarks that vary one thing
+SHAPES = dict(steps=200, batch=64, lr=5e-4, weights_lr=3e-4)
 FINISHED = Path('runs/methods/shapes')
 
 

@@ -34,9 +34,8 @@ from tinyclip.losses import Objective
 from tinyclip.train.engine import Engine, make_accelerator
 from tinyclip.train.step import features
 
-OBJECTIVE = Objective(
-    dict(affinity=0.5, contrastive=1.0), student_scale='own', teacher_scale='own'
-)  # what open_clip's DistillClipLoss adds up to
+# what open_clip's DistillClipLoss adds up to
+OBJECTIVE = Objective(dict(affinity=0.5, contrastive=1.0), student_scale='own', teacher_scale='own')
 THEIRS = dict(fp16='amp', bf16='amp_bf16', fp32='fp32')  # what open_clip calls autocast to these
 Pairs = namedtuple('Pairs', 'image text')
 Answered = namedtuple('Answered', 'image text teacher_image teacher_text teacher_scale')
@@ -187,9 +186,8 @@ if __name__ == '__main__':
     teacher = open_clip.create_model(a.model, output_dict=True).to(a.device).eval()
     student = inherit(teacher, manual(teacher, image_width=0.5, text_width=0.5))
     for m, scale in ((teacher, 60.0), (student, 30.0)):
-        m.logit_scale.data.fill_(
-            math.log(scale)
-        )  # so that a loss that mixed them up would be another
+        # so that a loss that mixed them up would be another
+        m.logit_scale.data.fill_(math.log(scale))
     pairs = some_pairs(teacher, a.batch, a.device)
     cases = [
         (who, precision, compiled)

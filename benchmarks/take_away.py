@@ -80,9 +80,8 @@ if __name__ == '__main__':
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     a = p.parse_args()
     if hasattr(os, 'sched_setaffinity'):
-        os.sched_setaffinity(
-            0, {min(os.sched_getaffinity(0))}
-        )  # onnxruntime then takes one thread, too
+        # onnxruntime then takes one thread, too
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     rows, timed = [], None
     for seed in a.seeds:

@@ -29,11 +29,12 @@ SETTINGS = {  # <folder of user settings>/<package>/<plugin>.jupyterlab-settings
     ),  # cells off the screen can be read, too
     '@jupyterlab/docmanager-extension/plugin': dict(autosave=False),
 }
+# tornado, of a page that was closed while the server wrote to it
 GONE = re.compile(
     r'Task exception was never retrieved\nfuture: '
     r'[^\n]*WebSocketProtocol13.*?\ntornado\.websocket\.WebSocketClosedError\n',
     re.S,
-)  # tornado, of a page that was closed while the server wrote to it
+)
 
 
 def copy_notebook(nb, to, **changes):
@@ -223,9 +224,8 @@ class Notebook:
             ) from None
 
     def command(self, name):
-        self.page.evaluate(
-            'n => { window.jupyterapp.commands.execute(n) }', name
-        )  # braces: do not wait
+        # braces: do not wait
+        self.page.evaluate('n => { window.jupyterapp.commands.execute(n) }', name)
 
     def save(self):
         self.page.evaluate('T.nb().context.save()')

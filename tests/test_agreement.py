@@ -169,9 +169,8 @@ def test_scales():
         and own['kl'] != agreement(s, t)['kl']
         and own['agree'] == agreement(s, t)['agree']
     )
-    assert (
-        agreement(s, s._replace(scale=30.0), scale='own')['kl'] > 0
-    )  # the same cosines, another temperature
+    # the same cosines, another temperature
+    assert agreement(s, s._replace(scale=30.0), scale='own')['kl'] > 0
 
 
 def test_collapsed_and_perfect():

@@ -20,12 +20,13 @@ RULES = dict(
         '@jupyterlab/apputils-extension/kernels-settings': dict(commsOverSubshells='disabled')
     },
 )
+# the target arrives within 20 steps, and every step is told
 LONG = {
     'b = lab_setup()': 'b = lab_setup(steps=2000, batch_size=8)',
     'b.steps // 100': '1',
     'warmup=0.6': 'warmup=0.005',
     'importance_warmup=0.15': 'importance_warmup=0.005',
-}  # the target arrives within 20 steps, and every step is told
+}
 # not over before the test has looked, also where a page takes long
 BOTH = {'b = lab_setup()': 'b = lab_setup(steps=1990, batch_size=8, n=64)'}
 KNOWN = (  # what pages may say, and why
@@ -52,9 +53,8 @@ def lab(request, tmp_path_factory):
         yield lab
 
 
-once = pytest.mark.parametrize(
-    'lab', ['default'], indirect=True
-)  # the rule is about messages to the kernel; these tests send none
+# the rule is about messages to the kernel; these tests send none
+once = pytest.mark.parametrize('lab', ['default'], indirect=True)
 
 
 def opened(name):

@@ -324,9 +324,8 @@ def test_kills_at_any_moment_cost_nothing(tmp_path):
     for moment in sorted(rng.sample(range(1, moments), 12)) + [moments]:
         shutil.rmtree(c)
         assert killed_at(moment, write, c) is None
-        assert all(
-            p.read_bytes() == (whole / p.name).read_bytes() for p in c.glob('*.tar')
-        )  # none stands half-written under its name
+        # none stands half-written under its name
+        assert all(p.read_bytes() == (whole / p.name).read_bytes() for p in c.glob('*.tar'))
         done = [u for u in as_source(data).urls if valid_record(c, u)]
         with (
             contextlib.nullcontext()
@@ -682,10 +681,11 @@ def test_command_line(tmp_path, capsys):
     assert main([*train[:-2], str(tmp_path / 'run2'), '--cache', str(tmp_path / 'nothing')]) == 2
     assert 'holds no cache' in capsys.readouterr().err
     student = str(tmp_path / 'run' / 'student')
+    # it teaches, too
     assert (
         main(['cache', *where, '--teacher', student, '--out', str(tmp_path / 'd'), '--views', '2'])
         == 0
-    )  # it teaches, too
+    )
     assert (
         main([*train[:-2], str(tmp_path / 'run3'), '--cache', str(tmp_path / 'd'), '--json']) == 0
     )

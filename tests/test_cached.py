@@ -63,9 +63,10 @@ def test_damaged_answers_are_skipped(data, tmp_path):
     raw[512:520] = b'\xff' * 8  # the length of the first header
     path.write_bytes(raw)
     pairs = opened(data, tmp_path / 'c')
+    # 29 in batches of 6
     assert sum(len(b.image) for b in pairs.epoch(0)) == 24 and dict(pairs.skipped) == {
         'damaged answers': 1
-    }  # 29 in batches of 6
+    }
 
 
 # --- several teachers

@@ -199,6 +199,7 @@ def plant(folder):
         ('__about__/more.txt', b'x'),
     ]
     (image, text), again = fine(), fine()
+    # the first counts
     files += [
         image,
         text,
@@ -206,7 +207,7 @@ def plant(folder):
         (text[0], b'other words'),
         (text[0], b'and others'),
         *again,
-    ]  # the first counts
+    ]
     tar(folder / 'mixed.tar', files)
     for name, (_, spoil) in CUT.items():
         seven = [fine() for _ in range(7)]

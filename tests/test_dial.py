@@ -132,9 +132,8 @@ def test_only_one_drawing_at_a_time_and_the_newest_last():
             dial.controls[k].value = v
             time.sleep(0.003)
 
-    both = [
-        threading.Thread(target=pull, args=[k]) for k in 'xy'
-    ]  # two controls may be served by two threads
+    # two controls may be served by two threads
+    both = [threading.Thread(target=pull, args=[k]) for k in 'xy']
     for t in both:
         t.start()
     for t in both:

@@ -146,9 +146,8 @@ def test_too_many_bad_steps_keep_the_good_checkpoint(tmp_path):
     student = tiny(1)
     with pytest.raises(TinyclipError, match="4 steps in a row.*checkpoint-000006"):
         job(student, pairs=Pairs(spoil=spoil), folder=tmp_path, save_every=3, max_skipped=3).fit(20)
-    good, last = [
-        load_file(p / 'student.safetensors') for p in checkpoints(tmp_path)
-    ]  # after 3 good steps, and after 3 more that were skipped
+    # after 3 good steps, and after 3 more that were skipped
+    good, last = [load_file(p / 'student.safetensors') for p in checkpoints(tmp_path)]
     assert all(
         torch.equal(good[k], last[k]) and torch.equal(good[k], v)
         for k, v in student.state_dict().items()
@@ -350,11 +349,12 @@ for name,objective in OBJECTIVES.items():
     found = gradients(student, DistributedDataParallel(student), objective, Pairs(world=world, rank=rank))
     if rank==0: torch.save(found, folder/'gradients.pt')
 '''
+# with affinity alone the logit scale gets no gradient
 OBJECTIVES = dict(
     mimic='affinity',
     both=['affinity', 'contrastive'],
     tiles=Objective(['affinity', 'contrastive'], tile=3),
-)  # with affinity alone the logit scale gets no gradient
+)
 
 
 def gradients(student, wrapped, objective, pairs):

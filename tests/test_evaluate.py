@@ -106,9 +106,8 @@ def test_a_perfect_and_a_collapsed_model():
     perfect = recall(torch.eye(6), torch.eye(6)[own], own)
     collapsed = recall(torch.ones(6, 2), torch.ones(20, 2), own)
     assert perfect['i2t_r1'] == perfect['t2i_r1'] == 1
-    assert (
-        collapsed['i2t_r1'] == collapsed['t2i_r1'] == collapsed['t2i_r5'] == 0
-    )  # ties count against the answer
+    # ties count against the answer
+    assert collapsed['i2t_r1'] == collapsed['t2i_r1'] == collapsed['t2i_r5'] == 0
     assert rank_of(torch.zeros(1, 4), torch.tensor([2])).tolist() == [3]
 
 

@@ -123,9 +123,8 @@ def many_kills(folder, least=20, seed=0):
     while len(kills) < least:  # one run, unless the machine has become faster meanwhile
         runs += 1
         while True:
-            early = (
-                folder / f'run-{runs}'
-            ).exists() and rng.random() < 0.2  # on its way to its checkpoint
+            # on its way to its checkpoint
+            early = (folder / f'run-{runs}').exists() and rng.random() < 0.2
             status, _ = attempt(
                 folder / f'run-{runs}',
                 True,
@@ -264,10 +263,11 @@ def test_a_log_without_room_waits(tmp_path):
         small_files() as limit,
         pytest.warns(UserWarning, match='wait in memory until there is room') as caught,
     ):
+        # ten bytes of step 4 fit
         listeners = [
             when('log', 3, lambda: limit(log.stat().st_size + 10)),
             when('log', 5, lambda: limit(10**9)),
-        ]  # ten bytes of step 4 fit
+        ]
         assert job(folder=tmp_path, listeners=listeners).fit(8).finished
     assert [e['step'] for e in read_events(tmp_path, 'log')] == [*range(1, 9)] and len(caught) == 1
 
@@ -569,9 +569,8 @@ def pair(tmp_path_factory):
     finally:
         if launcher.poll() is None:
             for pid in folder.glob('pid-*'):
-                os.kill(
-                    int(pid.read_text()), signal.SIGKILL
-                )  # a launcher that is killed leaves its processes behind
+                # a launcher that is killed leaves its processes behind
+                os.kill(int(pid.read_text()), signal.SIGKILL)
             launcher.kill()
     return folder, [json.loads((folder / f'told-{r}.json').read_text()) for r in (0, 1)], code
 
@@ -619,9 +618,8 @@ def test_from_two_processes_to_one(pair):
         )
     assert [e['step'] for e in read_events(folder / 'two', 'log')] == [*range(1, 9)]
     assert logged(folder / 'two', 5) == pytest.approx(hand, rel=1e-5)
-    straight = (
-        job(precision='fp32').fit(8).losses['loss']
-    )  # nearly the same run: see test_distill.test_two_processes_equal_one
+    # nearly the same run: see test_distill.test_two_processes_equal_one
+    straight = job(precision='fp32').fit(8).losses['loss']
     assert logged(folder / 'two', 8) == pytest.approx(straight, rel=0.05)
 
 

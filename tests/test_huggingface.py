@@ -136,10 +136,11 @@ def test_images_are_prepared_as_open_clip_does(shared, mode, interpolation, tmp_
     model.visual.image_mean = (0.5, 0.4, 0.3)
     model.visual.image_std = (0.2, 0.3, 0.4)
     to_transformers(model, tmp_path / 'm')
+    # to 32: even margins
     images = [
         im.crop((0, 0, 128, h))
         for im, h in zip(photographs(shared, 'flickr8k', 4), (64, 96, 112, 128))
-    ]  # to 32: even margins
+    ]
     again = from_transformers(tmp_path / 'm')
     want = torch.stack([again.preprocess(i) for i in images])
     assert {k: preprocess_cfg(again.model)[k] for k in ('resize_mode', 'interpolation')} == dict(
@@ -209,9 +210,8 @@ def test_random_students(seed, tmp_path):
             h = int(torch.randint(0, heads + 1, (), generator=draw))
             f = pick(0, 1, 17, ffn)
             what |= {f'{t}.layers.{i}.heads': list(range(h)), f'{t}.layers.{i}.ffn': list(range(f))}
-    student = shake(
-        short(inherit(teacher, choose(teacher, what)))
-    )  # shaken: so that the biases of branches that are gone differ from zero
+    # shaken: so that the biases of branches that are gone differ from zero
+    student = shake(short(inherit(teacher, choose(teacher, what))))
     for form in ('auto', 'slim'):
         out = to_transformers(student, tmp_path / form, form=form)
         assert out['form'] == 'slim' or out['stored'] >= sum(
@@ -247,9 +247,8 @@ def test_padding_stretches_the_head_size(tmp_path):
     out = to_transformers(student, tmp_path / 'm')
     compare(student, tmp_path / 'm', 'clip')
     grown = out['stored'] - out['parameters']
-    assert grown == 3 * 4 * (40 * 40 - 40 * 32) - 3 * 3 * (
-        32 - 40
-    )  # per layer four matrices of 40x40 for 40x32; and the biases of queries, keys, values
+    # per layer four matrices of 40x40 for 40x32; and the biases of queries, keys, values
+    assert grown == 3 * 4 * (40 * 40 - 40 * 32) - 3 * 3 * (32 - 40)
 
 
 @pytest.mark.parametrize(
@@ -486,9 +485,8 @@ def test_without_transformers(tmp_path, monkeypatch):
     to_transformers(model, tmp_path / 'm')
     monkeypatch.setitem(sys.modules, 'transformers', None)
     refuse(r"pip install 'tinyclip\[export\]'", to_transformers, model, tmp_path / 'n')
-    assert architecture(from_transformers(tmp_path / 'm').model) == architecture(
-        model
-    )  # reading needs nothing
+    # reading needs nothing
+    assert architecture(from_transformers(tmp_path / 'm').model) == architecture(model)
 
 
 @pytest.mark.parametrize('module', [huggingface, from_huggingface], ids=lambda m: m.__name__)

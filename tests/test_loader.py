@@ -333,9 +333,8 @@ def of(samples):
 def test_shares_and_one_pass(tmp_path):
     got = flow(mix(two(tmp_path)))
     firsts = [s.key + s.where for s in got if s.where[0] == 'a']
-    assert (
-        len(firsts) == 64 == len(set(firsts)) and abs(of(got)['b'] - 64 / 3) <= 4
-    )  # 4 streams, each right to within one
+    # 4 streams, each right to within one
+    assert len(firsts) == 64 == len(set(firsts)) and abs(of(got)['b'] - 64 / 3) <= 4
     assert len({(s.key, s.where) for s in got}) == len(got)  # 21 of 64: none twice
     for n in (8, 24, 48):
         assert abs(of(got[:n])['b'] - n / 4) <= 4
@@ -489,9 +488,8 @@ def test_nothing_before_the_mark_is_decoded(tmp_path, monkeypatch):
     assert same(whole[2:], list(two.epoch(0, 2)))
     assert len(every) == 70 and seen == every[32:]
     seen.clear()
-    assert (
-        same(whole[2:], list(make().epoch(0, 2))) and len(seen) == 70
-    )  # without a mark: as before
+    # without a mark: as before
+    assert same(whole[2:], list(make().epoch(0, 2))) and len(seen) == 70
 
 
 def test_a_foreign_mark_is_not_followed(tmp_path):

@@ -287,10 +287,11 @@ def test_stopped_at_any_moment_it_can_be_cut():
         j = masked_job()
         j.listeners = [when('log', n, j.stop)]
         j.fit(6)
+        # two heads a layer: steps of 6 %
         assert (
             abs(parameters(j.penalty.cut())['image'] / parameters(tiny(0, layers=2))['image'] - 0.5)
             < 0.06
-        )  # two heads a layer: steps of 6 %
+        )
 
 
 def test_events_tell_shares_and_masks(tmp_path):

@@ -22,6 +22,7 @@ from tinyclip.towers.architecture import config, create
 
 FACTS = json.loads((Path(tinyclip.__file__).parent / 'assets' / 'released.json').read_text())
 MANUAL = [f for f in FACTS if f['config']]
+# G
 PUBLISHED = {
     'ViT-39M-16-Text-19M': 9.5,
     'ViT-8M-16-Text-3M': 2.0,
@@ -29,7 +30,7 @@ PUBLISHED = {
     'ResNet-19M-Text-19M': 4.4,
     'ViT-61M-32-Text-29M': 5.3,
     'ViT-40M-32-Text-19M': 3.5,
-}  # G
+}
 
 
 def meta(name):
@@ -100,10 +101,11 @@ def test_names_are_the_towers_without_the_token_table_to_whole_millions(f):
         == 49408 * config(f['config'])['text_cfg']['width']
     )
     assert p['image'] == sum(v for n, v in by_name.items() if n.startswith('visual.'))
+    # without logit_scale
     assert (
         p['text']
         == sum(v for n, v in by_name.items() if not n.startswith('visual.')) - p['token_table'] - 1
-    )  # without logit_scale
+    )
     assert p['total'] == p['towers'] + p['token_table'] + 1
 
 
@@ -180,9 +182,8 @@ def test_counting_leaves_a_model_as_it_was():
 def test_weights_take_what_a_file_takes(name, tmp_path):
     from safetensors.torch import save_file
 
-    model = (
-        tiny() if name == 'tiny' else create(config('RN50'))
-    )  # batch norm has buffers, some of them integers
+    # batch norm has buffers, some of them integers
+    model = tiny() if name == 'tiny' else create(config('RN50'))
     for precision, dtype in (('fp32', torch.float32), ('fp16', torch.float16)):
         save_file(
             {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()},
@@ -230,9 +231,8 @@ def paced(monkeypatch, **rounds):
 
 
 def test_speed_is_the_median_of_what_each_round_says(monkeypatch):
-    found = measure.speeds(
-        paced(monkeypatch, a=[2, 2, 3, 2, 4], b=[1, 1, 1, 2, 2]), 4, repeats=5
-    )  # 2, 2, 3, 1, 2; the medians alone say 2, too
+    # 2, 2, 3, 1, 2; the medians alone say 2, too
+    found = measure.speeds(paced(monkeypatch, a=[2, 2, 3, 2, 4], b=[1, 1, 1, 2, 2]), 4, repeats=5)
     assert found['b']['image_speed'] == 2 and found['a']['image_speed'] == 1
     found = measure.speeds(
         paced(monkeypatch, a=[1, 1.1, 10, 11, 12], b=[1, 1, 10, 10, 10]), 4, repeats=5
@@ -269,12 +269,10 @@ def test_towers_one_after_the_other_make_a_pair(monkeypatch):
 
 def test_a_busy_phase_changes_nothing_if_it_meets_all_or_few(monkeypatch):
     quiet = measure.speeds(paced(monkeypatch, a=[2] * 9, b=[1] * 9), 4)['b']
-    both = measure.speeds(paced(monkeypatch, a=[2] * 5 + [14] * 4, b=[1] * 5 + [7] * 4), 4)[
-        'b'
-    ]  # everything takes seven times as long for a while
-    one = measure.speeds(paced(monkeypatch, a=[2] * 9, b=[1, 9, 9, 1, 1, 1, 1, 1, 1]), 4)[
-        'b'
-    ]  # two rounds of one model only
+    # everything takes seven times as long for a while
+    both = measure.speeds(paced(monkeypatch, a=[2] * 5 + [14] * 4, b=[1] * 5 + [7] * 4), 4)['b']
+    # two rounds of one model only
+    one = measure.speeds(paced(monkeypatch, a=[2] * 9, b=[1, 9, 9, 1, 1, 1, 1, 1, 1]), 4)['b']
     assert quiet['speed'] == both['speed'] == one['speed'] == pytest.approx(2) and (
         quiet['spread'],
         both['spread'],
@@ -467,9 +465,10 @@ def test_every_model_stands_once_where_it_belongs(x):
     assert all(low < on(r[key]) < high for r in rows) and all(
         low <= on(t) <= high for t in fig.layout.xaxis.tickvals
     )
+    # names of a log axis stand at logarithms
     assert sorted(on(r[key]) for r in rows) == pytest.approx(
         sorted(a.x for a in fig.layout.annotations)
-    )  # names of a log axis stand at logarithms
+    )
 
 
 @pytest.mark.parametrize('seed', range(8))

@@ -113,9 +113,8 @@ def prompts(cifar):
 def test_photographs_give_what_torch_gives(cifar):
     onnx, model = OnnxCLIP(cifar['folder']), cifar['model']
     x = torch.stack([cifar['preprocess'](Image.fromarray(p)) for p in cifar['photos'][:130]])
-    assert (
-        relative(pixels(cifar['photos'][:130], onnx.config), x) < 1e-5
-    )  # the configuration says how to prepare an image
+    # the configuration says how to prepare an image
+    assert relative(pixels(cifar['photos'][:130], onnx.config), x) < 1e-5
     with torch.no_grad():
         for n in (1, 2, 5, 130):
             assert (
@@ -289,9 +288,8 @@ def one_tower(model, folder):
         assert relative(X.run_rows(X.session(f), x[:n]), want[:n]) <= 1e-4
     assert 1e-4 < relative(X.run_rows(X.session(X.quantise(f, folder / 'b.onnx')), x), want) < 0.3
     assert (folder / 'b.onnx').stat().st_size < 0.8 * f.stat().st_size
-    assert torch.equal(
-        model.eval().encode_image(x, normalize=True), want
-    )  # tracing left nothing in the model
+    # tracing left nothing in the model
+    assert torch.equal(model.eval().encode_image(x, normalize=True), want)
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -325,9 +323,10 @@ def test_every_tower(kind, tmp_path):
         kind != 'custom' or onnx.logit_bias == -3
     )
     if kind == 'resnet':
+        # convolutions too
         assert (tmp_path / 'm' / 'image.int8.onnx').stat().st_size < 0.4 * (
             tmp_path / 'm' / 'image.onnx'
-        ).stat().st_size  # convolutions too
+        ).stat().st_size
 
 
 def test_a_shortened_vocabulary(tmp_path):
@@ -340,9 +339,10 @@ def test_a_shortened_vocabulary(tmp_path):
         model, tmp_path / 'm', short, texts=short(['a photo of a cat', 'something else']), int8=True
     )
     onnx = OnnxCLIP(tmp_path / 'm')
+    # without our code
     again = open_clip.SimpleTokenizer(
         bpe_path=str(tmp_path / 'm' / onnx.config['tokenizer']), context_length=12
-    )  # without our code
+    )
     t = again(['a photo of a dog', 'zebra 123'])
     assert (
         torch.equal(t, short(['a photo of a dog', 'zebra 123']))
@@ -465,12 +465,13 @@ def test_an_error_in_the_middle(old, tmp_path, monkeypatch):
     torch.manual_seed(3)
     to_onnx(build(VIT), folder)
     assert not np.allclose(features(folder), before, atol=1e-3)
+    # no 8-bit files of another model
     assert sorted(p.name for p in folder.iterdir()) == [
         'image.onnx',
         'of_the_user.txt',
         'onnx_config.json',
         'text.onnx',
-    ]  # no 8-bit files of another model
+    ]
 
 
 KILLED = '''

@@ -222,17 +222,16 @@ def test_the_search(sklearn):
     )
     assert {f'{10.0**e:.2g}' for e in (-6, -4, -2, 0, 2, 4, 6)} <= {r['C'] for r in tried}
     for r in tried:
-        assert r['top1'] == pytest.approx(score(grid[r['C']]), abs=1.1 / 300), (
-            r
-        )  # a point on the border may fall to either side
+        # a point on the border may fall to either side
+        assert r['top1'] == pytest.approx(score(grid[r['C']]), abs=1.1 / 300), r
     top = max(r['top1'] for r in tried)
-    assert (
-        next(r['C'] for r in tried if r['top1'] == top) == f"{best.facts['C']:.2g}"
-    )  # the strongest penalty among equals
+    # the strongest penalty among equals
+    assert next(r['C'] for r in tried if r['top1'] == top) == f"{best.facts['C']:.2g}"
     i = round(8 * math.log10(best.facts['C']))
+    # an eighth of a decade on both sides
     assert {f'{10 ** (j / 8):.2g}' for j in (i - 1, i + 1) if -48 <= j <= 48} <= {
         r['C'] for r in tried
-    }  # an eighth of a decade on both sides
+    }
 
 
 def test_held_out():

@@ -204,25 +204,25 @@ def test_a_run_in_slices(tmp_path):
     run(sharded, 2, tmp_path)
     a, b = (torch.load(tmp_path / f'{r}.pt', weights_only=False) for r in range(2))
     for k in ('run', 'again', 'masked'):
-        assert all(
-            torch.equal(v, b[k][n]) for n, v in a[k].items()
-        )  # plain tensors, the same everywhere
+        # plain tensors, the same everywhere
+        assert all(torch.equal(v, b[k][n]) for n, v in a[k].items())
+    # stopped and gone on with, not in chunks
     assert (
         sum((v - a['again'][n]).abs().sum().item() for n, v in a['run'].items())
         / sum(v.numel() for v in a['run'].values())
         < 5e-5
-    )  # stopped and gone on with, not in chunks
+    )
     assert a['kind'] is type(tiny()) and a['cut'] == b['cut'] and a['seen'] and not b['seen']
     one = job(student=tiny(1, layers=2)).fit(6).student.state_dict()
     worst = max((v - one[n]).abs().max().item() for n, v in a['run'].items())
-    assert (
-        worst < 6.1e-3
-    )  # Adam turns a rounding into a whole step of 1e-3 where a gradient is next to nothing
+    # Adam turns a rounding into a whole step of 1e-3 where a gradient is next to nothing
+    assert worst < 6.1e-3
+    # nearly all are the same
     assert (
         sum((v - one[n]).abs().sum().item() for n, v in a['run'].items())
         / sum(v.numel() for v in one.values())
         < 5e-5
-    )  # nearly all are the same
+    )
     kept = [load_file(p / 'student.safetensors') for p in checkpoints(tmp_path / 'run')]
     assert all(torch.equal(v, a['run'][n]) for n, v in kept[-1].items())
 

@@ -308,9 +308,8 @@ def test_drop_one_says_what_the_score_says_one_copy_at_a_time():
     model, alive = clip(image_layers=2), []
 
     def score(m):
-        assert sum(r() is not None for r in alive if r() is not m) == (
-            0 if m is model else 1
-        )  # the whole model
+        # the whole model
+        assert sum(r() is not None for r in alive if r() is not m) == (0 if m is model else 1)
         alive.append(weakref.ref(m))
         return torch.tensor(10.0 * len(blocks_of(m, 'image')[0]) + len(blocks_of(m, 'text')[0]))
 

@@ -113,8 +113,9 @@ def test_through_everything(photographs, tmp_path, kind, form):
     assert again.tokenizer(TEXTS).tolist() == words(TEXTS).tolist()
     to_onnx(again.model, tmp_path / 'onnx')
     near(scores(OnnxCLIP(tmp_path / 'onnx'), pixels, again.tokenizer(TEXTS)), want, 1e-4)
+    # what a user of the files alone would take
     reader = open_clip.SimpleTokenizer(
         bpe_path=str(tmp_path / 'onnx' / 'bpe.txt.gz'), context_length=again.model.context_length
-    )  # what a user of the files alone would take
+    )
     assert reader(TEXTS).tolist() == words(TEXTS).tolist()
     assert told['form'] == form

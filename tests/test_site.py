@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location(
-    'tools_site', ROOT / 'tools' / 'site.py'
-)  # `site` itself is a module of Python
+# `site` itself is a module of Python
+spec = importlib.util.spec_from_file_location('tools_site', ROOT / 'tools' / 'site.py')
 site = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(site)
 
@@ -555,6 +554,7 @@ FAULTS = dict(
     ),
 )
 
+# what these break breaks more
 KNOCK_ON = {
     'broken_yaml',
     'key_twice',
@@ -563,7 +563,7 @@ KNOCK_ON = {
     'no_front_matter',
     'navbar_link',
     'two_pages_one_file',
-}  # what these break breaks more
+}
 
 
 @pytest.mark.parametrize('name', FAULTS)

@@ -93,11 +93,12 @@ class Waits(TorchFunctionMode):
     """Notes what would make a program wait for its GPU: numbers read out of tensors, tensors
     brought to the CPU or made there"""
 
+    # of Python numbers, which wait for the device as well
     COPIES = {
         'new_tensor',
         'tensor',
         'as_tensor',
-    }  # of Python numbers, which wait for the device as well
+    }
     ASKS = {
         'item',
         'tolist',
@@ -222,9 +223,8 @@ def test_compiled_runs_fuse_their_tiles(monkeypatch):
     assert not asked
     together = (plain - after(compile=True)).abs()
     assert set(asked) == {'summary', 'slope'}
-    assert (
-        together.mean() < 1e-5 and together.max() < 2.1e-3
-    )  # Adam turns roundings into whole steps of 1e-3 where a gradient is next to nothing
+    # Adam turns roundings into whole steps of 1e-3 where a gradient is next to nothing
+    assert together.mean() < 1e-5 and together.max() < 2.1e-3
 
 
 def test_compiled_masks_are_the_same():
@@ -247,9 +247,8 @@ def test_a_compiled_run_trains_and_goes_on(tmp_path):
     worst = max(
         (a - b).abs().max().item() for a, b in zip(straight.parameters(), compiled.parameters())
     )
-    assert (
-        worst < 6e-3
-    )  # Adam turns roundings into whole steps of 1e-3 where a gradient is next to nothing
+    # Adam turns roundings into whole steps of 1e-3 where a gradient is next to nothing
+    assert worst < 6e-3
     assert straight.state_dict().keys() == compiled.state_dict().keys()
 
 
@@ -261,9 +260,8 @@ def test_checkpointing_is_the_same_and_set_back():
         not student.visual.transformer.grad_checkpointing
         and not student.transformer.grad_checkpointing
     )
-    cut = inherit(
-        tiny(1, layers=2, width=64), manual(tiny(1, layers=2, width=64), image_width=0.5)
-    )  # slim blocks recompute, too
+    # slim blocks recompute, too
+    cut = inherit(tiny(1, layers=2, width=64), manual(tiny(1, layers=2, width=64), image_width=0.5))
     assert (
         far(
             slopes(engine(copy.deepcopy(cut), grad_checkpointing=True), batch()),

@@ -324,9 +324,8 @@ def test_both_phases_recompute_where_they_are_told_to(tmp_path, straight, monkey
 
     monkeypatch.setattr(Engine, 'update', spy)
     plan(tmp_path, grad_checkpointing=True).fit()
-    assert len(seen) == 16 and all(
-        seen
-    )  # also after a cut, when the student was read from its folder
+    # also after a cut, when the student was read from its folder
+    assert len(seen) == 16 and all(seen)
     worst = max(
         (v.float() - last(tmp_path).state_dict()[k].float()).abs().max().item()
         for k, v in straight.state_dict().items()

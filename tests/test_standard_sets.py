@@ -137,9 +137,10 @@ def test_labels_and_names_are_clip_benchmarks(tmp_path, theirs, ours, their_name
     assert [(where(s), s.label) for s in samples(mine.source)] == [
         ('/'.join(Path(f).parts[-2:]), l) for f, l in ds.samples
     ]
+    # 'openai', the default
     assert [t.replace('{c}', 'cat') for t in ds.templates] == [
         t('cat') for t in open_clip.OPENAI_IMAGENET_TEMPLATES
-    ]  # 'openai', the default
+    ]
 
 
 def test_the_lists_are_clip_benchmarks(theirs):
@@ -154,9 +155,10 @@ def test_the_lists_are_clip_benchmarks(theirs):
 
 def objectnet(root, folders=('air_freshener', 'banana', 't_shirt', 'Zipper'), n=2):
     "A miniature: two of four classes are ImageNet's; red border around green"
+    # in no order
     labels = dict(
         t_shirt='T-shirt', air_freshener='Air freshener', banana='Banana', Zipper='Zipper'
-    )  # in no order
+    )
     m = root / 'mappings'
     m.mkdir(parents=True)
     for file, content in (
@@ -195,9 +197,8 @@ def test_objectnet_is_cropped_and_named_as_clip_benchmark_names_it(tmp_path, the
     assert [s.label for s in got] == [ds[i][1] for i in range(len(ds))] == [0, 0, 1, 1]
     for i, s in enumerate(got):
         im = decode(s.image)
-        assert im.size == (10, 6) and im.getcolors() == [
-            (60, (0, 100 + i % 2, 0))
-        ]  # no red is left, and no green is lost
+        # no red is left, and no green is lost
+        assert im.size == (10, 6) and im.getcolors() == [(60, (0, 100 + i % 2, 0))]
         assert ds[i][0].size == (14, 10)  # CLIP_benchmark leaves the border on: border=0
     assert decode(
         samples(standard('objectnet', root, part=True, border=0).source)[0].image
@@ -287,9 +288,8 @@ def test_karpathy_splits_folders_and_caption_counts(tmp_path):
         [5],
         [1],
     )
-    assert [s.key for s in samples(Karpathy(file, tmp_path / 'val2014'))] == [
-        '1.jpg'
-    ]  # without the folder of the set
+    # without the folder of the set
+    assert [s.key for s in samples(Karpathy(file, tmp_path / 'val2014'))] == ['1.jpg']
     assert (
         standard('coco', tmp_path, part=True).images == 5000
         and standard('coco', tmp_path, split='val').images is None
@@ -716,9 +716,10 @@ def test_the_adapter_refuses(tmp_path, theirs, message, kw):
     with pytest.raises(TinyclipError) as e:
         open_benchmark(given.pop('name'), given.pop('root'), given.pop('preprocess'), **given)
     assert message in str(e.value) and '\n' not in str(e.value)
+    # as before
     assert theirs.call.__module__ == 'subprocess' and isinstance(
         theirs.imagenetv2.requests, types.ModuleType
-    )  # as before
+    )
 
 
 def _installed(name):
@@ -738,9 +739,8 @@ def test_shards_without_names_and_broken_shards(tmp_path, theirs, small, capsys)
     with pytest.raises(TinyclipError, match='they stand in classnames.txt'):
         benchmark(*small, 'wds/x', tmp_path, progress=False)
     out, err = capsys.readouterr()
-    assert (
-        out == '' and 'classnames.txt not found' in err
-    )  # CLIP_benchmark prints this; stdout belongs to --json
+    # CLIP_benchmark prints this; stdout belongs to --json
+    assert out == '' and 'classnames.txt not found' in err
     (tmp_path / 'classnames.txt').write_text('cat\ndog')
     (tmp_path / 'zeroshot_classification_templates.txt').write_text('a {c}')
     with pytest.raises(TinyclipError, match="'wds/x' cannot be read"):

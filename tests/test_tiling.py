@@ -374,9 +374,8 @@ def uneven(rank, N):
     rows, columns = tiled_cross_entropy(
         a[own], b, c[own], d, 30.0, 50.0, tile=2, distributed=rank is not None
     )
-    (
-        rows.sum() + (columns * torch.arange(N)).sum() / (1 if rank is None else WORLD)
-    ).backward()  # over all processes the columns count once
+    # over all processes the columns count once
+    (rows.sum() + (columns * torch.arange(N)).sum() / (1 if rank is None else WORLD)).backward()
     whole = Objective(['cross_modal', 'affinity', 'contrastive'], tile=2)(
         Features(a, b, 9.0), Features(c, d, 9.0), distributed=rank is not None
     )['loss'].detach()

@@ -130,9 +130,8 @@ def test_places_of_the_tokens():
         == len(short.encoder)
         == len(set(short.decoder))
     )
-    assert (
-        list(short.encoder)[:512] == list(full.encoder)[:512]
-    )  # so the number that fills up is still that of '!'
+    # so the number that fills up is still that of '!'
+    assert list(short.encoder)[:512] == list(full.encoder)[:512]
     assert (short.sot_token_id, short.eot_token_id) == (short.vocab_size - 2, short.vocab_size - 1)
     ranks = [full.bpe_ranks[m] for m in short.merges]
     assert ranks == sorted(ranks)
@@ -231,9 +230,8 @@ def test_open_clip_reads_the_file(tmp_path_factory, corpus):
 
 
 def test_files_of_others(tmp_path):
-    assert (
-        ShortTokenizer.from_file(default_bpe()).encoder == full.encoder
-    )  # CLIP's own, which holds more merges than CLIP uses
+    # CLIP's own, which holds more merges than CLIP uses
+    assert ShortTokenizer.from_file(default_bpe()).encoder == full.encoder
     plain = tmp_path / 'merges.txt'  # transformers' form: plain, with a line end at the end
     plain.write_text('#version: 0.2\n' + '\n'.join(vocab_and_merges(short.merges)[1]) + '\n')
     assert ShortTokenizer.from_file(plain).merges == short.merges
@@ -365,9 +363,10 @@ def test_features_stay_bit_for_bit(kind):
     assert len(own.encode(long[-1])) > 16
     assert torch.equal(student.encode_text(own(long)), model.encode_text(full(long)))
     assert torch.equal(student.encode_image(image(model)), model.encode_image(image(model)))
+    # the teacher is left alone
     assert model.state_dict().keys() == before.keys() and all(
         torch.equal(v, before[k]) for k, v in model.state_dict().items()
-    )  # the teacher is left alone
+    )
     assert architecture(model)['text_cfg']['vocab_size'] == 49408 and not hasattr(model, 'merges')
     assert student.encode_text(own(['never heard of, ₿ 🦖'])).isfinite().all()
 

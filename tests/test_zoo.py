@@ -106,9 +106,8 @@ def watched(tmp_path):
 
     attempt.count = count
     yield attempt
-    assert (
-        resident('VmHWM') - before < 1.5e9
-    )  # of which torch, transformers and timm take a part once
+    # of which torch, transformers and timm take a part once
+    assert resident('VmHWM') - before < 1.5e9
 
 
 def restore(folder, clean):
@@ -728,10 +727,11 @@ def test_an_auto_inherited_model_by_name(tmp_path, monkeypatch):
         )
 
     def dropped(k):
+        # the released code drops these biases, too
         return (
             k.endswith(('attn.out_proj.bias', 'mlp.c_proj.bias'))
             and k.replace('.bias', '.weight') not in student.state_dict()
-        )  # the released code drops these biases, too
+        )
 
     state = {
         f'{tower(k)}module.{k}': v.half() for k, v in student.state_dict().items() if not dropped(k)

@@ -114,9 +114,10 @@ class Comparison:
         self.names = tuple(self.methods)
         self.students = {}
         self.results = {}
+        # what cannot be had is refused now, not after hours
         jobs = {
             n: m(teacher, (), self.folder / n, seed, **settings) for n, m in self.methods.items()
-        }  # what cannot be had is refused now, not after hours
+        }
         steps = {n: job.total_steps or own for n, (job, own) in jobs.items()}
         if len(set(steps.values())) > 1:
             raise TinyclipError(

@@ -166,9 +166,8 @@ def native_bf16(
         return False
 
     def can(where, name):
-        return (
-            hasattr(where, name) and getattr(where, name)()
-        )  # private to torch, and absent from some builds
+        # private to torch, and absent from some builds
+        return hasattr(where, name) and getattr(where, name)()
 
     return any(
         can(torch.cpu, n) for n in ('_is_amx_tile_supported', '_is_avx512_bf16_supported')
@@ -460,9 +459,8 @@ def environment() -> dict:  # Commit, device and versions: no host names, no pat
     "Provenance of a recorded number: commit, device, versions"
     import torch
 
-    here = Path(
-        globals().get('__file__', 'core.py')
-    ).parent  # the package; in the notebook, the current folder
+    # the package; in the notebook, the current folder
+    here = Path(globals().get('__file__', 'core.py')).parent
 
     def git(*a):
         return subprocess.run(['git', *a], cwd=here, capture_output=True, text=True).stdout.strip()

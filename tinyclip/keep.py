@@ -84,12 +84,10 @@ class Keep:
     "What stays of a teacher: axis -> kept indices"
 
     sizes: Mapping  # axis -> the teacher's size, for every axis
-    axes: Mapping = field(
-        default_factory=dict
-    )  # axis -> kept indices in increasing order; all where absent
-    values: Mapping = field(
-        default_factory=dict
-    )  # axis -> one mask value per kept index; ones where absent
+    # axis -> kept indices in increasing order; all where absent
+    axes: Mapping = field(default_factory=dict)
+    # axis -> one mask value per kept index; ones where absent
+    values: Mapping = field(default_factory=dict)
 
     def __post_init__(self):
         def ints(v):

@@ -138,6 +138,7 @@ def uniform_shape(
     found = []
     for h in range(1, min(H, width // hd) + 1):
         f = round(1 + (share * masked.size.whole[tower] - kept(h, 1)) / (kept(h, 2) - kept(h, 1)))
+        # open_clip computes neurons from a ratio
         f = next(
             (
                 g
@@ -146,7 +147,7 @@ def uniform_shape(
                 if 1 <= g <= N and masked.layout.families[tower].plain(h * hd, g)
             ),
             None,
-        )  # open_clip computes neurons from a ratio
+        )
         if f:
             found.append(
                 (

@@ -84,9 +84,8 @@ def check_plan(
     return stages
 
 # %% ../nbs/07_stages.ipynb #b55d9378
-SHORT = dict(
-    form='projected', importance_warmup=0.25, hard=True, lr=0.1, warmup=0.7
-)  # mask phases of tens or hundreds of steps
+# mask phases of tens or hundreds of steps
+SHORT = dict(form='projected', importance_warmup=0.25, hard=True, lr=0.1, warmup=0.7)
 
 # %% ../nbs/07_stages.ipynb #da6f2c6d
 class LaterEpochs:
@@ -399,10 +398,11 @@ def compare(
             f'These plans take different numbers of steps: {total}. A comparison is fair '
             'only with the same total, mask steps included.'
         )
+    # all are checked before the first is run
     jobs = {
         n: Stages(teacher, pairs, p, Path(folder) / n.replace(' ', '-'), **settings)
         for n, p in plans.items()
-    }  # all are checked before the first is run
+    }
     done = {n: job.fit(resume) for n, job in jobs.items()}
     return Table(
         dict(plan=n, stages=len(plans[n]), steps=total[n])

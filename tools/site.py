@@ -30,6 +30,7 @@ PROCESS = (
 )
 WIDGET = 'application/vnd.jupyter.widget-view+json'
 STATE = 'application/vnd.jupyter.widget-state+json'
+# what quarto puts on a page
 SHOWN = {
     'text/html',
     'text/markdown',
@@ -37,7 +38,7 @@ SHOWN = {
     'image/png',
     'image/jpeg',
     'text/plain',
-}  # what quarto puts on a page
+}
 THEMES = set(
     [
         'default',
@@ -351,11 +352,12 @@ def check_links(site: Path, pages: dict, web: dict) -> list:
     for n, p in pages.items():
         attached = {a for c in p.cells for a in c.get('attachments', {})}
         for link in p.links:
+            # nbdev links names and sources in full
             own = (
                 link.removeprefix(base)
                 if link.startswith(base) and not link.startswith(repo + 'blob/')
                 else None
-            )  # nbdev links names and sources in full
+            )
             if own is None and re.match(r'[a-zA-Z][\w+.-]*:|//', link):
                 if link.startswith('attachment:') and unquote(link[11:]) not in attached:
                     wrong.append(f'{n} shows {link}, which no cell holds.')

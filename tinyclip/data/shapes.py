@@ -36,9 +36,8 @@ PLACES = {
     'bottom left': (14.5, 33.5),
     'bottom right': (33.5, 33.5),
 }
-combinations = [
-    (c, s, z, p) for c in COLOURS for s in SHAPES for z in SIZES for p in PLACES
-]  # a label is an index into this list
+# a label is an index into this list
+combinations = [(c, s, z, p) for c in COLOURS for s in SHAPES for z in SIZES for p in PLACES]
 
 # %% ../../nbs/data/01_shapes.ipynb #5e0c747b
 WORDS = {

@@ -46,11 +46,12 @@ def benchmark_names() -> list:  # Without those that begin with `wds/`, `vtab/` 
     return sorted(n for n in set(named) if n != 'dummy')
 
 # %% ../../nbs/evaluate/07_benchmarks.ipynb #bdbdb60b
+# ours -> theirs
 TASKS = {
     'zero-shot': 'zeroshot_classification',
     'retrieval': 'zeroshot_retrieval',
     'linear-probe': 'linear_probe',
-}  # ours -> theirs
+}
 OPTIONS = (
     'language',
     'annotation_file',
@@ -166,6 +167,7 @@ class BenchmarkBatches:
         return torch.tensor([int(l) for l in targets])
 
 # %% ../../nbs/evaluate/07_benchmarks.ipynb #bfbefa3d
+# its modules that run wget, gdown or kaggle, or read from the web
 _FETCHERS = [
     'builder',
     'imagenetv2',
@@ -174,7 +176,7 @@ _FETCHERS = [
     'multilingual_mscoco',
     'xtd10',
     'xtd200',
-]  # its modules that run wget, gdown or kaggle, or read from the web
+]
 
 
 @contextlib.contextmanager

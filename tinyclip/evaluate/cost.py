@@ -49,9 +49,8 @@ def weight_bytes(
     model: nn.Module,  # Any module
 ) -> dict:  # `fp32` and `fp16`: bytes with every floating-point weight stored so (bfloat16 takes as much as fp16)
     "What the weights take on disk or in memory, buffers included"
-    there = {
-        id(t): t for t in model.state_dict(keep_vars=True).values()
-    }.values()  # a shared weight is stored once
+    # a shared weight is stored once
+    there = {id(t): t for t in model.state_dict(keep_vars=True).values()}.values()
     floats = sum(t.numel() for t in there if t.is_floating_point())
     rest = sum(t.nbytes for t in there if not t.is_floating_point())
     return dict(fp32=4 * floats + rest, fp16=2 * floats + rest)
@@ -85,9 +84,8 @@ def macs(
     image, text = inputs(m)
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.backends.mha.set_fastpath_enabled(
-            False
-        )  # its fused kernel would hide the products of attention
+        # its fused kernel would hide the products of attention
+        torch.backends.mha.set_fastpath_enabled(False)
         with evaluating(m), sdpa_kernel(SDPBackend.MATH):
             counts = [flops(m.encode_image, image) // 2, flops(m.encode_text, text) // 2]
     finally:
@@ -169,9 +167,8 @@ def speeds(
             calls += [(m.encode_image, image), (m.encode_text, text)]
         stack.enter_context(one_thread())
         rounds = [[seconds(f, x) for f, x in calls] for _ in range(repeats + 2)][2:]
-    image, text = [
-        dict(zip(models, zip(*(r[i::2] for r in rounds)))) for i in (0, 1)
-    ]  # name -> seconds of each round
+    # name -> seconds of each round
+    image, text = [dict(zip(models, zip(*(r[i::2] for r in rounds)))) for i in (0, 1)]
     both = {n: [i + t for i, t in zip(image[n], text[n])] for n in models}
     rows = {n: {} for n in models}
     for what, times in (('image', image), ('text', text), ('pair', both)):

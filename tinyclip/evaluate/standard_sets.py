@@ -342,12 +342,13 @@ class ObjectNet(ClassFolders):
         try:
             image = decode(s.image)
         except Exception as e:
+            # Pillow raises a dozen kinds
             return Skip(
                 'broken image',
                 name,
                 'ObjectNet',
                 f'{type(e).__name__}: {e}'.replace(str(self.root), '...')[:100],
-            )  # Pillow raises a dozen kinds
+            )
         (w, h), b = image.size, self.border
         if min(w, h) <= 2 * b:
             return Skip(

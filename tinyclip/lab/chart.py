@@ -81,6 +81,7 @@ def _log_ticks(low, high) -> list:  # `low` and `high` are exponents
     return ticks
 
 # %% ../../nbs/lab/02_chart.ipynb #8622957c
+# directions, the best first
 AROUND = [
     (0, -1),
     (0, 1),
@@ -94,7 +95,7 @@ AROUND = [
     (-2, -1),
     (2, 1),
     (-2, 1),
-]  # directions, the best first
+]
 
 
 def overlap(

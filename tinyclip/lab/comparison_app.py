@@ -42,9 +42,8 @@ class ComparisonApp:
     def start(self) -> 'ComparisonApp':
         "Begin; whatever trained before is stopped"
         b = self.setup
-        methods = dict(
-            automatic=by_masks(self.share, b.steps), manual=by_rule(self.share, b.steps)
-        )  # first the one that has masks to watch
+        # first the one that has masks to watch
+        methods = dict(automatic=by_masks(self.share, b.steps), manual=by_rule(self.share, b.steps))
         self.comparison = Comparison(
             methods,
             b.teacher,

@@ -121,10 +121,11 @@ class HeldOutEval:
         return f'{what} on {size} of {self.source!r}'
 
 # %% ../../nbs/lab/01_setup.ipynb #731acb14
+# by device; any other as cpu
 START = dict(
     cpu=dict(batch_size=32, steps=60, workers=0),
     cuda=dict(batch_size=256, steps=2000, workers=None),
-)  # by device; any other as cpu
+)
 
 # %% ../../nbs/lab/01_setup.ipynb #ad9e735a
 @dataclass(repr=False)

@@ -147,12 +147,12 @@ class Background:
             self.serve()
         self.now = 'training'
 
-    paused = property(
-        lambda self: not self.go.is_set()
-    )  # asked to; whether it stands still already, says `state`
+    # asked to; whether it stands still already, says `state`
+    paused = property(lambda self: not self.go.is_set())
+    # not while it trains, after `stop`, after an error
     finished = property(
         lambda self: self.done.is_set() and self.begun and self.error is None and not self.ending
-    )  # not while it trains, after `stop`, after an error
+    )
 
     def pause(self):
         self.go.clear()
@@ -347,9 +347,8 @@ async def heed_interrupts(
     try:
         while not run.done.is_set():
             if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-                signal.signal(
-                    signal.SIGINT, interrupted
-                )  # as an idle kernel has it; a running cell has its own
+                # as an idle kernel has it; a running cell has its own
+                signal.signal(signal.SIGINT, interrupted)
             await asyncio.sleep(0.2)
     finally:
         if signal.getsignal(signal.SIGINT) is interrupted:

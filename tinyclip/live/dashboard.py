@@ -250,9 +250,8 @@ class Dashboard:
         "The dashboard's thread"
         over, cost = False, 0.0
         while not (over or self.closed.is_set()):
-            over = self.run.done.wait(
-                max(1 / self.rate, cost * 100 / os.cpu_count())
-            )  # asked before the last update, so that it shows the end
+            # asked before the last update, so that it shows the end
+            over = self.run.done.wait(max(1 / self.rate, cost * 100 / os.cpu_count()))
             start = time.thread_time()
             try:
                 self.update()

@@ -343,12 +343,13 @@ class MaskPanel:
         return _picture(f'{self.tower}: heads and neurons', content)
 
 # %% ../../nbs/live/02_panels.ipynb #d8f8e28a
+# In the order of the traces
 PANELS = [
     _Loss(),
     _Share(),
     _Score(),
     *(MaskPanel(t) for t in TOWERS),
-]  # In the order of the traces
+]
 
 
 def shown(

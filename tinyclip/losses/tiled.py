@@ -168,9 +168,10 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b, c, d, s, t, tile, columns, skip_diagonal, distributed, fuse):
         def empty(n):
+            # a top that any other tops
             return scalars_on_device(
                 [-1e30, 0.0] if c is None else [-1e30, 0.0, -1e30, 0.0, 0.0], s
-            )[:, None].repeat(1, n)  # a top that any other tops
+            )[:, None].repeat(1, n)
 
         row = empty(len(a))
         col = empty(len(b)) if columns else None

@@ -121,9 +121,8 @@ def save_checkpoint(
             with open(tmp / 'trainer.pt', 'wb') as f:
                 torch.save(trainer, f)  # a file of Python's says why when it cannot be written
     for old in checkpoints(folder)[:-keep]:
-        gone = old.rename(
-            old.with_name(f'.{old.name}.old.tmp')
-        )  # first out of sight, so that no half of it is ever found
+        # first out of sight, so that no half of it is ever found
+        gone = old.rename(old.with_name(f'.{old.name}.old.tmp'))
         shutil.rmtree(gone)
     return path
 

@@ -39,9 +39,8 @@ _POINTS, _PICTURES = 400, 100
 class RunLog:
     "Curves, mask pictures and phases of one run so far"
 
-    lines: dict = field(
-        default_factory=dict
-    )  # name -> list of (step, value), e.g. `'loss'`, `'share/image'`, `'eval/top1'`
+    # name -> list of (step, value), e.g. `'loss'`, `'share/image'`, `'eval/top1'`
+    lines: dict = field(default_factory=dict)
     pictures: list = field(default_factory=list)  # (step, axis -> chances to be open)
     phases: list = field(default_factory=list)  # (step, name) where each phase begins
     now: dict = field(default_factory=dict)  # The newest value of every number
@@ -49,9 +48,8 @@ class RunLog:
     step: int = 0  # Since the first phase began
     before: int = 0  # Steps of the phases that are over
     finished: bool = False  # Of the last phase
-    clock: list = field(
-        default_factory=list
-    )  # (step, seconds of training) of the last log points of this phase
+    # (step, seconds of training) of the last log points of this phase
+    clock: list = field(default_factory=list)
 
     def add(self, event: dict):
         "Take in the next event"

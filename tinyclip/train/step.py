@@ -86,20 +86,17 @@ def batch_losses(
     "Losses of all processes' features together"
     s, t = (f and Features(gather(f.image), gather(f.text), f.scale) for f in (student, teacher))
     with torch.autocast(s.image.device.type, enabled=False):
-        losses = objective(
-            s, t, distributed=True
-        )  # every process has all pairs and does its share of large tables
-    losses['loss'] = (
-        losses['loss'] + 0 * s.scale
-    )  # data-parallel training waits for a gradient of all that `forward` returned
+        # every process has all pairs and does its share of large tables
+        losses = objective(s, t, distributed=True)
+    # data-parallel training waits for a gradient of all that `forward` returned
+    losses['loss'] = losses['loss'] + 0 * s.scale
     return losses
 
 # %% ../../nbs/train/06_step.ipynb #7dc590b3
 def step(
     student: nn.Module,  # Trained; maybe wrapped for data-parallel training
-    teacher: nn.Module
-    | None,  # Looked at without gradient and in eval mode; None where the objective needs none
-    # `image` (n,3,h,w) and `text` (n,context), on the models' device; maybe also what a teacher
+    # Looked at without gradient and in eval mode; None where the objective needs none
+    teacher: nn.Module | None,
     # said: `teacher_image`, `teacher_text` (n,d), `teacher_scale`
     batch,
     objective: Objective,  # What to minimise
@@ -118,11 +115,12 @@ def split(
 ) -> list:  # Named tuples of the same kind; the last may be smaller
     "A batch in chunks"
     n = len(batch.image)
+    # a teacher's scale has none
     rows = [
         k
         for k, v in batch._asdict().items()
         if isinstance(v, torch.Tensor) and v.ndim and len(v) == n
-    ]  # a teacher's scale has none
+    ]
     return [
         batch._replace(**{k: getattr(batch, k)[i : i + size] for k in rows})
         for i in range(0, n, size)

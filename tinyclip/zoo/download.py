@@ -34,10 +34,11 @@ def ask(
     "HTTP request for a file, from the byte that is missing"
     headers = {'User-Agent': 'tinyclip', 'Accept-Encoding': 'identity'}
     if have and tag:
+        # the rest if it is the same file, else all of it
         headers |= {
             'Range': f'bytes={have}-',
             'If-Range': tag,
-        }  # the rest if it is the same file, else all of it
+        }
     response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
     start = have if response.status == 206 else 0
     if response.status == 206 and not response.headers.get('Content-Range', '').startswith(

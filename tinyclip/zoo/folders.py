@@ -55,9 +55,8 @@ def replacing(
     file = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
     if file:
         raise TinyclipError(f'{str(file)!r} is a file; a model needs a folder.')
-    place = (
-        folder if folder.exists() else folder.parent
-    )  # inside a folder that stands: it may be a link or a disk of its own
+    # inside a folder that stands: it may be a link or a disk of its own
+    place = folder if folder.exists() else folder.parent
     place.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=place, prefix=f'.{folder.name}.', suffix='.tmp'))
     try:
@@ -97,10 +96,8 @@ def preprocess_cfg(
 def save(
     model: nn.Module,  # A CLIP or a student
     folder,  # Made if absent; an older model in it is replaced
-    dtype: torch.dtype
     # Store weights in this type (`torch.float16` halves the file); None for as they are
-    | None = None,
-    # Needed only for models with a Hugging Face tokenizer: its files go into the folder
+    dtype: torch.dtype | None = None,
     tokenizer=None,
 ) -> Path:  # The folder
     """Write a model folder that `load` reads back, and open_clip too where its schema can hold

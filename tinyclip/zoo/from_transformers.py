@@ -106,6 +106,7 @@ def check(
     )
 
 # %% ../../nbs/zoo/07_from_transformers.ipynb #1e96efe8
+# of transformers' CLIPConfig: a config.json may leave them out
 DEFAULTS = dict(
     vision=dict(
         hidden_size=768,
@@ -128,15 +129,16 @@ DEFAULTS = dict(
         max_position_embeddings=77,
         eos_token_id=49407,
     ),
-)  # of transformers' CLIPConfig: a config.json may leave them out
+)
 
 
 def _tower_description(cfg, kind, source) -> tuple:  # (configuration, description)
     "Description of a tower of a CLIPModel, checked"
+    # the first is how old versions wrote it
     given = next(
         (g for g in (cfg.get(f'{kind}_config_dict'), cfg.get(f'{kind}_config')) if g is not None),
         {},
-    )  # the first is how old versions wrote it
+    )
     if not isinstance(given, dict):
         raise TinyclipError(f'{source}: {kind}_config is no JSON object.')
     c = DEFAULTS[kind] | given
@@ -295,9 +297,8 @@ def unpack(
 ) -> dict:  # open_clip's names
     """The weights of a CLIPModel as those of an open_clip CLIP; the inverse of `pack` where
     nothing was padded"""
-    state = {
-        k: v for k, v in state.items() if not k.endswith('.position_ids')
-    }  # a constant that old files hold
+    # a constant that old files hold
+    state = {k: v for k, v in state.items() if not k.endswith('.position_ids')}
 
     take = partial(_take, state, source=source)
     new = {a: take(b, _dimensions(a, b)) for a, b in TOP.items()}
@@ -431,9 +432,8 @@ def read_merges_of(
             f'{str(folder)!r} has no tokenizer.json, and its {vocab_size} tokens are not the '
             f'{BPE} of CLIP.'
         )
-    own = len(merges) == BPE - 514 and list(merges) == list(
-        open_clip.SimpleTokenizer().bpe_ranks
-    )  # 256 bytes, once more at the end of a word, two marks
+    # 256 bytes, once more at the end of a word, two marks
+    own = len(merges) == BPE - 514 and list(merges) == list(open_clip.SimpleTokenizer().bpe_ranks)
     if vocab != vocab_and_merges(merges)[0] or (
         vocab_size < BPE if own else vocab_size != len(vocab)
     ):

@@ -317,10 +317,11 @@ def forget_origins_keep_facts(proto, source):
 
 # %% ../../nbs/zoo/08_onnx.ipynb #a5662348
 ONNX_CONFIG = 'onnx_config.json'
+# of an export; others are left alone
 FILES = (
     ONNX_CONFIG,
     *(f'{k}{q}.onnx{d}' for k in IO for q in ('', '.int8') for d in ('', '.data')),
-)  # of an export; others are left alone
+)
 
 
 def onnx_config(model, opset) -> dict:
@@ -427,9 +428,8 @@ def to_onnx(
     with replacing(folder, FILES) as tmp:
         for kind, x in given.items():
             with torch.no_grad():
-                want = check_finite(
-                    Tower(m, kind)(x)
-                ).numpy()  # before the export, which may leave its traces
+                # before the export, which may leave its traces
+                want = check_finite(Tower(m, kind)(x)).numpy()
             path = tmp / f'{kind}.onnx'
             about = {k: config[k] for k in (kind, 'logit_scale', 'logit_bias')}
             export_tower(m, kind, x, path, opset, about)

@@ -311,6 +311,7 @@ def processor(
     )
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #ac32300a
+# of a model, its sign first; others are left alone
 FILES = (
     'model.safetensors',
     'model.safetensors.index.json',
@@ -326,7 +327,7 @@ FILES = (
     'merges.txt',
     'special_tokens_map.json',
     'added_tokens.json',
-)  # of a model, its sign first; others are left alone
+)
 FORMS = ('auto', 'clip', 'slim')
 MODELLING = Path(tinyclip.__file__).parent / 'assets' / 'transformers' / 'modeling_tinyclip.py'
 

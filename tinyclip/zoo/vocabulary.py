@@ -80,9 +80,8 @@ def check_tokenizer(tokenizer) -> SimpleTokenizer:
     return tokenizer
 
 # %% ../../nbs/zoo/03_vocabulary.ipynb #ae7b7fd8
-MOST = (
-    49408 - 2 * 256 - 2
-)  # CLIP's merges: its tokens but the bytes and the two marks; open_clip reads no more from a file
+# CLIP's merges: its tokens but the bytes and the two marks; open_clip reads no more from a file
+MOST = 49408 - 2 * 256 - 2
 
 
 def check_merges(

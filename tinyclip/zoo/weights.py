@@ -275,9 +275,8 @@ def assemble(
     is not there is zero"""
     cfg = offline(cfg, f'The configuration of {source}')
     plan = sketch(cfg, f'The configuration of {source}')
-    state = {
-        k: v for k, v in state.items() if not k.endswith('.attn_mask')
-    }  # a constant that old files hold
+    # a constant that old files hold
+    state = {k: v for k, v in state.items() if not k.endswith('.attn_mask')}
     want = plan.state_dict()
     state |= {k: torch.zeros(want[k].shape) for k in branch_biases(plan) if k not in state}
     bad = misfits(want, state)
