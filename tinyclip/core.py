@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'COLOURS', 'TOWER_COLOURS', 'SCALE', 'TinyclipError', 'unknown', 'check_choice', 'check_range',
            'check_positive', 'rank_and_world_size', 'seed_everything', 'pick_device', 'native_bf16',
-           'resolve_precision', 'autocast', 'evaluating', 'scalars_on_device', 'human', 'Table', 'data_url', 'sweep',
-           'atomic_path', 'write_json', 'read_json', 'lazy_names', 'names_in', 'when_imported', 'environment',
-           'record_run']
+           'resolve_precision', 'autocast', 'evaluating', 'human', 'Table', 'data_url', 'sweep', 'atomic_path',
+           'write_json', 'read_json', 'lazy_names', 'when_imported', 'environment', 'record_run']
 
 # %% ../nbs/00_core.ipynb #a195d469
 import ast
