@@ -258,8 +258,7 @@ class Distiller:
     def __init__(
         self,
         student: nn.Module,  # A CLIP, e.g. from `inherit`; trained in place
-        # A CLIP that takes the same inputs; None for objectives that need none, and for pairs from
-        # `cached_pairs`
+        # Takes the same inputs; None where no loss needs one, or pairs bring its features along
         teacher: nn.Module | None,
         pairs: Pairs,  # `tinyclip.data.open_pairs(...)`, or anything like it
         *,
@@ -267,8 +266,7 @@ class Distiller:
         folder=None,  # Checkpoints and `events.jsonl` go here; None to keep nothing
         # Called with the student (eval mode, no gradients); returns a dict of numbers
         evaluate=None,
-        # A `tinyclip.sparsity.Sparsity` for the student's masks, or anything that works like it;
-        # added to the loss
+        # Added to the loss: a `Sparsity` for the student's masks, or anything that works like it
         penalty: Penalty | None = None,
         listeners=(),  # Called with every event, see `tinyclip.train.events`
         config: TrainConfig,  # Settings; single ones are keyword arguments, see `TrainConfig`

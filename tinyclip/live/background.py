@@ -85,8 +85,41 @@ def taken_over(
         and any(Path(job.folder).rglob('events.jsonl'))
     )
 
+# %% ../../nbs/live/03_background.ipynb #a9f3c1d2
+class Requests:
+    "Calls from any thread, made on the training thread between two steps"
+
+    def __init__(self):
+        self.requests = queue.SimpleQueue()
+        self.lock = threading.RLock()
+        self.done = threading.Event()  # Set while nothing trains
+
+    def ask(
+        self,
+        what,  # Called without arguments on the training thread, between two steps
+    ) -> Future:  # Its answer
+        "Hand in a request"
+        f = Future()
+        with self.lock:
+            if self.done.is_set():
+                answer(f, what)  # nothing trains
+            else:
+                self.requests.put((f, what))
+        return f
+
+    def serve(self):
+        "Answer what was asked"
+        while not self.requests.empty():
+            answer(*self.requests.get())
+
+    def end(self):
+        "Answer what is left; from now on nothing trains"
+        with self.lock:
+            self.serve()
+            self.done.set()
+
 # %% ../../nbs/live/03_background.ipynb #bef28ad5
-class Background:
+class Background(Requests):
     "A run in a thread of its own, with its switches"
 
     live = None  # The one run of this kernel
@@ -118,10 +151,8 @@ class Background:
         self.inbox = deque()
         self.reading = threading.Lock()
         self.folded = RunLogs(read_log(job.folder)) if resume else RunLogs()
-        self.requests = queue.SimpleQueue()
-        self.lock = threading.RLock()
+        super().__init__()
         self.go = threading.Event()
-        self.done = threading.Event()
         self.value = None
         self.error = None
         self.trace = ''
@@ -193,13 +224,9 @@ class Background:
         if self.done.is_set():
             return ''
         when = 'before its first step' if self.now == 'preparing' else 'after this step'
-        return (
-            f'stops {when}'
-            if self.ending
-            else f'pauses {when}'
-            if self.paused and self.now != 'paused'
-            else ''
-        )
+        if self.ending:
+            return f'stops {when}'
+        return f'pauses {when}' if self.paused and self.now != 'paused' else ''
 
     def __repr__(self):
         return f'{type(self.job).__name__}, {self.state()}, step {self.step()}' + (
@@ -244,27 +271,7 @@ class Background:
             self.error = e
             self.trace = traceback.format_exc()
         finally:
-            with self.lock:
-                self.serve()
-                self.done.set()
-
-    def ask(
-        self,
-        what,  # Called without arguments on the training thread, between two steps
-    ) -> Future:  # Its answer
-        "Hand in a request"
-        f = Future()
-        with self.lock:
-            if self.done.is_set():
-                answer(f, what)  # nothing trains
-            else:
-                self.requests.put((f, what))
-        return f
-
-    def serve(self):
-        "Answer what was asked"
-        while not self.requests.empty():
-            answer(*self.requests.get())
+            self.end()
 
     def cut(self, folder=None) -> Future:  # Of a dense student
         "The student of this moment; saved, too, if a folder is given"

@@ -140,6 +140,11 @@ def fill(
     mirror(fig)
 
 # %% ../../nbs/live/04_dashboard.ipynb #4bd91331
+_NO_WIDGETS = (
+    'This front end shows no widgets: ask for an updated picture with watch(..., show="html").'
+)
+
+
 class Dashboard:
     "A run, shown while it trains"
 
@@ -289,11 +294,8 @@ class Dashboard:
         "Move the masks' target"
 
         def heard(f):
-            self.say(
-                red(f.exception())
-                if f.exception()
-                else f'Each tower shall keep {share:.0%}, from the next step on.'
-            )
+            kept = f'Each tower shall keep {share:.0%}, from the next step on.'
+            self.say(red(f.exception()) if f.exception() else kept)
 
         self.run.set_target(share).add_done_callback(heard)
 
@@ -304,12 +306,7 @@ class Dashboard:
         if self.show == 'widgets' and not self.closed.is_set():
             if self.handle:
                 self.renew()
-            bundle = self.box._repr_mimebundle_() | {
-                'text/html': (
-                    'This front end shows no widgets: ask for an updated picture with watch(..., '
-                    'show="html").'
-                )
-            }
+            bundle = self.box._repr_mimebundle_() | {'text/html': _NO_WIDGETS}
             self.handle = display(bundle, raw=True, display_id=True)
             widen(self.figure_widget)
         elif self.show == 'html' and not self.closed.is_set():
@@ -334,8 +331,7 @@ class Dashboard:
             self.handle.update(left_behind(self), raw=True)
         if self.box:
             close_all(self.box)
-        if Dashboard.last is self:
-            Dashboard.last = None
+        Dashboard.last = None if Dashboard.last is self else Dashboard.last
         self.box = self.controls = self.figure_widget = self.thread = None
 
     def settle(self, timeout=None):

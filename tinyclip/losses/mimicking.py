@@ -287,6 +287,12 @@ class Loss(NamedTuple):
     needs_teacher: bool = True
     tiles: bool = True  # Whether `parts` takes `tile` and `distributed`, too
 
+    def of(self, value) -> Tensor:
+        "Scalar of what `parts` returned: the picked part, or the sum of a pair"
+        if self.pick is not None:
+            return value[self.pick]
+        return sum(value) if isinstance(value, tuple) else value
+
 
 def _affinity(s, t, *scales, **how):
     return affinity_mimicking(s.image, s.text, t.image, t.text, *scales, **how)
@@ -380,22 +386,11 @@ class Objective:
         ]
         done, out = {}, {}
         for name in self.weights:
-            parts, pick, _, tiles = LOSSES[name]
-            if parts not in done:
-                done[parts] = parts(
-                    student,
-                    teacher,
-                    *scales,
-                    **(dict(tile=self.tile, distributed=distributed) if tiles else {}),
-                )
-            value = done[parts]
-            out[name] = (
-                value[pick]
-                if pick is not None
-                else sum(value)
-                if isinstance(value, tuple)
-                else value
-            )
+            loss = LOSSES[name]
+            if loss.parts not in done:
+                how = dict(tile=self.tile, distributed=distributed) if loss.tiles else {}
+                done[loss.parts] = loss.parts(student, teacher, *scales, **how)
+            out[name] = loss.of(done[loss.parts])
         return {'loss': sum(w * out[n] for n, w in self.weights.items()), **out}
 
     def __repr__(self):

@@ -29,7 +29,9 @@ def tile_size(
 ) -> int | None:  # None where the table should be held whole
     "How large the tiles of a table should be"
     if tile == 'auto':
-        return None if n * m <= SMALL else 1024 if torch.device(device).type == 'cpu' else 4096
+        if n * m <= SMALL:
+            return None
+        return 1024 if torch.device(device).type == 'cpu' else 4096
     if tile is None or isinstance(tile, int) and not isinstance(tile, bool) and tile > 0:
         return tile
     raise TinyclipError(

@@ -89,9 +89,12 @@ class LossMeter:
         self,
         device,  # Where the losses live
     ):
-        self.sums, self.good, self.skipped, self.row, self.longest = [
-            torch.zeros((), device=device) for _ in range(5)
-        ]
+        zero = torch.zeros((), device=device)  # never changed in place
+        self.sums = zero
+        self.good = zero
+        self.skipped = zero
+        self.row = zero
+        self.longest = zero
 
     def add(self, losses: dict, ok: torch.Tensor):
         "Count a step: its losses where it is `ok`, a skipped one where it is not"
@@ -107,9 +110,10 @@ class LossMeter:
     def read(self) -> dict:
         """Mean losses since the last reading (None where every step was bad), steps skipped so
         far, most of them in a row"""
-        good, skipped, longest, *sums = torch.cat(
-            [torch.stack([self.good, self.skipped, self.longest]), self.sums.reshape(-1)]
-        ).tolist()
+        counts = torch.stack([self.good, self.skipped, self.longest])
+        numbers = torch.cat([counts, self.sums.reshape(-1)]).tolist()  # read at once
+        good, skipped, longest = numbers[:3]
+        sums = numbers[3:]
         self.sums = self.sums * 0
         self.good = self.good * 0
         self.longest = self.row

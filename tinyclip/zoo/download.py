@@ -60,9 +60,9 @@ def ask(
 def fetch_rest(url, part, tag_file, progress, timeout) -> int | None:
     "Append what is missing to `part`; the file's total size, where the server names it"
     have = part.stat().st_size if part.is_file() else 0
-    response, start, total, tag = ask(
-        url, have, tag_file.read_text() if tag_file.is_file() else '', timeout
-    )
+    known = tag_file.read_text() if tag_file.is_file() else ''
+    response, start, *rest = ask(url, have, known, timeout)
+    total, tag = rest
     with (
         response,
         open(part, 'r+b' if start else 'wb') as f,

@@ -401,6 +401,14 @@ def read_images(
     return pre | {k: cfg[f'image_{k}'] for k in ('mean', 'std') if f'image_{k}' in cfg}
 
 
+def _merge(m) -> list:  # Empty where it is none
+    "Parts of a merge, written as one string or as a list of two"
+    if isinstance(m, str):
+        return m.split()
+    good = isinstance(m, list) and all(isinstance(p, str) for p in m)
+    return m if good else []
+
+
 def read_merges_of(
     folder: Path,  # A folder of transformers
     vocab_size: int,  # Rows of the model's token table
@@ -413,14 +421,7 @@ def read_merges_of(
         )
         if not isinstance(merges, list):
             raise TinyclipError(f'{str(path)!r} holds no byte pair encoding like that of CLIP.')
-        merges = check_merges(
-            m.split()
-            if isinstance(m, str)
-            else m
-            if isinstance(m, list) and all(isinstance(p, str) for p in m)
-            else []
-            for m in merges
-        )
+        merges = check_merges(map(_merge, merges))
     elif (path := folder / 'merges.txt').is_file() and (folder / 'vocab.json').is_file():
         vocab = read_json(folder / 'vocab.json')
         merges = read_merges(path)

@@ -36,13 +36,9 @@ def tower_of(cfg, tower) -> dict:
         heads=[width // head_dim] * n,
         ffn=[int(width * part.get('mlp_ratio', 4.0))] * n,
     )
-    act = (
-        'quick_gelu'
-        if cfg.get('quick_gelu')
-        else 'gelu_pytorch_tanh'
-        if 'act_kwargs' in part
-        else 'gelu'
-    )
+    act = 'gelu_pytorch_tanh' if 'act_kwargs' in part else 'gelu'
+    if cfg.get('quick_gelu'):
+        act = 'quick_gelu'
     return dict(
         width=width,
         **cfg.get('tinyclip_cfg', {}).get(tower, even),
