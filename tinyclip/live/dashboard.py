@@ -36,6 +36,9 @@ from ..train.protocols import Job
 
 # %% ../../nbs/live/04_dashboard.ipynb #601eb706
 SHOWS = ('widgets', 'html', 'bar', 'nothing')
+_NO_WIDGETS = (
+    'This front end shows no widgets: ask for an updated picture with watch(..., show="html").'
+)
 
 
 def front_end() -> str:  # One of `SHOWS`
@@ -140,11 +143,6 @@ def fill(
     mirror(fig)
 
 # %% ../../nbs/live/04_dashboard.ipynb #4bd91331
-_NO_WIDGETS = (
-    'This front end shows no widgets: ask for an updated picture with watch(..., show="html").'
-)
-
-
 class Dashboard:
     "A run, shown while it trains"
 
