@@ -18,7 +18,7 @@ from ..data.shapes import Shapes
 from ..data.sources import IndexedSource, as_source
 from ..evaluate.agreement import agreement, model_answers
 from ..evaluate.benchmarks import benchmark
-from ..evaluate.cost import compare, macs, parameters, profile, weight_bytes
+from ..evaluate.cost import HOW, compare, macs, parameters, profile, weight_bytes
 from ..evaluate.probe import linear_probe
 from ..evaluate.redundancy import drop_one, layer_features, similarity
 from ..evaluate.standard_sets import evaluate_on, standard, watched
@@ -280,7 +280,7 @@ def run_measure(args) -> dict:
     "`tinyclip measure`"
     models = {n: load(n, pick_device(args.device)).model for n in args.model}
     if not args.json:
-        print(compare(models, args.batch_size, args.precision, args.reference))
+        print(compare(models, args.batch_size, args.precision, args.reference), HOW, sep='\n')
         return {}
     return dict(
         rows=[

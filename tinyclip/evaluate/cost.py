@@ -100,6 +100,11 @@ def macs(
 
 # %% ../../nbs/evaluate/01_cost.ipynb #e5e66835
 NOISY = 0.25  # Spread above which a speed is no number
+# Goes below a table of speeds
+HOW = (
+    "pairs/s by the processor's time on one core, or by a GPU's events; speed: the median of "
+    'ratios, taking turns; spread: how far the middle half of them lies apart'
+)
 
 
 @contextlib.contextmanager
@@ -260,14 +265,6 @@ def file_size(
         else sum(p.stat().st_size for p in path.rglob('*') if p.is_file())
     )
 
-# %% ../../nbs/evaluate/01_cost.ipynb #d375432f
-def forward(model, batch_size, precision):
-    "Both towers, once"
-    image, text = inputs(model, batch_size)
-    with evaluating(model), autocast(image.device, precision):
-        model.encode_image(image)
-        model.encode_text(text)
-
 # %% ../../nbs/evaluate/01_cost.ipynb #6d8c30e6
 def profile(
     models: dict,  # name -> CLIP. On the meta device they are only counted
@@ -296,14 +293,18 @@ def profile(
     }
     if device.type == 'meta':
         return rows
+
+    def both(m):
+        image, text = inputs(m, batch_size)
+        with evaluating(m), autocast(device, precision):
+            m.encode_image(image)
+            m.encode_text(text)
+
     timed = speeds(models, batch_size, precision, reference, repeats)
     return {
         n: r
         | timed[n]
-        | dict(
-            peak_memory=peak_memory(partial(forward, models[n], batch_size, precision), device),
-            batch_size=batch_size,
-        )
+        | dict(peak_memory=peak_memory(partial(both, models[n]), device), batch_size=batch_size)
         for n, r in rows.items()
     }
 
@@ -324,7 +325,7 @@ def compare(
     precision: str = 'fp32',  # As in `core.autocast`
     reference: str | None = None,  # As in `profile`, e.g. `'ViT-B-32'`
 ) -> Table:  # One row per model
-    "`profile` as a person reads it"
+    "Table of what models cost: `profile` as a person reads it"
 
     def ran(r):
         return (

@@ -14,7 +14,7 @@ from ..core import TinyclipError, environment, seed_everything, write_json
 from ..data.pairs import captioned, labelled, open_pairs
 from ..data.shapes import PROMPTS, Shapes, classnames, heldout
 from ..distill import Distiller
-from ..evaluate.cost import file_size, macs, parameters, speeds
+from ..evaluate.cost import HOW, file_size, macs, parameters, speeds
 from ..evaluate.zeroshot import retrieval, zero_shot
 from ..inheritance import inherit, reinitialized
 from ..keep import keep_for_size
@@ -198,7 +198,7 @@ def run(
     if progress:
         print(
             readable(rows),
-            f'\n\nReport: {folder / "report.html"}\nStudent: {folder / "student"} '
+            f'\n{HOW}\n\nReport: {folder / "report.html"}\nStudent: {folder / "student"} '
             '(tinyclip.zoo.load reads it)',
         )
     return dict(rows=rows, report=str(folder / 'report.html'), student=str(folder / 'student'))

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..core import COLOURS, TOWER_COLOURS, Table, data_url, human
 from ..data.shapes import PROMPTS, Shapes, classnames, combinations, normalise
-from ..evaluate.cost import pace
+from ..evaluate.cost import HOW, pace
 from ..evaluate.zeroshot import class_embeddings
 from ..keep import Keep, keep_table
 from .keep_map import keep_map, redundancy
@@ -172,12 +172,13 @@ STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:960px;margin:2rem a
 color:#1b1f24;background:#fff}h1{margin-bottom:.2rem}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.86rem}
 td,th{padding:.45rem .6rem;text-align:right;border-bottom:1px solid #ddd}
-td:first-child,th:first-child{text-align:left}.scroll{overflow-x:auto}
+td{white-space:nowrap}td:first-child,th:first-child{text-align:left}.scroll{overflow-x:auto}
 pre{background:#f4f5f7;padding:.8rem;border-radius:6px;overflow:auto}"""
 
 PAGE = """<!doctype html><html lang=en><meta charset=utf-8>
 <meta name=viewport content="width=device-width"><title>tinyclip demo</title><style>{style}</style>
 <h1>A CLIP of half the size</h1><p>{summary}</p><div class=scroll>{table}</div>
+<p><small>{how}</small></p>
 <h2>While they trained</h2>{curves}
 <h2>What they see</h2><p>Pictures of combinations never trained on, and what each model calls them
 among 640 names. Wrong words are struck out.</p>{pictures}
@@ -251,6 +252,7 @@ def write_report(
         drawn += f'<p>While masks learn, their share follows its target:</p>{shares}'
     page = PAGE.format(
         style=STYLE,
+        how=HOW,
         summary=summary(rows),
         table=to_html(readable(rows)),
         curves=drawn,
