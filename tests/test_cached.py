@@ -13,7 +13,7 @@ from caches import *  # with the fixture `data`
 from shards import shard
 from test_distill import Pairs, different, when
 
-from tinyclip.cli import main as cli
+from tinyclip.cli import train as cli
 from tinyclip.cli.main import main
 from tinyclip.core import TinyclipError
 from tinyclip.data import open_pairs

@@ -377,7 +377,8 @@ def test_stages_that_are_told_between_two_phases(tmp_path, moment, kept, left):
 )
 def test_the_command_saves_the_student_first(tmp_path, monkeypatch, capsys, options):
     "The signal comes between the last step and the saved student"
-    import tinyclip.cli.main.main as cli
+    import tinyclip.cli.train as cli
+    from tinyclip.cli.main import main
 
     save = cli.save
 
@@ -400,14 +401,14 @@ def test_the_command_saves_the_student_first(tmp_path, monkeypatch, capsys, opti
         str(tmp_path),
         *options,
     ]
-    assert cli.main(command) == 75
+    assert main(command) == 75
     assert (
         'stopped after the last step; run the command again with --resume'
         in capsys.readouterr().err
     )
     assert load(tmp_path / 'student').model and (tmp_path / 'result.json').is_file()
     monkeypatch.setattr(cli, 'save', save)
-    assert cli.main([*command, '--resume']) == 0
+    assert main([*command, '--resume']) == 0
 
 
 # --- another number of processes

@@ -476,7 +476,7 @@ def test_an_error_in_the_middle(old, tmp_path, monkeypatch):
 
 KILLED = '''
 import json, os, shutil, signal, sys
-import tinyclip.zoo.loading.onnx as X
+import tinyclip.zoo.onnx as X
 from tinyclip.inheritance import build
 assert not {'onnx', 'onnxruntime', 'onnxscript'} & set(sys.modules) # asked for when needed
 import torch
@@ -537,7 +537,7 @@ def test_damaged_files(old, tmp_path):
         ('b', lambda f: (f / 'text.onnx').unlink(), 'missing'),
         ('c', flip, 'onnxruntime cannot read'),
         ('d', lambda f: (f / 'onnx_config.json').write_text('{"a":'), 'not valid JSON'),
-        ('e', lambda f: (f / 'onnx_config.json').write_text('[]'), "says nothing about 'image'"),
+        ('e', lambda f: (f / 'onnx_config.json').write_text('[]'), 'holds no JSON object'),
         ('f', rewrite(lambda c: c['image'].pop('size')), "says nothing about 'size'"),
         ('g', rewrite(lambda c: c.update(files={'../old/image.onnx': 1})), 'missing'),
     ]

@@ -469,10 +469,10 @@ FAULTS = dict(
     no_front_matter=(lambda s: write(s / 'index.ipynb', [md('Words')]), 'index.ipynb has no'),
     two_pages_one_file=(
         lambda s: (
-            write(s / '01_keep.ipynb', [front('Keep too', 'keep.html')]),
-            edit('sidebar.yml', '      - 01_keep', '      - 01_keep.ipynb\n      - 01_keep')(s),
+            write(s / '99_keep.ipynb', [front('Keep too', 'keep.html')]),
+            edit('sidebar.yml', '      - 01_keep', '      - 99_keep.ipynb\n      - 01_keep')(s),
         ),
-        '01_keep.ipynb and 01_keep.ipynb both become keep.html',
+        '01_keep.ipynb and 99_keep.ipynb both become keep.html',
     ),
     link_to_missing_page=(
         prose('[a](02_gone.ipynb)'),

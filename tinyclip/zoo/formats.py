@@ -7,13 +7,8 @@ __all__ = ['FORMATS', 'Format', 'OpenClip', 'Transformers', 'Onnx', 'open_model'
 
 # %% ../../nbs/zoo/10_formats.ipynb #7573e1a3
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..core import TinyclipError, human, names_in, pick_device
-
-# %% ../../nbs/zoo/10_formats.ipynb #172d5eb8
-if TYPE_CHECKING:  # the command line reads this page for its help, and torch takes seconds
-    from tinyclip.zoo.folders import Loaded
 
 # %% ../../nbs/zoo/10_formats.ipynb #4ea449ba
 class Format:
@@ -34,7 +29,7 @@ class Format:
 
     def write(
         self,
-        loaded: 'Loaded',  # Model, transform and tokenizer
+        loaded,  # A `zoo.folders.Loaded`: model, transform and tokenizer
         folder,  # Made if absent; an older export of this format in it is replaced
         **options,  # Of `options`
     ) -> dict:  # JSON-able: what there is to report
@@ -59,7 +54,7 @@ class Format:
         folder,  # As `write` left it
         form: str,  # Of `files`
         device='cpu',  # Where the model shall be
-    ) -> 'Loaded':  # In eval mode
+    ) -> tuple:  # `zoo.folders.Loaded`, in eval mode
         "Open an export as its reader would"
         raise NotImplementedError
 
@@ -211,7 +206,7 @@ FORMATS = dict(open_clip=OpenClip(), transformers=Transformers(), onnx=Onnx())
 def open_model(
     name,  # As in `zoo.load`; or an export that a format finds, e.g. `'FOLDER:int8'` of ONNX files
     device=None,  # As in `core.pick_device`
-) -> 'Loaded':  # In eval mode
+) -> tuple:  # `zoo.folders.Loaded`, in eval mode
     "Open a model by name, or an export by its folder"
     from tinyclip.zoo.loading import load
 
