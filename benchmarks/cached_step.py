@@ -1,8 +1,11 @@
-"""What a teacher costs a training step, and what is left of that when it answered before: the same student, the same pairs, live and from a cache.
+"""What a teacher costs a training step, and what is left of that when it answered before: the same
+student, the same pairs, live and from a cache.
 
-    python benchmarks/cached_step.py                         # writes results/cached-step/run.json (with a GPU: results/cached-step-cuda)
+    python benchmarks/cached_step.py     # writes results/cached-step/run.json
+                                         # (with a GPU: results/cached-step-cuda)
 
-Steps take turns, so that other programs disturb all alike. They have their batches in memory; what reading costs with and without a cache is measured apart, a pass of the loader each.
+Steps take turns, so that other programs disturb all alike. They have their batches in memory;
+what reading costs with and without a cache is measured apart, a pass of the loader each.
 The students are the teacher with half of its channels, and the teacher's own size.
 """
 

@@ -1,6 +1,7 @@
-"""What watching costs: the same steps with and without the live dashboard, taking turns inside one run in a real Jupyter kernel.
+"""What watching costs: the same steps with and without the live dashboard, taking turns inside one
+run in a real Jupyter kernel.
 
-python benchmarks/dashboard.py                         # writes results/dashboard/run.json
+    python benchmarks/dashboard.py       # writes results/dashboard/run.json
 """
 
 import argparse

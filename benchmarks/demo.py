@@ -1,8 +1,10 @@
-"""What the demo takes with bfloat16 units and without them: `tinyclip demo` as anybody runs it, then with oneDNN and torch told that the CPU has AVX2 only.
+"""What the demo takes with bfloat16 units and without them: `tinyclip demo` as anybody runs it,
+then with oneDNN and torch told that the CPU has AVX2 only.
 
-    python benchmarks/demo.py                              # writes results/demo/run.json
+    python benchmarks/demo.py            # writes results/demo/run.json
 
-On one thread, by the processor's time: what else runs on the machine does not count. The clock's time is recorded beside it.
+On one thread, by the processor's time: what else runs on the machine does not count. The clock's
+time is recorded beside it.
 """
 
 import argparse

@@ -1,8 +1,11 @@
-"""Memory over a run: resident memory of all its processes while a tiny student is distilled from shards, with and without loader workers.
+"""Memory over a run: resident memory of all its processes while a tiny student is distilled from
+shards, with and without loader workers.
 
-    python benchmarks/flat.py                                # writes results/flat/run.json
+    python benchmarks/flat.py            # writes results/flat/run.json
 
-Two sums over the processes, every few steps of twenty epochs, so that workers start and end twenty times: what the system calls resident, and of it what the run itself wrote (anonymous and shared memory, a page that two processes share counted half for each; no libraries' code).
+Two sums over the processes, every few steps of twenty epochs, so that workers start and end twenty
+times: what the system calls resident, and of it what the run itself wrote (anonymous and shared
+memory, a page that two processes share counted half for each; no libraries' code).
 A quarter of the pictures cannot be read. Needs Linux.
 """
 

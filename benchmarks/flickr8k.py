@@ -1,6 +1,7 @@
-"""Contrastive training from scratch on 6,000 photographs with five captions each, no teacher; retrieval on 1,000 others.
+"""Contrastive training from scratch on 6,000 photographs with five captions each, no teacher;
+retrieval on 1,000 others.
 
-python benchmarks/flickr8k.py --shared ../shared         # writes results/flickr8k-scratch/run.json
+    python benchmarks/flickr8k.py --shared ../shared     # writes results/flickr8k-scratch/run.json
 """
 
 import argparse

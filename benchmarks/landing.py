@@ -1,6 +1,7 @@
-"""The run that the first page of the website replays: the embedded teacher down to a quarter, by rule and by masks, one seed.
+"""The run that the first page of the website replays: the embedded teacher down to a quarter, by
+rule and by masks, one seed.
 
-python benchmarks/landing.py                           # writes results/landing: run.json and both event logs
+    python benchmarks/landing.py         # writes results/landing: run.json and both event logs
 """
 
 import argparse

@@ -1,8 +1,10 @@
-"""One leap against several stages, at a quarter and at a tenth, and where the steps of a plan are best spent.
+"""One leap against several stages, at a quarter and at a tenth, and where the steps of a plan are
+best spent.
 
-    python benchmarks/leaps.py                               # writes results/leaps/run.json
+    python benchmarks/leaps.py           # writes results/leaps/run.json
 
-Drawn pictures and the recipe of benchmarks/methods.py, which must have been run: two of the plans are its own.
+Drawn pictures and the recipe of benchmarks/methods.py, which must have been run: two of the plans
+are its own.
 """
 
 import argparse

@@ -1,9 +1,13 @@
-"""Pairs per second of processor time: `open_pairs` against open_clip's own loader, on the same shards with the same transform.
+"""Pairs per second of processor time: `open_pairs` against open_clip's own loader, on the same
+shards with the same transform.
 
-    python benchmarks/loader.py --shared ../shared           # writes results/loader/run.json
+    python benchmarks/loader.py --shared ../shared       # writes results/loader/run.json
 
-The photographs of ../shared have 128 pixels. Three sets are made of them in a temporary folder: as they are, each enlarged to 1,024 pixels, and mosaics of 64 of them, which hold detail down to the pixel as a camera's do.
-The loaders take turns within one process, a pass over all pairs each; processor time is what counts, since other programs do not disturb it as much.
+The photographs of ../shared have 128 pixels. Three sets are made of them in a temporary folder: as
+they are, each enlarged to 1,024 pixels, and mosaics of 64 of them, which hold detail down to the
+pixel as a camera's do.
+The loaders take turns within one process, a pass over all pairs each; processor time is what
+counts, since other programs do not disturb it as much.
 """
 
 import argparse

@@ -1,7 +1,11 @@
-"""What a large batch costs in the loss: whole tables (plain torch), open_clip's DistillClipLoss, and tiles. Forward and backward, float32, side by side.
+"""What a large batch costs in the loss: whole tables (plain torch), open_clip's DistillClipLoss,
+and tiles. Forward and backward, float32, side by side.
 
-python benchmarks/loss_memory.py                                  # writes results/loss-memory/run.json (with a GPU: results/loss-memory-cuda)
-python benchmarks/loss_memory.py --sizes 32768 131072 --share 128 # of each batch, the rows that one of 128 processes takes; tiles only
+    python benchmarks/loss_memory.py     # writes results/loss-memory/run.json
+                                         # (with a GPU: results/loss-memory-cuda)
+
+    # of each batch, the rows that one of 128 processes takes; tiles only
+    python benchmarks/loss_memory.py --sizes 32768 131072 --share 128
 """
 
 import argparse

@@ -1,8 +1,10 @@
-"""What makes a short mask phase work: the paper's constraint and the released one, with and without feeling, projection and hard masks.
+"""What makes a short mask phase work: the paper's constraint and the released one, with and without
+feeling, projection and hard masks.
 
-    python benchmarks/mask_phase.py                          # writes results/mask-phase/run.json
+    python benchmarks/mask_phase.py      # writes results/mask-phase/run.json
 
-Drawn pictures, half of the tower parameters, the recipe of benchmarks/methods.py, which must have been run: its automatic student is the last row.
+Drawn pictures, half of the tower parameters, the recipe of benchmarks/methods.py, which must have
+been run: its automatic student is the last row.
 """
 
 import argparse

@@ -1,6 +1,8 @@
-"""What masks cost: a training step of a masked CLIP against the same step of the plain one, side by side.
+"""What masks cost: a training step of a masked CLIP against the same step of the plain one, side by
+side.
 
-python benchmarks/masked_step.py                         # writes results/masked-step/run.json (with a GPU: results/masked-step-cuda)
+    python benchmarks/masked_step.py     # writes results/masked-step/run.json
+                                         # (with a GPU: results/masked-step-cuda)
 """
 
 import argparse

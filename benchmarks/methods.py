@@ -1,7 +1,11 @@
-"""Random, manual and automatic inheritance, and one leap against two stages: same source of pairs, same total of steps, mask steps included.
+"""Random, manual and automatic inheritance, and one leap against two stages: same source of pairs,
+same total of steps, mask steps included.
 
-    python benchmarks/methods.py shapes                          # writes results/methods-shapes/run.json
-    python benchmarks/methods.py cifar10 --shared ../shared      # writes results/methods-cifar10/run.json
+    # writes results/methods-shapes/run.json
+    python benchmarks/methods.py shapes
+
+    # writes results/methods-cifar10/run.json
+    python benchmarks/methods.py cifar10 --shared ../shared
 
 Finished runs are kept below runs/ and not repeated.
 """

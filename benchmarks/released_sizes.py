@@ -1,6 +1,8 @@
-"""What the released configurations cost beside ViT-B/32: counted, and timed in turns within one run. Weights are random; nothing here depends on them.
+"""What the released configurations cost beside ViT-B/32: counted, and timed in turns within one
+run. Weights are random; nothing here depends on them.
 
-python benchmarks/released_sizes.py                         # writes results/released-sizes/run.json (with a GPU: results/released-sizes-cuda)
+    python benchmarks/released_sizes.py  # writes results/released-sizes/run.json
+                                         # (with a GPU: results/released-sizes-cuda)
 """
 
 import argparse

@@ -1,10 +1,13 @@
-"""One batch on 1, 2 and 4 processes: the same loss and gradient, and what sharing it costs. On CPUs, over gloo, a thread each.
+"""One batch on 1, 2 and 4 processes: the same loss and gradient, and what sharing it costs. On
+CPUs, over gloo, a thread each.
 
-    python benchmarks/scaling.py                             # writes results/scaling/run.json
+    python benchmarks/scaling.py         # writes results/scaling/run.json
 
-The batch is split, features are gathered, gradients are averaged by DDP. Loss and gradient are those of the first step; `differ` is against one process
-that holds its tables whole, relative to the norm. Seconds are the processor's, summed over the processes: where 4 of them share 2 cores, time on
-the wall says nothing. `overhead` is how much more of them a step takes than in one process with the same tables.
+The batch is split, features are gathered, gradients are averaged by DDP. Loss and gradient are
+those of the first step; `differ` is against one process that holds its tables whole, relative to
+the norm. Seconds are the processor's, summed over the processes: where 4 of them share 2 cores,
+time on the wall says nothing. `overhead` is how much more of them a step takes than in one process
+with the same tables.
 """
 
 import argparse

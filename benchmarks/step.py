@@ -1,13 +1,18 @@
-"""A distillation step in pairs per second: `Engine` against open_clip's own `--distill-model` loop, with the same teacher, student and pairs.
+"""A distillation step in pairs per second: `Engine` against open_clip's own `--distill-model` loop,
+with the same teacher, student and pairs.
 
-    python benchmarks/step.py                                # writes results/step/run.json (with a GPU: results/step-cuda)
-    python benchmarks/step.py --no-compile                   # in a hurry, or without a C++ compiler
+    python benchmarks/step.py                # writes results/step/run.json
+                                             # (with a GPU: results/step-cuda)
+    python benchmarks/step.py --no-compile   # in a hurry, or without a C++ compiler
 
-open_clip's loop is `train_one_epoch` itself, with the arguments, loss, optimiser and scaler that its `main` would give it. Its defaults are fp16 by
-autocast, nothing compiled, no limit on gradients; beyond them it offers bf16 and `--torchcompile`. Ours runs as `Distiller` does: gradients limited,
-bad batches left out; a last case asks no teacher, but has what it said before. The losses are the same, which the first step in float32 must show.
-Pairs are on the device before the clock starts, and steps take turns. On a CPU it is the processor's time that counts, and fp16 is so slow that it
-gets one step. The ceiling is what one large bf16 matrix product reaches.
+open_clip's loop is `train_one_epoch` itself, with the arguments, loss, optimiser and scaler that
+its `main` would give it. Its defaults are fp16 by autocast, nothing compiled, no limit on
+gradients; beyond them it offers bf16 and `--torchcompile`. Ours runs as `Distiller` does:
+gradients limited, bad batches left out; a last case asks no teacher, but has what it said before.
+The losses are the same, which the first step in float32 must show.
+Pairs are on the device before the clock starts, and steps take turns. On a CPU it is the
+processor's time that counts, and fp16 is so slow that it gets one step. The ceiling is what one
+large bf16 matrix product reaches.
 """
 
 import argparse

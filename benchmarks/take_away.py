@@ -1,11 +1,13 @@
-"""What a student is worth in every form that it can leave in: accuracy, answers that changed, bytes, speed.
+"""What a student is worth in every form that it can leave in: accuracy, answers that changed,
+bytes, speed.
 
-    python benchmarks/methods.py cifar10 --shared ../shared      # first: makes the students
-    python benchmarks/take_away.py --shared ../shared            # writes results/take-away/run.json
+    python benchmarks/methods.py cifar10 --shared ../shared  # first: makes the students
+    python benchmarks/take_away.py --shared ../shared        # writes results/take-away/run.json
 
-The students are those of `methods.py`: half of the CIFAR-10 teacher, by masks, so their layers are uneven. The vocabulary is shortened to the
-captions of Flickr8k and CIFAR-10's classes in CLIP's 80 prompts. Speeds are of one student, all forms taking turns on one core, by the processor's
-time: what else runs on the machine does not count.
+The students are those of `methods.py`: half of the CIFAR-10 teacher, by masks, so their layers are
+uneven. The vocabulary is shortened to the captions of Flickr8k and CIFAR-10's classes in CLIP's 80
+prompts. Speeds are of one student, all forms taking turns on one core, by the processor's time:
+what else runs on the machine does not count.
 """
 
 import argparse

@@ -82,10 +82,10 @@ class Lab:
 
 
 @contextmanager
-def jupyterlab(root, home, settings={}, **env):
+def jupyterlab(root, home, settings=None, **env):
     "Serve `root`; settings, logs and whatever else a server leaves go to `home`"
     home = Path(home)
-    for k, v in (SETTINGS | settings).items():
+    for k, v in (SETTINGS | (settings or {})).items():
         f = home / 'settings' / f'{k}.jupyterlab-settings'
         f.parent.mkdir(parents=True, exist_ok=True)
         f.write_text(json.dumps(v))
@@ -150,27 +150,47 @@ def chromium():
 
 SCRIPT = '''
 const nb = () => window.jupyterapp?.shell.currentWidget;
-const coded = () => nb().content.widgets.filter(c => c.model.type==='code' && c.model.sharedModel.source.trim());
+const coded = () => nb().content.widgets.filter(
+  c => c.model.type==='code' && c.model.sharedModel.source.trim());
 const find = text => coded().findLast(c => c.model.sharedModel.source.includes(text));
 window.T = {
   nb, coded, find,
-  ready: () => nb()?.context?.isReady && nb().sessionContext.session?.kernel?.connectionStatus==='connected',
+  ready: () => nb()?.context?.isReady
+    && nb().sessionContext.session?.kernel?.connectionStatus==='connected',
   status: () => nb().sessionContext.session?.kernel?.status,
   index: text => nb().content.widgets.indexOf(find(text)),
-  run: text => { const c = find(text); c.model.executionCount = null; nb().content.activeCellIndex = nb().content.widgets.indexOf(c); window.jupyterapp.commands.execute('notebook:run-cell') },
+  run: text => {
+    const c = find(text);
+    c.model.executionCount = null;
+    nb().content.activeCellIndex = nb().content.widgets.indexOf(c);
+    window.jupyterapp.commands.execute('notebook:run-cell') },
   ran: text => find(text).model.executionCount!==null,
-  errors: () => coded().flatMap(c => c.model.outputs.toJSON()).filter(o => o.output_type==='error').map(o => o.ename+': '+o.evalue),
-  add: source => { const m = nb().content.model.sharedModel; m.insertCell(m.cells.length, {cell_type:'code', source, metadata:{added:true}}) },
-  tidy: () => { const m = nb().content.model.sharedModel; for (let i = m.cells.length-1; i>=0; i--) if (m.cells[i].getMetadata('added')) m.deleteCell(i) },
-  words: text => [...find(text).node.querySelectorAll('.widget-html-content')].map(e => e.innerText.trim()),
-  facts: text => T.words(text).find(w => /^(not started|preparing|training|paused|stopped|finished|failed)/.test(w)) ?? '',
+  errors: () => coded().flatMap(c => c.model.outputs.toJSON())
+    .filter(o => o.output_type==='error').map(o => o.ename+': '+o.evalue),
+  add: source => {
+    const m = nb().content.model.sharedModel;
+    m.insertCell(m.cells.length, {cell_type:'code', source, metadata:{added:true}}) },
+  tidy: () => {
+    const m = nb().content.model.sharedModel;
+    for (let i = m.cells.length-1; i>=0; i--)
+      if (m.cells[i].getMetadata('added')) m.deleteCell(i) },
+  words: text => [...find(text).node.querySelectorAll('.widget-html-content')]
+    .map(e => e.innerText.trim()),
+  facts: text => T.words(text).find(
+    w => /^(not started|preparing|training|paused|stopped|finished|failed)/.test(w)) ?? '',
   step: text => +(T.facts(text).match(/step (\\d+)/)?.[1] ?? 0),
-  traces: text => [...find(text).node.querySelectorAll('.js-plotly-plot')].flatMap(g => g._fullData ?? []),
+  traces: text => [...find(text).node.querySelectorAll('.js-plotly-plot')]
+    .flatMap(g => g._fullData ?? []),
   points: text => T.traces(text).reduce((n, t) => n + (t.z || t.y || []).length, 0),
   line: (text, name) => [...(T.traces(text).find(t => t.name===name)?.y ?? [])],
-  ask: async code => { let out = ''; const f = nb().sessionContext.session.kernel.requestExecute({code, store_history:false});
-    f.onIOPub = m => { if (m.header.msg_type==='stream') out += m.content.text; if (m.header.msg_type==='error') out += m.content.ename+': '+m.content.evalue };
-    await f.done; return out.trim() }}'''
+  ask: async code => {
+    let out = '';
+    const f = nb().sessionContext.session.kernel.requestExecute({code, store_history:false});
+    f.onIOPub = m => {
+      if (m.header.msg_type==='stream') out += m.content.text;
+      if (m.header.msg_type==='error') out += m.content.ename+': '+m.content.evalue };
+    await f.done;
+    return out.trim() }}'''
 
 
 class Notebook:

@@ -25,15 +25,16 @@ CAPTIONS = [
 ]
 
 
-def tiny(seed=0, vision={}, text={}, **kw):
+def tiny(seed=0, vision=None, text=None, **kw):
     "A random CLIP with weights large enough to matter"
     torch.manual_seed(seed)
     cfg = (
         dict(
             embed_dim=24,
             vision_cfg=dict(image_size=32, layers=3, width=64, patch_size=8, head_width=16)
-            | vision,
-            text_cfg=dict(context_length=16, vocab_size=49408, width=48, heads=3, layers=3) | text,
+            | (vision or {}),
+            text_cfg=dict(context_length=16, vocab_size=49408, width=48, heads=3, layers=3)
+            | (text or {}),
         )
         | kw
     )

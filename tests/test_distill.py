@@ -341,12 +341,15 @@ from torch.nn.parallel import DistributedDataParallel
 rank,world = int(os.environ['RANK']),int(os.environ['WORLD_SIZE'])
 for name,objective in OBJECTIVES.items():
     folder = Path({folder!r})/name
-    run = lambda: job(pairs=Pairs(world=world, rank=rank), folder=folder, objective=objective, log_every=2, lr=1e-4)
+    run = lambda: job(
+        pairs=Pairs(world=world, rank=rank),
+        folder=folder, objective=objective, log_every=2, lr=1e-4)
     half = run(); half.listeners = [when('log', 4, half.stop)]
     assert half.fit(6).steps==4
     assert run().fit(6, resume=True).finished
     student = tiny(1)
-    found = gradients(student, DistributedDataParallel(student), objective, Pairs(world=world, rank=rank))
+    wrapped = DistributedDataParallel(student)
+    found = gradients(student, wrapped, objective, Pairs(world=world, rank=rank))
     if rank==0: torch.save(found, folder/'gradients.pt')
 '''
 # with affinity alone the logit scale gets no gradient
@@ -368,8 +371,9 @@ def gradients(student, wrapped, objective, pairs):
 
 
 def test_two_processes_equal_one(tmp_path):
-    """Gradients to rounding, and losses through a stop and a resume. Later losses only roughly: where a gradient is all rounding,
-    Adam makes a whole step of it, of either sign, and how much is rounded depends on the machine."""
+    """Gradients to rounding, and losses through a stop and a resume. Later losses only roughly:
+    where a gradient is all rounding, Adam makes a whole step of it, of either sign, and how much is
+    rounded depends on the machine."""
     (tmp_path / 'worker.py').write_text(
         WORKER.format(here=str(Path(__file__).parent), folder=str(tmp_path))
     )

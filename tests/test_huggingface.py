@@ -44,9 +44,12 @@ held = torch.load(where+'/in.pt', weights_only=False)
 for folder in folders:
     own = dict(trust_remote_code=True) if folder.endswith('own') else {}
     model = (AutoModel if own else CLIPModel).from_pretrained(folder, **own)
-    inputs = CLIPProcessor.from_pretrained(folder, backend='pil', **own)(**held, return_tensors='pt', padding=True, truncation=True)
+    processor = CLIPProcessor.from_pretrained(folder, backend='pil', **own)
+    inputs = processor(**held, return_tensors='pt', padding=True, truncation=True)
     with torch.no_grad(): out = model(**inputs)
-    torch.save(dict(logits=out.logits_per_image, probs=out.logits_per_image.softmax(dim=1), pixels=inputs['pixel_values']), folder+'.pt')
+    logits = out.logits_per_image
+    found = dict(logits=logits, probs=logits.softmax(dim=1), pixels=inputs['pixel_values'])
+    torch.save(found, folder+'.pt')
 print(sorted(m for m in ('tinyclip', 'open_clip') if sys.modules.get(m)))"""
 
 

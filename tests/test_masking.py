@@ -127,8 +127,10 @@ def test_cut_reloads_in_a_fresh_process(tmp_path):
         )
     save(cut, tmp_path / 'student')
     code = f"""import torch; from tinyclip.zoo.loading import load
-m,_,_ = load({str(tmp_path / 'student')!r}); image,text,i,t = torch.load({str(tmp_path / 'io.pt')!r})
-with torch.no_grad(): assert torch.equal(m.encode_image(image), i) and torch.equal(m.encode_text(text), t)
+m,_,_ = load({str(tmp_path / 'student')!r})
+image,text,i,t = torch.load({str(tmp_path / 'io.pt')!r})
+with torch.no_grad():
+    assert torch.equal(m.encode_image(image), i) and torch.equal(m.encode_text(text), t)
 print(len(m.keep['image.width']))"""
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert out.returncode == 0 and int(out.stdout) == len(cut.keep['image.width']), out.stderr
@@ -307,7 +309,8 @@ def test_events_tell_shares_and_masks(tmp_path):
 WORKER = '''
 import sys; sys.path.insert(0, {here!r})
 from test_masking import *
-masked_job(pairs=Pairs(world=2, rank=int(os.environ['RANK'])), folder={folder!r}, lr=1e-3, weights_lr=1e-6).fit(4)
+pairs = Pairs(world=2, rank=int(os.environ['RANK']))
+masked_job(pairs=pairs, folder={folder!r}, lr=1e-3, weights_lr=1e-6).fit(4)
 '''
 
 

@@ -137,11 +137,14 @@ folder = sys.argv[1]
 config = json.load(open(folder + '/onnx_config.json'))
 mean, std = (np.array(config['image'][k], dtype=np.float32) for k in ('mean', 'std'))
 pixels = ((np.load(sys.argv[2]).astype(np.float32)/255 - mean)/std).transpose(0, 3, 1, 2)
-run = lambda kind, x: ort.InferenceSession(folder + '/' + kind + '.onnx').run([config[kind]['output']], {config[kind]['input']: x})[0]
+def run(kind, x):
+    session = ort.InferenceSession(folder + '/' + kind + '.onnx')
+    return session.run([config[kind]['output']], {config[kind]['input']: x})[0]
 np.save(sys.argv[4], config['logit_scale']*run('image', pixels)@run('text', np.load(sys.argv[3])).T)
 assert not {'torch', 'tinyclip', 'onnx'} & {m.split('.')[0] for m in sys.modules}
 meta = ort.InferenceSession(folder + '/image.onnx').get_modelmeta().custom_metadata_map
-assert json.loads(meta['image'])['mean'] == config['image']['mean'] and json.loads(meta['logit_scale']) == config['logit_scale']
+assert json.loads(meta['image'])['mean'] == config['image']['mean']
+assert json.loads(meta['logit_scale']) == config['logit_scale']
 '''
 
 
@@ -487,7 +490,8 @@ def replace(a, b):
     die() if len(moved)==2 else real(a, b)
 if at=='moving': os.replace = replace
 else: X.save_tokenizer = die # all is written but the configuration
-X.export_tower = lambda m, kind, x, path, *a: shutil.copy(f'{old}/{kind}.onnx', path) # tracing takes seconds
+# tracing takes seconds
+X.export_tower = lambda m, kind, x, path, *a: shutil.copy(f'{old}/{kind}.onnx', path)
 torch.manual_seed(0)
 X.to_onnx(build(json.loads(cfg)), folder)
 '''

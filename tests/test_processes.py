@@ -128,7 +128,7 @@ def unlike(got, right):
 def test_several_processes_equal_one(world, tmp_path):
     run(worker, world, tmp_path / 'got.pt')
     got, one = torch.load(tmp_path / 'got.pt'), {}
-    for name, objective, masked, way in cases(world):
+    for name, objective, masked, _ in cases(world):
         key = name.split(' {')[0]
         if key not in one:
             one[key] = gradients(objective, masked, {})
@@ -238,7 +238,9 @@ import sys; sys.path.insert(0, {here!r})
 from pathlib import Path
 from accelerate import notebook_launcher
 from test_processes import launched
-notebook_launcher(launched, args=(Path({folder!r}),), num_processes=2, rdzv_backend='c10d', rdzv_endpoint='127.0.0.1:0')
+notebook_launcher(
+    launched, args=(Path({folder!r}),), num_processes=2,
+    rdzv_backend='c10d', rdzv_endpoint='127.0.0.1:0')
 '''
 
 

@@ -64,7 +64,7 @@ def batches(n=3):
     "Images, and texts of several lengths behind whose end noise stands"
     g = torch.Generator().manual_seed(1)
     out = []
-    for k in range(n):
+    for _ in range(n):
         text = torch.randint(1, EOS, (4, 6), generator=g)
         text[range(4), [1, 5, 3, 2]] = EOS
         out.append((torch.randn(4, 3, 16, 16, generator=g), text, 'more'))

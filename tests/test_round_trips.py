@@ -84,7 +84,8 @@ def test_a_folder_in_a_fresh_process(photographs, tmp_path, kind):
 import torch
 folder = r"{tmp_path / 'student'}"
 {LOADERS[kind]}
-with torch.no_grad(): image,text,scale = model(torch.load(r"{tmp_path / 'pixels.pt'}"), words({TEXTS!r}))
+pixels = torch.load(r"{tmp_path / 'pixels.pt'}")
+with torch.no_grad(): image,text,scale = model(pixels, words({TEXTS!r}))
 torch.save(scale*image@text.T, r"{tmp_path / 'scores.pt'}")'''
     r = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
     assert not r.returncode, r.stderr[-2000:]

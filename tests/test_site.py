@@ -348,7 +348,9 @@ def small(tmp_path):
             code(
                 "#| echo: false\n#| output: asis\nshow_doc(Keep)",
                 data(
-                    text__markdown=f'[source]({HOME}/blob/main/keep.py#L1)\n\n### Keep\n\n*What stays*',
+                    text__markdown=(
+                        f'[source]({HOME}/blob/main/keep.py#L1)\n\n### Keep\n\n*What stays*'
+                    ),
                     text__plain='Keep',
                 ),
             ),

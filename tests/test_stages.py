@@ -69,8 +69,12 @@ def test_every_student_of_the_way_is_kept(tmp_path):
     ],
 )
 def test_killed_anywhere_it_goes_on_bit_for_bit(tmp_path, straight, stage, phase, n):
-    code = f"""import sys, os; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_stages import *
-plan({str(tmp_path)!r}, listeners=[lambda e: os.kill(os.getpid(), 9) if (e['stage'], e['phase'], e['event'], e['step'])==({stage}, {phase!r}, 'log', {n}) else None]).fit()"""
+    code = f"""import sys, os; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_stages import *
+def die(e):
+    if (e['stage'], e['phase'], e['event'], e['step'])==({stage}, {phase!r}, 'log', {n}):
+        os.kill(os.getpid(), 9)
+plan({str(tmp_path)!r}, listeners=[die]).fit()"""
     assert subprocess.run([sys.executable, '-c', code]).returncode == -signal.SIGKILL
     assert len(plan(tmp_path).fit(resume=True)) == 2
     assert not different(straight, last(tmp_path))
@@ -82,7 +86,8 @@ from test_stages import *
 rank = int(os.environ['RANK'])
 rows = plan({folder!r}, pairs=Pairs(world=2, rank=rank)).fit()
 assert len(rows)==2
-(Path({folder!r}).parent/f'kept-{{rank}}').write_text(str(rows[-1]['kept'])) # processes that print at once may break each other's lines
+# processes that print at once may break each other's lines
+(Path({folder!r}).parent/f'kept-{{rank}}').write_text(str(rows[-1]['kept']))
 '''
 
 

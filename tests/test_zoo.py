@@ -232,7 +232,7 @@ def test_damaged_torch_files(tmp_path, watched):
     )
     (tmp_path / 'whole.pt').write_bytes(whole.getvalue())
     zoo.load(tmp_path / 'whole.pt', config=CFG)
-    for i in range(600):
+    for _ in range(600):
         (tmp_path / 'x.pt').write_bytes(mutate(whole.getvalue(), rng))
         watched(tmp_path / 'x.pt', config=CFG)
     assert watched.count['refused'] > 300

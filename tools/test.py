@@ -1,5 +1,6 @@
-"""All that is tested, part after part, whatever failed before: `python tools/test.py`. It ends with what failed, how long each part took, and one line of sums;
-the exit code is 1 if anything failed. A page of `nbs/` counts as a test."""
+"""All that is tested, part after part, whatever failed before: `python tools/test.py`. It ends with
+what failed, how long each part took, and one line of sums; the exit code is 1 if anything failed. A
+page of `nbs/` counts as a test."""
 
 import os
 import re

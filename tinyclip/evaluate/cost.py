@@ -46,7 +46,7 @@ def parameters(
 # %% ../../nbs/evaluate/01_cost.ipynb #0c468c48
 def weight_bytes(
     model: nn.Module,  # Any module
-) -> dict:  # `fp32` and `fp16`: bytes with every floating-point weight stored so (bfloat16 takes as much as fp16)
+) -> dict:  # `fp32`, `fp16`: bytes if floating-point weights are stored so (bfloat16: as fp16)
     "What the weights take on disk or in memory, buffers included"
     # a shared weight is stored once
     there = {id(t): t for t in model.state_dict(keep_vars=True).values()}.values()
@@ -159,9 +159,13 @@ def speeds(
     precision: str = 'fp32',  # As in `core.autocast`
     reference: str | None = None,  # A name among `models`; None for the first
     repeats: int = 9,  # Timed rounds
-) -> dict:  # name -> `speed` and `spread` of both towers after each other, `pairs_per_s`; `image_speed`, `image_spread`, `images_per_s`, and those of texts
+) -> dict:  # name -> `speed`, `spread`, `pairs_per_s`, and the same of each tower
     """Forward passes of several models, taking turns, as medians of ratios to one of them;
-    without loading. What is too noisy is None"""
+    without loading. What is too noisy is None
+
+    `speed`, `spread` and `pairs_per_s` are of both towers after each other; `image_speed`,
+    `image_spread`, `images_per_s` of one, `text_speed`, `text_spread`, `texts_per_s` of the other.
+    """
     calls = []
     with contextlib.ExitStack() as stack:
         for m in models.values():

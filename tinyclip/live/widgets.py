@@ -46,11 +46,15 @@ const plotly = globalThis.tinyclipPlotly ??= (() => {
 })()
 const request = model => { // one figure asks the kernel; the others do if nothing comes of that
   const ask = () => plotly.given || model.send({tinyclip:'plotly'})
-  model.on('msg:custom', (content, buffers) => content.tinyclip==='plotly' && plotly.give(buffers[0]))
+  model.on('msg:custom', (content, buffers) =>
+    content.tinyclip==='plotly' && plotly.give(buffers[0]))
   plotly.asked ? setTimeout(ask, 10000) : ask()
   plotly.asked = true
 }
-const kinds = ['addTraces', 'deleteTraces', 'moveTraces', 'restyle', 'relayout', 'update', 'animate', 'removeLayoutProps', 'removeTraceProps'].map(k => `_py2js_${k}`)
+const kinds = [
+  'addTraces', 'deleteTraces', 'moveTraces', 'restyle', 'relayout', 'update', 'animate',
+  'removeLayoutProps', 'removeTraceProps',
+].map(k => `_py2js_${k}`)
 export default () => {
   let figure
   return {

@@ -85,8 +85,11 @@ def float_copy(
 def sample_inputs(
     model: nn.Module,  # A CLIP
     n: int = 3,  # Rows
-) -> tuple:  # `(n,3,h,w)` noise; `(n,context)` tokens: texts of random length that end as the model expects, then zeros
-    "Random images and tokens to compare with, where the user gives none"
+) -> tuple:  # `(n,3,h,w)` noise; `(n,context)` tokens
+    """Random images and tokens to compare with, where the user gives none
+
+    The texts have random lengths, end as the model expects, and are filled up with zeros.
+    """
     g = torch.Generator().manual_seed(0)
     text = getattr(model, 'text', model)
     pool, eos = (
@@ -571,7 +574,7 @@ def onnx_report(
     batches,
     classnames=None,  # As in `evaluate.zero_shot`
     templates='simple',  # As in `evaluate.zero_shot`
-) -> Table:  # A row each for torch, float32 and, where it was written, 8 bits: `zero_shot` or `retrieval`, and `MB`
+) -> Table:  # Rows: torch, float32 and, if written, 8 bits; `zero_shot` or `retrieval`, and `MB`
     "Accuracy of an export beside that of its model, on the same data"
     if iter(batches) is batches:
         raise TinyclipError(

@@ -16,10 +16,11 @@ from .download import cache_folder, download
 from .weights import assemble, plain_names, read_weights, sketch
 
 # %% ../../nbs/zoo/05_released.ipynb #54e0e8a1
-def released() -> (
-    dict
-):  # name -> what was published: `inheritance`, `data`, `top1` (%), `macs` (G), `throughput` (pairs/s), `url`, `config`
-    "The released TinyCLIP checkpoints, by name"
+def released() -> dict:  # name -> what was published
+    """The released TinyCLIP checkpoints, by name
+
+    Of each: `inheritance`, `data`, `top1` (%), `macs` (G), `throughput` (pairs/s), `url`, `config`.
+    """
     path = Path(tinyclip.__file__).parent / 'assets' / 'released.json'
     return {r['name']: r for r in json.loads(path.read_text(encoding='utf-8'))}
 

@@ -393,8 +393,10 @@ def snippet(
 from transformers import {kind}, CLIPProcessor
 
 model = {kind}.from_pretrained({str(folder)!r}{own})
-processor = CLIPProcessor.from_pretrained({str(folder)!r}{own}, backend='pil') # without backend=, pixels differ a little
-inputs = processor(text=['a photo of a cat', 'a photo of a dog'], images=Image.open('photo.jpg'), return_tensors='pt', padding=True, truncation=True)
+processor = CLIPProcessor.from_pretrained({str(folder)!r}{own}, backend='pil') \
+# without backend=, pixels differ a little
+inputs = processor(text=['a photo of a cat', 'a photo of a dog'], \
+images=Image.open('photo.jpg'), return_tensors='pt', padding=True, truncation=True)
 probs = model(**inputs).logits_per_image.softmax(dim=1)"""
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #429cd0fc
@@ -407,8 +409,12 @@ def to_transformers(
     dtype: torch.dtype
     # Store weights in this type; None for as they are (float32 where they are mixed)
     | None = None,
-) -> dict:  # `folder`, `form`, `why` not a CLIPModel, `parameters` of the model, `stored` in the folder (the rest is padding), `snippet`
-    "Write a folder that transformers loads, all or nothing"
+) -> dict:  # `folder`, `form`, `why`, `parameters`, `stored`, `snippet`
+    """Write a folder that transformers loads, all or nothing
+
+    `why` says what keeps it from being a `CLIPModel`; `parameters` are the model's, `stored` those
+    in the folder (the rest is padding).
+    """
     check_choice('form', form, FORMS)
     d, both = describe(model), processor(model)
     why = obstacle(d)

@@ -265,14 +265,18 @@ def coverage(
     texts: Iterable,  # Texts to try, e.g. of another data set
     short,  # The short tokenizer
     tokenizer=None,  # The long one; None for CLIP's own
-) -> dict:  # `same`: share of texts with the same tokens in both; `tokens_before`, `tokens_after`: mean per text, without start and end; `texts`
-    "Coverage: share of `texts` with the same tokens in a short and in the long tokenizer"
+) -> dict:  # `same`: that share; `tokens_before`, `tokens_after`: mean per text; `texts`: how many
+    """Coverage: share of `texts` with the same tokens in a short and in the long tokenizer
+
+    Start and end do not count as tokens.
+    """
     full = SimpleTokenizer() if tokenizer is None else tokenizer
     n = 0
     same = 0
     before = 0
     after = 0
-    for n, text in enumerate(strings(texts), 1):
+    for text in strings(texts):
+        n = n + 1
         a, b = ([t.decoder[i] for i in t.encode(text)] for t in (full, short))
         same = same + (a == b)
         before = before + len(a)
