@@ -41,7 +41,10 @@ def test_numbers_are_the_recorded_ones(now, what):
     if now['machine'] == RECORD['machine']:
         assert now[what] == RECORD[what]
         return
-    got, want = list(numbers(now[what])), list(numbers(RECORD[what]))
+    one, two = now[what], RECORD[what]
+    if what == 'staged':  # rounding decides between two masks of equal importance, then all differs
+        one, two = one['losses'][:8], two['losses'][:8]
+    got, want = list(numbers(one)), list(numbers(two))
     assert len(got) == len(want)
     # Adam turns rounding of a gradient next to zero into a whole step, and bfloat16 rounds
     # differently from processor to processor: what is left is that it is the same run
