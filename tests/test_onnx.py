@@ -209,6 +209,8 @@ def test_eight_bits(cifar):
 def test_what_it_reports_is_what_it_is(cifar):
     by = {r['file']: r for r in cifar['rows']}
     assert list(by) == ['image.onnx', 'image.int8.onnx', 'text.onnx', 'text.int8.onnx']
+    for k in ('image', 'text'):
+        assert saturated(cifar['folder'] / f'{k}.int8.onnx') == []
     for n, r in by.items():
         assert (
             r['MB'] * 1e6 == (cifar['folder'] / n).stat().st_size
@@ -224,6 +226,118 @@ def test_what_it_reports_is_what_it_is(cifar):
             for w in (str(ROOT), 'site-packages', 'open_clip/', '.py', str(Path.home()) + '/')
             if w.encode() in raw
         ], f.name
+
+
+# Processors without VNNI
+
+
+def without_vnni(a, w):
+    """Activations (n,k) of 8 bits times signed weights (k,m), as such a processor does it: two
+    neighbours are added in 16 bits, which saturate"""
+    even = np.zeros((len(w) % 2, w.shape[1]), int)
+    a = np.concatenate([a, np.zeros((len(a), len(even)), int)], 1)
+    w = np.concatenate([w.astype(int), even])
+    pairs = a[:, ::2, None] * w[::2] + a[:, 1::2, None] * w[1::2]
+    return pairs.clip(-(2**15), 2**15 - 1).sum(1)
+
+
+def products(path):
+    "Operator and weights (k,m) of every product in 8 bits"
+    import onnx
+
+    graph = onnx.load(str(path)).graph
+    held = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    found = [
+        (n.op_type, held[n.input[1]])
+        for n in graph.node
+        if n.op_type.endswith('Integer') and n.input[1] in held
+    ]
+    return [(op, w.reshape(len(w), -1).T if op == 'ConvInteger' else w) for op, w in found]
+
+
+def saturated(path):
+    """Which of them such a processor gets wrong; it has no saturating instruction for unsigned
+    weights, and widens them"""
+
+    def wrong(w):
+        # of some columns
+        worst = (
+            255
+            * np.concatenate([w.T > 0, w.T < 0])[np.linspace(0, 2 * w.shape[1] - 1, 16).astype(int)]
+        )
+        a = np.concatenate(
+            [
+                np.random.default_rng(0).integers(0, 256, (4, len(w))),
+                np.full((1, len(w)), 255),
+                worst,
+            ]
+        )
+        return (
+            not np.array_equal(without_vnni(a, w), a @ w.astype(int))
+            or 2 * 255 * abs(w.astype(int)).max() > 2**15 - 1
+        )
+
+    found = products(path)
+    assert found and {w.dtype for _, w in found} <= {np.dtype('int8'), np.dtype('uint8')}
+    return [op for op, w in found if w.dtype == np.int8 and wrong(w)]
+
+
+def test_every_kind_of_product_holds_without_vnni(tmp_path, monkeypatch):
+    import onnx
+    from onnxruntime import quantization as q
+
+    make, g = onnx.helper, np.random.default_rng(0)
+    weights = dict(first=(8, 3, 3, 3), second=(16, 8, 3, 3), gemm=(16, 33), matrix=(33, 20))
+    steps = [
+        ('Conv', 'x', 'first', {}),
+        ('Conv', 'h0', 'second', {}),
+        ('GlobalAveragePool', 'h1', None, {}),
+        ('Flatten', 'h2', None, {}),
+        ('Gemm', 'h3', 'gemm', {}),
+        ('MatMul', 'h4', 'matrix', {}),
+    ]
+    nodes = [
+        make.make_node(op, [x] + [w] * (w is not None), [f'h{i}'], f'{op}{i}', **k)
+        for i, (op, x, w, k) in enumerate(steps)
+    ]
+
+    def value(name, shape):
+        return make.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+
+    graph = make.make_graph(
+        nodes,
+        'g',
+        [value('x', ['n', 3, 16, 16])],
+        [value('h5', ['n', 20])],
+        [
+            onnx.numpy_helper.from_array(g.normal(size=s).astype(np.float32), n)
+            for n, s in weights.items()
+        ],
+    )
+    onnx.save(
+        make.make_model(graph, opset_imports=[make.make_opsetid('', 20)], ir_version=10),
+        tmp_path / 'a.onnx',
+    )
+    assert [op for op, _ in products(X.quantise(tmp_path / 'a.onnx', tmp_path / 'b.onnx'))] == [
+        'ConvInteger',
+        'MatMulInteger',
+        'MatMulInteger',
+    ]
+    assert (
+        saturated(tmp_path / 'b.onnx') == []
+        and X.weight_bits(tmp_path / 'b.onnx') == '7 bit and 8 bit unsigned'
+    )
+    real = q.quantize_dynamic  # and as it would be with all 8 bits, it is seen
+    monkeypatch.setattr(
+        q,
+        'quantize_dynamic',
+        lambda *a, **k: real(*a, **k | dict(reduce_range=False, weight_type=q.QuantType.QInt8)),
+    )
+    assert (
+        saturated(X.quantise(tmp_path / 'a.onnx', tmp_path / 'c.onnx'))
+        == ['ConvInteger', 'MatMulInteger', 'MatMulInteger']
+        and X.weight_bits(tmp_path / 'c.onnx') == '8 bit'
+    )
 
 
 # Every kind of tower
@@ -291,6 +405,7 @@ def one_tower(model, folder):
         assert relative(X.run_rows(X.session(f), x[:n]), want[:n]) <= 1e-4
     assert 1e-4 < relative(X.run_rows(X.session(X.quantise(f, folder / 'b.onnx')), x), want) < 0.3
     assert (folder / 'b.onnx').stat().st_size < 0.8 * f.stat().st_size
+    assert saturated(folder / 'b.onnx') == []
     # tracing left nothing in the model
     assert torch.equal(model.eval().encode_image(x, normalize=True), want)
 
@@ -322,6 +437,15 @@ def test_every_tower(kind, tmp_path):
         'image.int8.onnx',
         'text.int8.onnx',
     ]
+    assert [r['weights'] for r in rows] == [
+        'float32',
+        '7 bit and 8 bit unsigned' if kind == 'resnet' else '7 bit',
+        'float32',
+        '7 bit',
+    ]
+    for tower in ('image', 'text'):
+        # right on processors without VNNI, too
+        assert saturated(tmp_path / 'm' / f'{tower}.int8.onnx') == []
     assert (onnx.logit_bias is None) == (kind != 'custom') and (
         kind != 'custom' or onnx.logit_bias == -3
     )

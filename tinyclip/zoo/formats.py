@@ -164,6 +164,13 @@ class Onnx(Format):
 
         return dict(parity=list(to_onnx(loaded.model, folder, loaded.tokenizer, int8=int8)))
 
+    def summary(self, report):
+        eight = [r for r in report.get('parity', ()) if r['weights'] != 'float32']
+        if not eight:
+            return []
+        files = ', '.join(f"{r['file']} {r['weights']}" for r in eight)
+        return [f'Weights: {files}; right on processors without VNNI, too.']
+
     def open(self, folder, form='onnx', device='cpu'):  # onnxruntime runs on the CPU
         from tinyclip.data.transforms import transforms
         from tinyclip.zoo.folders import Loaded
