@@ -1,11 +1,14 @@
-"""Ways to store 8-bit weights, on this processor and as if it had no VNNI: errors, answers that changed, speed.
+"""Ways to store 8-bit weights, on this processor and as if it had no VNNI: errors, answers that
+changed, speed.
 
     python benchmarks/methods.py cifar10 --shared ../shared      # first: makes the students
     python benchmarks/int8.py --shared ../shared                 # writes results/int8/run.json
 
-Towers are those of tests/test_onnx.py with random weights, the CIFAR-10 teacher and its students of half the size. Files are asked in processes with
-onnxruntime alone; `no_vnni.c`, which is compiled here, hides from one of them what the processor has beyond AVX2. Errors are shares of the largest
-feature of the float32 file. Speeds are of trained towers, ratios to that file, in turns, on one thread and by the processor's time.
+Towers are those of tests/test_onnx.py with random weights, the CIFAR-10 teacher and its students of
+half the size. Files are run in processes with onnxruntime alone; `no_vnni.c`, which is compiled
+here, hides from one of them what the processor has beyond AVX2. Errors are shares of the largest
+feature of the float32 file. Speeds are of trained towers, ratios to that file, in turns, on one
+thread and by the processor's time.
 """
 
 import argparse
@@ -42,17 +45,33 @@ ASK = '''
 import json, statistics, sys, time
 import numpy as np, onnxruntime as ort
 folder, out, repeats = sys.argv[1], sys.argv[2], int(sys.argv[3])
-options = ort.SessionOptions(); options.intra_op_num_threads, options.log_severity_level = 1, 3
+options = ort.SessionOptions()
+options.intra_op_num_threads = 1
+options.log_severity_level = 3
 rows, speed = {}, {}
+
+
+def run(s, x):
+    return s.run(None, {s.get_inputs()[0].name: x})[0]
+
+
 for tower, ways in json.load(open(folder + '/towers.json')).items():
-    x, sessions = np.load(f'{folder}/{tower}.npy'), {w:ort.InferenceSession(f'{folder}/{tower}.{w}.onnx', options) for w in ways}
-    ask = lambda s, x: s.run(None, {s.get_inputs()[0].name:x})[0]
-    for w,s in sessions.items(): rows[f'{tower}.{w}'] = np.concatenate([ask(s, x[i:i+250]) for i in range(0, len(x), 250)])
-    times = {w:[] for w in ways}
+    x = np.load(f'{folder}/{tower}.npy')
+    sessions = {w: ort.InferenceSession(f'{folder}/{tower}.{w}.onnx', options) for w in ways}
+    for w, s in sessions.items():
+        parts = [run(s, x[i : i + 250]) for i in range(0, len(x), 250)]
+        rows[f'{tower}.{w}'] = np.concatenate(parts)
+    times = {w: [] for w in ways}
     for _ in range(repeats):
-        for w,s in sessions.items():
-            start = time.thread_time(); ask(s, x[:32]); times[w].append(time.thread_time()-start)
-    if repeats: speed[tower] = {w:statistics.median(a/b for a,b in zip(times['float32'], t)) for w,t in times.items()}
+        for w, s in sessions.items():
+            start = time.thread_time()
+            run(s, x[:32])
+            times[w].append(time.thread_time() - start)
+    if repeats:
+        speed[tower] = {
+            w: statistics.median(a / b for a, b in zip(times['float32'], t))
+            for w, t in times.items()
+        }
 np.savez(out, **rows)
 json.dump(speed, open(out + '.json', 'w'))
 '''
@@ -162,7 +181,8 @@ if __name__ == '__main__':
         )
     for part in ('tower', 'model'):
         print(Table(r for r in rows if part in r), end='\n\n')
-    flags = next(l.split() for l in open('/proc/cpuinfo') if l.startswith('flags'))
+    lines = Path('/proc/cpuinfo').read_text().splitlines()
+    flags = next(l.split() for l in lines if l.startswith('flags'))
     record_run(
         'int8',
         dict(

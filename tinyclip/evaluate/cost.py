@@ -158,7 +158,7 @@ def speeds(
     batch_size: int = 32,  # Images and texts per batch
     precision: str = 'fp32',  # As in `core.autocast`
     reference: str | None = None,  # A name among `models`; None for the first
-    repeats: int = 9,  # Timed rounds
+    repeats: int = 15,  # Timed rounds
 ) -> dict:  # name -> `speed`, `spread`, `pairs_per_s`, and the same of each tower
     """Forward passes of several models, taking turns, as medians of ratios to one of them;
     without loading. What is too noisy is None
@@ -278,7 +278,7 @@ def profile(
     # A name among `models`, or of a configuration for `baseline`, which is then measured too and
     # stands first; None for the first model
     | None = None,
-    repeats: int = 9,  # As in `speeds`
+    repeats: int = 15,  # As in `speeds`
 ) -> (
     dict
 ):  # name -> plain numbers by name: parameters, MACs, bytes, what `speeds` says, `peak_memory`
