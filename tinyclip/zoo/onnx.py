@@ -438,7 +438,7 @@ def to_onnx(
     texts: Tensor | None = None,  # `(n,context)` tokens to compare with; None for random ones
     int8: bool = False,  # Also write `image.int8.onnx` and `text.int8.onnx`
     opset: int = OPSET,  # One of `OPSETS`
-) -> Parity:  # `difference` and `cosine` to torch as in `apart`, `MB`, and the `weights` that are multiplied, of every file
+) -> Parity:  # Of every file: `difference` and `cosine` as in `apart`, `MB`, `weights`
     "Write both towers of a CLIP as ONNX files that give what torch gives"
     need('onnx', 'onnxscript', 'onnxruntime')
     check_model(model)
