@@ -31,7 +31,7 @@ refresh: $(READY) ## re-run a notebook and keep its outputs: make refresh NB=nbs
 	python tools/refresh.py $(NB) --flags '$(FLAGS)' && nbdev_export --path $(NB) && nbdev_clean --fname $(NB)
 
 check: $(READY) ## what must hold before a commit: export, tests, nothing out of step
-	nbdev_export && nbdev_clean
+	ruff format -q . && nbdev_export && nbdev_clean
 	$(MAKE) test
 	git diff --exit-code -- tinyclip nbs
 

@@ -40,6 +40,17 @@ def test_what_passes(monkeypatch, capfd):
     assert re.fullmatch(r'tests +0:\d\d min   4 passed, 2 skipped in 1.25s', out[-3])
 
 
+def test_style_counts_as_one(monkeypatch, capfd):
+    good = says('All checks passed!')
+    code, out = run(monkeypatch, capfd, style=good, format=says('173 files already formatted'))
+    assert code == 0 and out[-1] == '2 passed, 0 failed'
+    bad = says('nbs/a.ipynb:cell 3:2:101: E501 Line too long', 'Found 1 error.', code=1)
+    code, out = run(monkeypatch, capfd, style=bad, format=good)
+    assert code == 1 and out[-1] == '1 passed, 1 failed'
+    broken = says(code=2)
+    assert run(monkeypatch, capfd, style=broken)[0] == 1
+
+
 def test_a_failure_stops_nothing_and_is_named_at_the_end(monkeypatch, capfd):
     code, out = run(
         monkeypatch,

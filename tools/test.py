@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 PYTEST = [sys.executable, '-m', 'pytest', '-q', '-rfE', '--durations=10', '--durations-min=5']
 PARTS = dict(  # name -> (threads of each process, command)
+    style=(1, ['ruff', 'check', '.']),
+    format=(1, ['ruff', 'format', '--check', '.']),
     pages=(1, ['nbdev_test', '--n_workers', '2', '--do_print']),
     tests=(
         1,
@@ -59,6 +61,18 @@ def of_tests(
     )
 
 
+def of_style(
+    lines: list,  # What ruff printed
+) -> Outcome:
+    "What ruff's last line says, counted as one; what it found stands above"
+    said = next((l for l in reversed(lines) if l.strip()), '')
+    good = bool(re.match(r'All checks passed|\d+ files? already formatted', said))
+    return Outcome(Counter(passed=int(good), failed=int(not good)), [] if good else ['ruff'], said)
+
+
+READ = dict(pages=of_pages, style=of_style, format=of_style)  # all others are pytest's
+
+
 def run(
     command: list,  # Of a part
     threads: int,  # For each of its processes
@@ -86,7 +100,7 @@ def outcome(
     lines: list,  # It printed
 ) -> Outcome:
     "What came of a part; one that breaks down has failed, whatever it counted"
-    o = (of_pages if name == 'pages' else of_tests)(lines)
+    o = READ.get(name, of_tests)(lines)
     if not code or o.counts['failed']:
         return o
     return o._replace(
