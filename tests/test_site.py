@@ -32,7 +32,7 @@ def test_the_site_is_in_order(built):
 
 def test_it_is_the_processed_site(built):
     losses = site.Page(built, built / 'losses/03_mimicking.ipynb')
-    assert losses.html == 'losses.html' and 'affinity_mimicking' in losses.anchors
+    assert losses.html == 'losses/mimicking.html' and 'affinity_mimicking' in losses.anchors
     assert (built / 'images' / 'card.png').is_file() and not [*built.rglob('runs')]
 
 
@@ -694,7 +694,7 @@ def test_the_index_of_names_is_complete():
     )
     names = {
         n
-        for p in (ROOT / 'tinyclip').glob('*.py')
+        for p in (ROOT / 'tinyclip').rglob('*.py')
         if p.stem[0] != '_'
         for m in re.findall(r'^__all__ = \[(.*?)\]', p.read_text(), flags=re.M | re.S)
         for n in re.findall(r"'(\w+)'", m)

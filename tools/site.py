@@ -22,12 +22,7 @@ from urllib.parse import unquote
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-# nbdev would download quarto and install it with sudo where it is missing; processing does not need
-# it. One process: most of the time goes into imports
-PROCESS = (
-    'from nbdev import quarto; quarto._ensure_quarto = lambda: None; '
-    'quarto.nbdev_proc_nbs.__wrapped__(n_workers=0)'
-)
+PROCESS = ROOT / 'tools' / 'process_pages.py'
 WIDGET = 'application/vnd.jupyter.widget-view+json'
 STATE = 'application/vnd.jupyter.widget-state+json'
 # what quarto puts on a page
@@ -105,7 +100,7 @@ def process(
             shutil.copy(root / n, tmp)
         env = {'OMP_NUM_THREADS': '1', **os.environ, 'PYTHONPATH': tmp}
         done = subprocess.run(
-            [sys.executable, '-c', PROCESS], cwd=tmp, env=env, capture_output=True, text=True
+            [sys.executable, PROCESS], cwd=tmp, env=env, capture_output=True, text=True
         )
         if done.returncode:
             sys.exit(f'nbdev_proc_nbs failed:\n{done.stderr[-3000:]}')
