@@ -255,7 +255,7 @@ def test_sigterm_leaves_a_run_to_resume(tmp_path):
 
     run = subprocess.Popen(command('disturbed'), stderr=subprocess.PIPE, text=True)
     log = tmp_path / 'disturbed' / 'events.jsonl'
-    while run.poll() is None and not (log.is_file() and '"log"' in log.read_text()):
+    while run.poll() is None and not (log.is_file() and '"event": "log"' in log.read_text()):
         time.sleep(0.02)
     run.send_signal(signal.SIGTERM)
     said = run.communicate(timeout=600)[1]

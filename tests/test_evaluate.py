@@ -10,11 +10,11 @@ from tinyclip.evaluate import (
     TEMPLATES,
     chance,
     class_embeddings,
-    rank_of,
     recall,
     retrieval,
     zero_shot,
 )
+from tinyclip.evaluate.zeroshot import rank_of
 
 NAMES = ['cat', 'golden retriever', 'T-shirt', 'aeroplane']
 tokenizer = open_clip.get_tokenizer('ViT-B-32', context_length=12)
