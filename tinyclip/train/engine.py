@@ -6,11 +6,13 @@
 __all__ = ['learning_rate', 'Engine', 'make_accelerator']
 
 # %% ../../nbs/train/09_engine.ipynb #6f585b63
+import atexit
 import contextlib
 import math
 import os
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -377,6 +379,14 @@ class Engine:
         self.live.eval()
 
 # %% ../../nbs/train/09_engine.ipynb #c218fb4d
+def _leave_processes():
+    """Leave the group of gloo before the interpreter ends. Its threads else run on into a
+    process that is being taken apart, which now and then aborts after a finished training. (A
+    group of NCCL is left to torch: waiting for the others here could wait for ever.)"""
+    if dist.is_available() and dist.is_initialized() and 'gloo' in dist.get_backend():
+        dist.destroy_process_group()
+
+
 def make_accelerator(
     precision: str = 'auto',  # As in `core.resolve_precision`
     device: str | None = None,  # `'cpu'`, `'cuda'`, `'mps'`; None for the best there is
@@ -398,6 +408,8 @@ def make_accelerator(
     if AcceleratorState._shared_state:
         AcceleratorState._reset_state(reset_partial_state=True)
     found = PartialState(cpu=cpu).device
+    atexit.unregister(_leave_processes)
+    atexit.register(_leave_processes)
     if device is not None and torch.device(device).type != found.type:
         raise TinyclipError(
             f"Device '{device}' was asked for, but accelerate works on '{found}' here."
