@@ -170,6 +170,12 @@ window.T = {
   add: source => {
     const m = nb().content.model.sharedModel;
     m.insertCell(m.cells.length, {cell_type:'code', source, metadata:{added:true}}) },
+  edit: text => {
+    const n = nb().content, c = find(text);
+    n.activeCellIndex = n.widgets.indexOf(c);
+    n.mode = 'edit';
+    c.editor.focus();
+    c.editor.setCursorPosition({line:0, column:text.length}) },
   tidy: () => {
     const m = nb().content.model.sharedModel;
     for (let i = m.cells.length-1; i>=0; i--)
@@ -295,6 +301,23 @@ class Notebook:
         while not self.value(f'bool({expression})'):
             assert time.monotonic() < end, f'{expression} did not come true'
             self.page.wait_for_timeout(200)
+
+    def completions(self, code):
+        "What Tab offers at the end of a new cell, which is not run; a slow kernel is asked again"
+        self.get('s => T.add(s)', code)
+        self.get('t => T.edit(t)', code)
+        shown = self.page.locator('.jp-Completer:not(.lm-mod-hidden) .jp-Completer-match')
+
+        def offered():
+            self.page.keyboard.press('Tab')
+            self.page.wait_for_timeout(1500)
+            return shown.count()
+
+        until(offered)
+        names = shown.all_inner_texts()
+        self.page.keyboard.press('Escape')
+        self.tidy()
+        return names
 
     def cell(self, cell):
         return self.page.locator('.jp-Notebook-cell').nth(self.get('t => T.index(t)', cell))

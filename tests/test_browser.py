@@ -7,6 +7,8 @@ import json
 import pytest
 from browser import CHROMIUM, ROOT, Notebook, chromium, copy_notebook, jupyterlab, until
 
+import tinyclip
+
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason='no chromium on PATH: apt-get install chromium'),
     pytest.mark.skipif(
@@ -359,3 +361,21 @@ def test_a_finished_contest_shows_a_table_and_saves(both, tmp_path):
     nb.shot(short, f'finished-{nb.lab.rule}')
     student = load(tmp_path / 'automatic').model
     assert parameters(student)['towers'] < 0.37 * parameters(load('shapes-teacher').model)['towers']
+
+
+@once
+def test_names_complete_in_a_fresh_notebook(browser, lab):
+    copy_notebook(ROOT / 'nbs/labs/live_masks.ipynb', lab.root / 'names.ipynb')
+    nb = Notebook(browser, lab, 'names.ipynb')
+    nb.add('import tinyclip')
+    assert nb.value("'torch' in __import__('sys').modules")  # so that Tab need not wait for it
+    for code, names in (
+        ('tinyclip.', tinyclip.__all__),
+        ('tinyclip.Distiller.', ('fit', 'step', 'stop', 'plan')),
+        ('tinyclip.Stages.', ('fit', 'stop', 'plan')),
+    ):
+        assert set(names) <= set(nb.completions(code))
+    nb.add('tinyclip.Distiller?')
+    (shown,) = nb.outputs('tinyclip.Distiller?')
+    assert "objective='affinity'" in shown and 'Trainer of a student' in shown
+    nb.close()

@@ -55,6 +55,20 @@ def test_import_is_light():
     assert run(f'import sys, tinyclip, tinyclip.zoo; print({heavy})') == 'set()'
 
 
+def test_a_notebook_has_all_names_at_once():
+    "Tab asks every name for its type; in a notebook nobody sees that it waits for torch"
+    stand_ins = (
+        'import sys, types\n'
+        f'for name, home in {tinyclip._HOMES}.items():\n'
+        "    m = sys.modules.setdefault('tinyclip.' + home, types.ModuleType(home))\n"
+        '    setattr(m, name, home)\n'
+    )
+    names = 'import tinyclip; print({*tinyclip.__all__} & vars(tinyclip).keys())'
+    notebook = "sys.modules['ipykernel'] = types.ModuleType('ipykernel')\n"
+    assert run(stand_ins + names) == 'set()'
+    assert ast.literal_eval(run(stand_ins + notebook + names)) == {*tinyclip.__all__}
+
+
 # The configurations of TinyCLIP are known to open_clip, whichever is imported first
 
 KNOWN = "any(n.startswith('TinyCLIP') for n in open_clip.list_models())"

@@ -9,6 +9,7 @@ __all__ = ['mask_groups', 'MaskedCLIP']
 import contextlib
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ class Fill(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride] # the decorator's stub
         scale, fill = ctx.saved_tensors
         with torch.autocast(g.device.type, enabled=False):
             return (g * scale).add_((g @ fill)[..., None]), None, None
@@ -44,11 +45,13 @@ class Fill(torch.autograd.Function):
 class OpenNorm(nn.LayerNorm):
     "LayerNorm over the open channels; zero on the closed ones. Shapes do not depend on the masks."
 
-    def forward(self, x: Tensor) -> Tensor:  # `(..., width)` to the same
+    open: Tensor  # `(width,)`, 1 where a channel is open
+
+    def forward(self, input: Tensor) -> Tensor:  # `(..., width)` to the same
         k = self.open
         n = k.sum().clamp(min=1)
         c = (len(k) / n).sqrt()
-        x = Fill.apply(x, c.to(x.dtype), ((1 - k) * c / n).to(x.dtype))
+        x = Fill.apply(input, c.to(input.dtype), ((1 - k) * c / n).to(input.dtype))
         return F.layer_norm(
             x, self.normalized_shape, self.weight * k / c, self.bias * k, self.eps
         ).to(x.dtype)
@@ -56,7 +59,7 @@ class OpenNorm(nn.LayerNorm):
     @classmethod
     def of(cls, norm: nn.LayerNorm) -> nn.LayerNorm:
         "An existing LayerNorm, with all channels open; its parameters are shared"
-        new = cls(norm.normalized_shape, norm.eps, device='meta')
+        new = cls(list(norm.normalized_shape), norm.eps, device='meta')
         new.weight = norm.weight
         new.bias = norm.bias
         new.register_buffer('open', torch.ones_like(norm.weight.detach()), persistent=False)
@@ -66,8 +69,10 @@ class OpenNorm(nn.LayerNorm):
 class ScaledEmbedding(nn.Embedding):
     "An embedding whose channels are scaled after the look-up"
 
-    def forward(self, ids: Tensor) -> Tensor:  # `(...)` token ids to `(..., width)`
-        return super().forward(ids) * self.scale
+    scale: Tensor  # `(width,)`
+
+    def forward(self, input: Tensor) -> Tensor:  # `(...)` token ids to `(..., width)`
+        return super().forward(input) * self.scale
 
     @classmethod
     def of(cls, table: nn.Embedding) -> nn.Embedding:
@@ -82,6 +87,8 @@ class ScaledEmbedding(nn.Embedding):
 # %% ../nbs/04_masking.ipynb #bda630e1
 class Recomputed(nn.Module):
     "A block that gradient checkpointing may recompute, with the weights that it was called with"
+
+    block: nn.Module
 
     def __init__(
         self,
@@ -218,11 +225,11 @@ def prepare(
     for path in norms:
         replace_module(new, path, OpenNorm.of)
     replace_module(new, l.table, ScaledEmbedding.of)
-    own = [m for m in new.modules() if getattr(m, 'grad_checkpointing', False)]
+    own: list[Any] = [m for m in new.modules() if getattr(m, 'grad_checkpointing', False)]
     for m in own:
         m.grad_checkpointing = False  # it would recompute with the weights of the moment
-    for path in l.depth.values():
-        for i in range(len(new.get_submodule(path))):
+    for axis, path in l.depth.items():
+        for i in range(l.sizes[axis]):
             replace_module(new, f'{path}.{i}', Recomputed)
     for m in new.modules():
         if isinstance(m, Recomputed):
@@ -417,7 +424,7 @@ class MaskedCLIP(MaskVector):
     def sparsity(self) -> dict:  # `image`, `text`, and `towers` for both together
         "Expected closed share of each tower's parameters"
         n = self.size.whole
-        kept = dict(zip(TOWERS, self.shares().tolist()))
+        kept: dict[str, float] = dict(zip(TOWERS, self.shares().tolist()))
         kept['towers'] = sum(kept[t] * n[t] for t in n) / sum(n.values())
         return {t: 1 - s for t, s in kept.items()}
 
@@ -449,7 +456,7 @@ class Scale(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride] # the decorator's stub
         w, rows, columns = ctx.saved_tensors
         h = g * w
         with torch.autocast(g.device.type, enabled=False):

@@ -464,7 +464,13 @@ class Sparsity:
     def before_step(self, ok: Tensor):  # Is this step's gradient finite?
         "Accumulate squared mask gradients; masks stay frozen during the importance warm-up"
         if self.measuring:
-            self.fisher += torch.where(ok, self.masked.probe.grad.square(), 0.0)
+            grad = self.masked.probe.grad
+            if grad is None:
+                raise TinyclipError(
+                    'No gradient has reached the masks, so their importance cannot be measured: '
+                    'call backward() on a loss of the masked student before this step.'
+                )
+            self.fisher += torch.where(ok, grad.square(), 0.0)
             multipliers = self.constraint.parameters() if self.constraint else ()
             for p in (self.masked.log_alpha, *multipliers):
                 p.grad = None

@@ -25,7 +25,7 @@ def prompts(
     classname: str,  # e.g. `'golden retriever'`
     # A name of `TEMPLATES`, or a list of strings with `{}` or of functions; or a dict: class name
     # -> its prompts
-    templates='simple',
+    templates: str | Iterable = 'simple',
 ) -> list:  # One caption per template
     "Prompts of a class: its name in every template (Radford et al. 2021, section 3.1.4)"
     if isinstance(templates, dict):
@@ -46,7 +46,7 @@ def class_embeddings(
     model: nn.Module,  # A CLIP
     tokenizer,  # Its tokenizer
     classnames: Iterable,  # k names
-    templates='simple',  # As in `prompts`
+    templates: str | Iterable = 'simple',  # As in `prompts`
     batch_size: int = 256,  # Prompts encoded together
 ) -> Tensor:  # `(k, d)` unit rows, on the model's device
     """Class embeddings: one text feature per class, the mean over its prompts, each of unit
@@ -95,7 +95,7 @@ def zero_shot(
     batches,  # Yields (image `(n,3,h,w)`, label `(n,)`), e.g. `data.labelled(...)`
     # k names; equal ones differ by position. None for `batches.classnames`
     classnames=None,
-    templates='simple',  # As in `prompts`
+    templates: str | Iterable = 'simple',  # As in `prompts`
     precision: str = 'fp32',  # As in `core.autocast`
 ) -> dict:  # Numbers by name
     """Zero-shot classification accuracy (Radford et al. 2021, section 3.1): `top1`, `top5` and

@@ -10,6 +10,7 @@ import html
 import importlib.util
 import math
 import numbers
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -125,19 +126,19 @@ def label_options(
     plot: tuple,  # (0, 0, width, height)
 ) -> tuple:  # (m, 2) offsets from marker to middle of the name, (m, 4) boxes, (m,) costs
     "Places for one name, and what each costs"
-    point = np.array(point, float)
+    at = np.array(point, float)
     u = np.array(AROUND) / np.linalg.norm(AROUND, axis=1, keepdims=True)
     offsets = np.concatenate([u * (long + 9 + gap, 15 + gap) for gap in (0, 14, 30, 48, 70, 95)])
-    boxes = np.concatenate([point + offsets - (long + 2, 8), point + offsets + (long + 2, 8)], 1)
-    edge = np.clip(point, boxes[:, :2], boxes[:, 2:])  # where a line back to the marker would end
-    elsewhere = spots[overlap(spots, (*point - 1, *point + 1)) == 0]
+    boxes = np.concatenate([at + offsets - (long + 2, 8), at + offsets + (long + 2, 8)], 1)
+    edge = np.clip(at, boxes[:, :2], boxes[:, 2:])  # where a line back to the marker would end
+    elsewhere = spots[overlap(spots, (*at - 1, *at + 1)) == 0]
     cost = (
         2 * overlap(boxes[:, None], spots).sum(1)
         + 5 * ((2 * long + 4) * 16 - overlap(boxes, plot))
-        + np.linalg.norm(edge - point, axis=1)
+        + np.linalg.norm(edge - at, axis=1)
     )
     cost[len(u) :] += 2 * overlap(
-        along(np.broadcast_to(point, edge.shape), edge)[len(u) :, :, None], elsewhere
+        along(np.broadcast_to(at, edge.shape), edge)[len(u) :, :, None], elsewhere
     ).sum((1, 2))
     return offsets, boxes, cost
 
@@ -147,7 +148,7 @@ def label_places(
     texts: list,  # Their names
     wide: float,
     high: float,  # Of the plot, in pixels
-    lines: list = (),  # Pairs of points that are joined
+    lines: Sequence = (),  # Pairs of points that are joined
 ) -> list:  # (dx, dy) from each point to the middle of its name
     "Places of all names"
     markers = [(x - 7, y - 7, x + 7, y + 7) for x, y in points]
@@ -209,7 +210,8 @@ def write_names(
     plot,  # (width, height) in pixels
 ):
     "Names beside their points; with a thin line where that is far"
-    places = label_places(pixels, [name for name, _ in names], *plot, lines)
+    wide, high = plot
+    places = label_places(pixels, [name for name, _ in names], wide, high, lines)
     for (name, colour), (x, y), (dx, dy) in zip(names, at, places):
         far = math.hypot(max(0, abs(dx) - 3.1 * len(name)), dy) > 22
         line = dict(arrowhead=0, arrowwidth=0.8, arrowcolor='#aaaaaa', standoff=6)

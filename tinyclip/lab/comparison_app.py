@@ -13,13 +13,8 @@ from ..core import Table, TinyclipError
 from .keep_map import keep_map
 from .report import kept_by, to_html
 from .setup import LabSetup
-from ..live.dashboard import front_end, new_folder, watch
+from ..live.dashboard import Dashboard, front_end, new_folder, watch
 from ..live.widgets import Canvas, close_all, red, widen
-
-try:
-    import ipywidgets as W
-except ImportError:
-    W = None
 
 # %% ../../nbs/lab/06_comparison_app.ipynb #287476e9
 class ComparisonApp:
@@ -37,7 +32,9 @@ class ComparisonApp:
         self.share = share
         self.folder = folder
         self.show = show
-        self.comparison = self.live = self.box = None
+        self.comparison: Comparison | None = None
+        self.live: Dashboard | None = None
+        self.box = None
 
     def start(self) -> 'ComparisonApp':
         "Begin; whatever trained before is stopped"
@@ -66,19 +63,24 @@ class ComparisonApp:
 
     def settle(self) -> 'ComparisonApp':
         "Where nobody can press a button (tests, this website) wait for the end"
-        self.live.settle()
+        if self.live:
+            self.live.settle()
         return self
 
     def table(self) -> Table:
         "Sizes, speeds and accuracies of both students; empty before the end"
-        return self.live.run.value or Table()
+        return self.live and self.live.run.value or Table()
 
     def save(self, name: str, folder):
         "Save a student: `'manual'` or `'automatic'`"
+        if self.comparison is None:
+            raise TinyclipError('Nothing has been compared yet, so there is no student to save.')
         return self.comparison.save(name, folder, self.setup.tokenizer)
 
     def widgets(self):
         "The form, a place for the dashboard, and one for the results"
+        import ipywidgets as W
+
         self.form = _form(self.setup, self.share)
         self.button = W.Button(description='Run both', button_style='primary')
         self.button.on_click(lambda _: self.read_form())
@@ -110,13 +112,16 @@ class ComparisonApp:
         for w in self.results.children:
             close_all(w)
         self.results.children = ()
-        self.stage.children = [self.live.box] if self.live.box else []
-        if self.live.box:
+        shown = self.live and self.live.box
+        self.stage.children = [shown] if shown else []
+        if self.live and shown:
             widen(self.live.figure_widget)
 
     def show_results(self):
         "After the last step: table, maps, and buttons to save a student"
-        if not (self.box and self.comparison.students):
+        import ipywidgets as W
+
+        if not (self.box and self.comparison and self.comparison.students):
             return
         folder = W.Text(f'{self.comparison.folder}/students', description='save in')
         buttons = [W.Button(description=f'Save {name}') for name in self.comparison.students]
@@ -154,6 +159,8 @@ class ComparisonApp:
 
 
 def _form(setup, share) -> dict:  # name, as in `lab_setup` (and the share) -> widget
+    import ipywidgets as W
+
     look = dict(layout=dict(width='420px'), style=dict(description_width='90px'))
     hints = dict(
         teacher='a name or a model folder',

@@ -7,6 +7,7 @@ __all__ = ['examine', 'run']
 
 # %% ../../nbs/lab/05_demo.ipynb #51e8d428
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -77,7 +78,7 @@ def train_students(
     def pairs():
         return open_pairs(Shapes('train', seed=seed + 1), preprocess, tokenizer, BATCH, seed=seed)
 
-    common = dict(
+    common: dict[str, Any] = dict(
         evaluate=lambda m: examine(m, preprocess, tokenizer, n=256, templates=['{}']),
         evaluate_every=max(1, steps // 5),
         save_every=steps,
@@ -115,7 +116,9 @@ def journal(
     folder: Path,  # Of `train_students`
 ) -> dict:  # name -> events; the automatic student's steps count on
     "Events of each student"
-    logs = {n.replace('-', ' '): read_events(folder / n) for n in ('random-start', 'manual')}
+    logs: dict[str, list] = {
+        n.replace('-', ' '): read_events(folder / n) for n in ('random-start', 'manual')
+    }
     masks, distil = phases(folder / 'automatic').values()
     done = masks[-1]['step']
     logs['automatic'] = [e | dict(phase='masks') for e in masks]

@@ -12,7 +12,6 @@ from pathlib import Path
 import plotly.graph_objects as go
 import torch
 from PIL import Image
-from torch import nn
 
 from ..core import COLOURS, TOWER_COLOURS, Table, data_url, human
 from ..data.shapes import PROMPTS, Shapes, classnames, combinations, normalise
@@ -130,7 +129,7 @@ grid-template-columns:repeat(auto-fill,minmax(190px,1fr))}
 
 
 def predicted(
-    model: nn.Module,  # A CLIP
+    model,  # A CLIP
     tokenizer,  # Its tokenizer
     images: torch.Tensor,  # `(n,3,h,w)` uint8
 ) -> list:  # n labels

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -122,7 +122,7 @@ class HeldOutEval:
 
 # %% ../../nbs/lab/01_setup.ipynb #731acb14
 # by device; any other as cpu
-START = dict(
+START: dict[str, dict[str, Any]] = dict(
     cpu=dict(batch_size=32, steps=60, workers=0),
     cuda=dict(batch_size=256, steps=2000, workers=None),
 )
@@ -182,9 +182,8 @@ class LabSetup:
         "Unit features of a batch under the teacher or a student"
         device = next(model.parameters()).device
         with evaluating(model):
-            return Features(
-                *(t.cpu() for t in features(model, batch.image.to(device), batch.text.to(device)))
-            )
+            image, text, scale = features(model, batch.image.to(device), batch.text.to(device))
+            return Features(image.cpu(), text.cpu(), torch.as_tensor(scale).cpu())
 
     def again(self, **changes) -> 'LabSetup':  # As `lab_setup` makes it
         "This setup with other arguments"
@@ -290,8 +289,8 @@ def lab_setup(
     for k, v in (('batch_size', batch_size), ('steps', steps), ('n', n)):
         if v is not None and v < 1:
             raise TinyclipError(f'{k}={v}: give 1 or more, or leave it out.')
-    device = usable(device)
-    start = START.get(device.type, START['cpu'])
+    place = usable(device)
+    start = START.get(place.type, START['cpu'])
     source, test = open_sources(data, held_out, n, seed, options)
     model, preprocess, tokenizer = load_teacher(teacher)
     evaluate = None
@@ -301,10 +300,10 @@ def lab_setup(
         evaluate = HeldOutEval(test, preprocess, tokenizer, n or 1000, templates)
     setup = LabSetup(
         name=Path(teacher).name if Path(teacher).is_dir() else str(teacher),
-        teacher=model.to(device),
+        teacher=model.to(place),
         preprocess=preprocess,
         tokenizer=tokenizer,
-        device=device,
+        device=place,
         data=source,
         evaluate=evaluate,
         seed=seed,

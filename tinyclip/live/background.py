@@ -50,12 +50,13 @@ def retarget(
     share,  # As in `sparsity.Goal`
 ):
     "Target share of the masks, changed from the next step on"
-    if run is None or run.penalty is None:
+    move = getattr(run and run.penalty, 'set_target', None)
+    if move is None:
         raise TinyclipError(
             'There are no masks to aim right now: a target can be moved while masks learn, '
             'not while their student distils.'
         )
-    run.penalty.set_target(share)
+    move(share)
 
 # %% ../../nbs/live/03_background.ipynb #18b31952
 def halt(
@@ -264,7 +265,7 @@ class Background(Requests):
     def work(self, resume):
         "The training thread"
         try:
-            steps = [] if self.job.total_steps else [self.steps]
+            steps = [self.steps] if self.steps and not self.job.total_steps else []
             self.value = self.job.fit(*steps, resume=resume)
         except BaseException as e:
             # shown by whoever displays the run, raised by `result`

@@ -132,8 +132,7 @@ def fill(
     "Traces brought up to date; what has not changed is not sent again"
 
     def old(trace, key):
-        value = getattr(trace, key, None)
-        return None if value is None else np.asarray(value)
+        return np.asarray(getattr(trace, key, None))
 
     with fig.batch_update():
         for trace, new in zip(fig.data, values):
@@ -146,7 +145,7 @@ def fill(
 class Dashboard:
     "A run, shown while it trains"
 
-    last = None  # The one that is open in this kernel
+    last: 'Dashboard | None' = None  # The one that is open in this kernel
 
     def __init__(
         self,
@@ -238,7 +237,9 @@ class Dashboard:
     def renew(self):
         """Another figure in the same box. Plotly goes on drawing in a cell that was cleared,
         fails there, and no other view of that figure hears of it."""
-        old = self.figure_widget
+        if self.box is None or self.controls is None:
+            return
+        *_, old = self.box.children
         self.figure_widget = Canvas(build(self.plan))
         fill(self.figure_widget, state(self.run.history(), self.plan))
         self.box.children = (*self.controls.rows, self.figure_widget)
@@ -254,7 +255,7 @@ class Dashboard:
         over, cost = False, 0.0
         while not (over or self.closed.is_set()):
             # asked before the last update, so that it shows the end
-            over = self.run.done.wait(max(1 / self.rate, cost * 100 / os.cpu_count()))
+            over = self.run.done.wait(max(1 / self.rate, cost * 100 / (os.cpu_count() or 1)))
             start = time.thread_time()
             try:
                 self.update()
@@ -301,10 +302,10 @@ class Dashboard:
         "How IPython displays a dashboard"
         from IPython.display import display
 
-        if self.show == 'widgets' and not self.closed.is_set():
+        if self.box and not self.closed.is_set():
             if self.handle:
                 self.renew()
-            bundle = self.box._repr_mimebundle_() | {'text/html': _NO_WIDGETS}
+            bundle = {**(self.box._repr_mimebundle_() or {}), 'text/html': _NO_WIDGETS}
             self.handle = display(bundle, raw=True, display_id=True)
             widen(self.figure_widget)
         elif self.show == 'html' and not self.closed.is_set():
@@ -376,7 +377,7 @@ def watch(
     if show not in ('auto', *SHOWS):
         raise unknown('way to show a run', show, ['auto', *SHOWS])
     if rate not in (1, 2, 3, 5):
-        raise unknown('rate', rate, [1, 2, 3, 5])
+        raise unknown('rate', str(rate), [1, 2, 3, 5])
     run = Background(job, steps, resume)
     stop_live()
     if Dashboard.last:

@@ -10,6 +10,7 @@ import inspect
 import json
 import threading
 import traceback
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -18,11 +19,6 @@ from plotly.basedatatypes import BaseFigure
 
 from ..core import TinyclipError, unknown
 from .widgets import Canvas, can_show_widgets, has_kernel, mirror, red, widen
-
-try:
-    import ipywidgets
-except ImportError:
-    ipywidgets = None
 
 # %% ../../nbs/live/05_dial.ipynb #ee709a32
 def label(v) -> str:  # For people, and for the frames of a page
@@ -67,7 +63,7 @@ def dial_values(
 # %% ../../nbs/live/05_dial.ipynb #a3f796b3
 def content(
     fig,  # A figure
-) -> tuple:  # (a dict per trace, the layout's dict)
+) -> tuple[list[dict], dict]:  # (a dict per trace, the layout's dict)
     "Traces and layout of a figure, as dicts"
     return [t.to_plotly_json() for t in fig.data], fig.layout.to_plotly_json()
 
@@ -81,8 +77,8 @@ def structure(
 
 def same(a, b) -> bool:
     "Equality of two properties; arrays may be among them"
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     return a is b or bool(np.array_equal(a, b))
 
 
@@ -94,7 +90,7 @@ def changed(
     return {k: v for k, v in new.items() if not same(v, old[k])}
 
 # %% ../../nbs/live/05_dial.ipynb #d3967091
-def rounded(x, digits: int = 4):
+def rounded(x, digits: int = 4) -> Any:
     "Numbers rounded to some digits, arrays as lists: a page carries every frame twice"
     if isinstance(x, dict):
         return {k: rounded(v, digits) for k, v in x.items()}
@@ -175,12 +171,14 @@ class Dial:
             inspect.signature(draw).bind(**self.start)
         except TypeError as e:
             raise TinyclipError(f'draw does not take the dials {", ".join(dials)}: {e}.') from e
-        self.box = self.fig = self.wanted = None
+        self.box: Any = None  # of ipywidgets, made by `widget`
+        self.fig: Canvas | None = None
+        self.wanted = None
         self.lock = threading.Lock()
         self.idle = threading.Event()
         self.idle.set()
 
-    def draw_at(self, **values) -> go.Figure:  # The other dials stand at their start
+    def draw_at(self, **values) -> BaseFigure:  # The other dials stand at their start
         "Figure at some values"
         for k, v in values.items():
             if k not in self.values:
@@ -223,17 +221,13 @@ class Dial:
 
     def widget(self):  # An ipywidgets box
         "The controls above the figure, made once"
+        import ipywidgets as W
+
         if self.box is None:
             self.controls = {k: control(k, v, self.start[k]) for k, v in self.values.items()}
-            self.note = ipywidgets.HTML()
-            self.box = ipywidgets.VBox(
-                [
-                    ipywidgets.HBox(
-                        list(self.controls.values()), layout=dict(flex_flow='row wrap')
-                    ),
-                    self.note,
-                ]
-            )
+            self.note = W.HTML()
+            row = W.HBox(list(self.controls.values()), layout=dict(flex_flow='row wrap'))
+            self.box = W.VBox([row, self.note])
             for c in self.controls.values():
                 c.observe(self.turned, 'value')
             self.show(self.start)
@@ -279,7 +273,8 @@ class Dial:
                 old.close()
         else:
             with self.fig.batch_update():
-                for trace, old, new in zip(self.fig.data, self.drawn[0], drawn[0]):
+                traces: Any = self.fig.data
+                for trace, old, new in zip(traces, self.drawn[0], drawn[0]):
                     trace.update(changed(old, new), overwrite=True)
                 self.fig.layout.update(changed(self.drawn[1], drawn[1]), overwrite=True)
             mirror(self.fig)
@@ -292,7 +287,7 @@ class Dial:
             start = go.Figure(self.drawn[0], self.drawn[1])
             shown |= {
                 'text/html': start.to_html(full_html=False, include_plotlyjs='cdn'),
-                'application/vnd.plotly.v1+json': json.loads(start.to_json()),
+                'application/vnd.plotly.v1+json': json.loads(str(start.to_json())),
             }
         return shown
 
@@ -303,10 +298,12 @@ def control(
     start,  # One of them
 ):
     "The widget of a dial: a slider for numbers, buttons for few short words, a menu for others"
+    import ipywidgets as W
+
     options = [(label(v), v) for v in values]
     style = dict(description_width='initial')
     if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
-        return ipywidgets.SelectionSlider(
+        return W.SelectionSlider(
             options=options,
             value=start,
             description=name,
@@ -316,11 +313,11 @@ def control(
         )
     few = len(values) <= 6 and sum(len(label(v)) for v in values) <= 48
     if few:
-        return ipywidgets.ToggleButtons(
+        return W.ToggleButtons(
             options=options,
             value=start,
             description=name,
             style=style | dict(button_width='auto'),
             layout=dict(width='max-content'),
         )
-    return ipywidgets.Dropdown(options=options, value=start, description=name, style=style)
+    return W.Dropdown(options=options, value=start, description=name, style=style)

@@ -10,7 +10,7 @@ import html
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import plotly.graph_objects as go
@@ -60,6 +60,7 @@ class Panel(Protocol):
         plan: Plan,  # Of the figure
     ) -> list[tuple]:  # (height in pixels, titles from left to right) per row
         "Rows of subplots; none where the plan has nothing for this panel"
+        ...
 
     def build(
         self,
@@ -68,6 +69,7 @@ class Panel(Protocol):
         plan: Plan,  # Of the figure
     ):
         "Add the traces, empty"
+        ...
 
     def update(
         self,
@@ -76,6 +78,7 @@ class Panel(Protocol):
         step: int | None = None,  # For what changes from step to step; None for the latest
     ) -> list[dict]:  # Properties per trace, in the order of `build`
         "Values of the traces at a step"
+        ...
 
     def still(
         self,
@@ -83,6 +86,7 @@ class Panel(Protocol):
         plan: Plan,  # Of the figure
     ) -> str:  # HTML without scripts
         "Picture of the latest state, for front ends without widgets"
+        ...
 
 # %% ../../nbs/live/02_panels.ipynb #b55098c0
 @dataclass(frozen=True)
@@ -205,9 +209,9 @@ class _Loss(CurvePanel):
     title = 'loss by step'
 
     def curves(self, plan):
-        if len(plan.runs) > 1:
+        run, *others = plan.runs
+        if others:
             return [Curve(run, ('loss',), words, colour) for run, words, colour in _named(plan)]
-        (run,) = plan.runs
         return [Curve(run, ('loss',), 'loss', '#57606a')] + [
             Curve(run, (f'loss/{part}',), part, colour, 'dot')
             for part, colour in zip(plan.parts, cycle(COLOURS[3:]))
@@ -390,7 +394,7 @@ def build(
     specs = []
     for _, titles in rows:
         wide = _COLUMNS // len(titles)
-        row = [None] * _COLUMNS
+        row: list[dict | None] = [None] * _COLUMNS
         row[: wide * len(titles) : wide] = [dict(colspan=wide)] * len(titles)
         specs.append(row)
     heights = [height for height, _ in rows]
@@ -435,7 +439,8 @@ def draw(
     "Figure of a history"
     plan = plan_of(history)
     fig = build(plan)
-    for trace, values in zip(fig.data, state(history, plan, step)):
+    traces: Any = fig.data
+    for trace, values in zip(traces, state(history, plan, step)):
         trace.update(values)
     return fig
 
@@ -549,13 +554,14 @@ def replay(
 ) -> go.Figure:
     "Figure of a history with a slider over its steps"
     plan, fig = plan_of(history), draw(history)
+    layout: Any = fig.layout
     steps = history.steps()
     if len(steps) > frames:
         steps = [steps[i * (len(steps) - 1) // (frames - 1)] for i in range(frames)]
     fig.frames = _frames(fig, history, plan, steps)
     return fig.update_layout(
         shapes=cursors(plan, steps[-1]),
-        height=fig.layout.height + 70,
+        height=layout.height + 70,
         margin_b=100,
         **_player([str(s) for s in steps]),
     )

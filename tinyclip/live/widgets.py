@@ -156,6 +156,6 @@ def close_all(
         close_all(w)
     for t in ('layout', 'style'):
         part = getattr(widget, t, None)
-        if hasattr(part, 'close'):
+        if part is not None and hasattr(part, 'close'):
             part.close()
     widget.close()

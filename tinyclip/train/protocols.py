@@ -128,10 +128,23 @@ class Job(Protocol):
     folder: Any  # Where it keeps checkpoints and `events.jsonl`; None for nowhere
     listeners: Iterable[Listener]  # Called with every event
     progress: bool  # Show progress bars?
-    total_steps: int | None  # Steps in all; None where `fit` is given them as its first argument
-    target: float | None  # Kept share that masks aim at first; None without masks
 
-    def fit(self, *steps: int, resume: bool = False) -> Any:
+    @property
+    def total_steps(self) -> int | None:
+        "Steps in all; None where `fit` is given them as its first argument"
+        ...
+
+    @property
+    def target(self) -> float | None:
+        "Kept share that masks aim at first; None without masks"
+        ...
+
+    def fit(
+        self,
+        # `fit(steps, resume=False)`, or `fit(resume=False)` where `total_steps` is known
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         "Train, or go on from what the folder holds"
         ...
 

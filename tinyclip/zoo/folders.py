@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -42,8 +42,8 @@ class Loaded(NamedTuple):
     "A model with what belongs to it; unpacks as `model, preprocess, tokenizer`"
 
     model: nn.Module  # The CLIP, in eval mode
-    preprocess: object  # PIL image -> tensor `(3,h,w)`, as at evaluation
-    tokenizer: object  # list of texts -> token ids `(n, context_length)`
+    preprocess: Any  # PIL image -> tensor `(3,h,w)`, as at evaluation
+    tokenizer: Any  # list of texts -> token ids `(n, context_length)`
 
 # %% ../../nbs/zoo/04_folders.ipynb #8129cb78
 @contextlib.contextmanager

@@ -6,6 +6,8 @@
 Parameters have open_clip's names. `config.vision` and `config.text` hold one entry per layer in `heads` and `ffn`; a branch without
 any still adds the bias of its projection.
 """
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -63,6 +65,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    attn: Any  # `Attention`, or what is left of one without heads
+
     def __init__(self, c, heads, ffn):
         super().__init__()
         width = c["width"]
@@ -80,7 +84,7 @@ class Block(nn.Module):
 
     def forward(self, x, mask=None):
         x = x + self.ls_1(self.attn(self.ln_1(x), mask) if self.heads else self.attn.out_proj())
-        return x + self.ls_2(self.mlp.c_proj(self.act(self.mlp.c_fc(self.ln_2(x))) if self.ffn else None))
+        return x + self.ls_2(self.mlp["c_proj"](self.act(self.mlp["c_fc"](self.ln_2(x))) if self.ffn else None))
 
 
 class Transformer(nn.Module):
@@ -145,7 +149,7 @@ class TextTower(nn.Module):
         end = ids if self.c["eos_id"] is None else (ids == self.c["eos_id"]).int()  # the first of the highest ids ends the text
         pooled = x[torch.arange(len(x), device=x.device), end.argmax(-1)]
         p = self.text_projection
-        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=p(pooled) if self.c["projection_bias"] else pooled @ p)
+        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=pooled @ p if isinstance(p, torch.Tensor) else p(pooled))
 
 
 class TinyCLIPModel(PreTrainedModel):
