@@ -200,7 +200,7 @@ def rebatch(
         while n + len(fields[0]) >= size:
             parts.append(tuple(f[: size - n] for f in fields))
             fields = tuple(f[size - n :] for f in fields)
-            yield tuple(torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts))
+            yield tuple(torch.cat(p) if p[1:] else p[0] for p in zip(*parts))
             parts, n = [], 0
         if len(fields[0]):
             parts.append(fields)

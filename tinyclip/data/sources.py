@@ -24,7 +24,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from inspect import signature
 from itertools import count, islice, zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -159,7 +159,7 @@ class Source:
         "Whether `source`, as a user wrote it, is to be opened by this class"
         return False
 
-    def chunks(self, order, worker=0, workers=1):
+    def chunks(self, order, worker=0, workers=1) -> Iterator[list]:
         "Lists of `Sample` and `Skip`: those that loader process `worker` of `workers` makes"
         raise NotImplementedError
 
@@ -167,7 +167,7 @@ class Source:
         "How many of `workers` loader processes have something to do"
         return workers
 
-    def after(self, n, order, worker=0, workers=1):
+    def after(self, n, order, worker=0, workers=1) -> Iterator[list]:
         "The `chunks` from number `n` on, to resume an epoch"
         return islice(self.chunks(order, worker, workers), n, None)
 
@@ -176,10 +176,10 @@ class IndexedSource(Source):
     """A map-style source, whose samples have numbers: it knows its length, shuffles perfectly and
     resumes without reading. A subclass defines `__len__` and `read`"""
 
-    def __len__(self):
+    def __len__(self) -> int:
         raise NotImplementedError
 
-    def read(self, indices):
+    def read(self, indices) -> list:
         "A list of `Sample` and `Skip`, one for each index"
         raise NotImplementedError
 
@@ -198,7 +198,7 @@ class IndexedSource(Source):
 # %% ../../nbs/data/02_sources.ipynb #674ab454
 def read_classnames(
     names,  # A list of names, a text file with one name per line, or None
-) -> list | None:  # The names; a label is a position in them
+) -> list[str] | None:  # The names; a label is a position in them
     "Class names from a list or a file"
     if names is None or not isinstance(names, (str, Path)):
         return None if names is None else [str(n) for n in names]
@@ -235,8 +235,8 @@ def _remote(url):
 
 
 def expand(
-    pattern: str,  # One path, URL, glob or brace pattern
-) -> list:  # Of existing files, or of URLs
+    pattern: str | Path,  # One path, URL, glob or brace pattern
+) -> list[str]:  # Of existing files, or of URLs
     "Paths and URLs of the shards that a pattern names; a name that matches nothing is refused"
     try:
         urls = expand_urls(str(pattern))
@@ -276,10 +276,10 @@ class _Strict(tarfile.TarInfo):
     "Tar headers of which only the end mark ends an archive"
 
     @classmethod
-    def frombuf(cls, buf, *a):
+    def frombuf(cls, buf, encoding, errors):
         try:
-            return super().frombuf(buf, *a)
-        except tarfile.EOFHeaderError:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:  # pyright: ignore[reportAttributeAccessIssue] not in the stub
             raise
         except tarfile.HeaderError as e:
             if len(buf) == tarfile.BLOCKSIZE:
@@ -299,7 +299,7 @@ def _open(url, stderr):
     opens = gopen_schemes.get(url.partition(':')[0])
     if opens is gopen_curl:
         return Pipe([*CURL.split(), url], mode='rb', bufsize=8192, stderr=stderr)
-    if opens is gopen_pipe and not webdataset.utils.enforce_security:
+    if opens is gopen_pipe and not getattr(webdataset.utils, 'enforce_security', False):
         return Pipe(url[5:], mode='rb', shell=True, bufsize=8192, stderr=stderr)
     return gopen(url)
 
@@ -349,10 +349,12 @@ def _files(url, errors):
                     continue
                 if m.issym() or m.islnk():
                     yield m.name, None
-                elif m.isreg():
-                    yield m.name, tar.extractfile(m).read()
-                tar.members = []  # or they would pile up
-            while tar.fileobj.comptype == 'tar' and (rest := tar.fileobj.read(2**16)):
+                elif m.isreg() and (content := tar.extractfile(m)):
+                    yield m.name, content.read()
+                # they would pile up
+                tar.members = []  # pyright: ignore[reportAttributeAccessIssue] not in the stub
+            raw: Any = tar.fileobj
+            while raw.comptype == 'tar' and (rest := raw.read(2**16)):
                 if rest.strip(b'\0'):
                     raise _Damaged('more behind the end mark')
     except Exception as e:
@@ -378,14 +380,12 @@ def read_shard(
     others = []  # files that belong to no sample
     n = 0
     name = Path(url).name
-    sample = {}
+    sample: dict[str, Any] = {}
     for file, data in _files(url, errors):
         key, ext = base_plus_ext(file)
         if data is None:
-            others.append(file)
             yield Skip('link instead of a file', file, name)
-            continue
-        if key is None:
+        if key is None or ext is None or data is None:
             others.append(file)
             continue
         if key != sample.get('__key__'):
@@ -513,7 +513,7 @@ def _shard_stream(samples, order, n, number):
     buffer = max(2, order.buffer // n)
     if order.shuffle:
         rng = order.rng('lane', order.rank, number)  # another word would be another order
-        samples = webdataset.shuffle(buffer, initial=buffer, rng=rng)(samples)
+        samples = webdataset.filters.shuffle(buffer, initial=buffer, rng=rng)(samples)
     while chunk := list(islice(samples, order.size)):
         yield chunk
 
@@ -559,14 +559,14 @@ class Shards(Source):
             return any(Path(source).glob('*.tar'))  # to be refused: see `expand`
         return _remote(source) or bool(re.search(r'\.(tar|tgz)(\.\w+)?$', str(source)))
 
-    def samples(self, urls):
+    def samples(self, urls) -> Iterator:
         "`Sample`s and `Skip`s of some shards, as stored"
         options = self.caption_column, self.classnames, self.templates
         for url in urls:
             before = set()
             for raw in read_shard(url):
                 s = raw if isinstance(raw, Skip) else as_sample(raw, Path(url).name, *options)
-                if isinstance(s, Skip) and s is not raw:
+                if isinstance(s, Skip) and not isinstance(raw, Skip):
                     yield from missing_parts(raw, s, before)
                 else:
                     yield s
@@ -614,7 +614,7 @@ COLUMNS = dict(  # tried in this order when none is named
 
 
 def pick_column(
-    columns: list,  # Names of all columns
+    columns: list[str],  # Names of all columns
     option: str,  # `'image_column'` or `'caption_column'`
     chosen: str | None,  # The user's choice
     table: str,  # Name of the table, for refusals
@@ -623,7 +623,7 @@ def pick_column(
     lower = {c.strip().lower(): c for c in reversed(columns) if c}
     usual = (lower[n] for n in COLUMNS[option] if n in lower)
     found = chosen or next(usual, None)
-    if found in columns:
+    if found is not None and found in columns:
         return found
     what = f'column {chosen!r}' if chosen else f'column that looks like the {option.split("_")[0]}'
     raise TinyclipError(
@@ -961,7 +961,7 @@ class SyntheticSource(IndexedSource):
         # `'shapes'` for `Shapes()`
         maker,
     ):
-        self.maker = (
+        self.maker: Any = (
             Shapes() if isinstance(maker, (str, Path)) and self.recognises(maker) else maker
         )
         self.name = type(self.maker).__name__.lower()
