@@ -391,13 +391,13 @@ def test_broken_samples_are_left_out_and_counted(tmp_path):
     assert r['samples'] == 10 and r['skipped'] == {
         'broken image': 3,
         'no image': 1,
-        'no caption': 1,
+        'no caption file': 1,
     }
     pairs = opened(data, tmp_path / 'c', batch_size=5)
     assert len(list(pairs.epoch(0))) == 2 and dict(pairs.skipped) == {
         'not in the cache': 3,
         'no image': 1,
-        'no caption': 1,
+        'no caption file': 1,
     }
 
 

@@ -49,7 +49,8 @@ def test_broken_things_are_counted_and_named(tmp_path, workers):
     assert len(list(pairs.epoch(0))) >= 10
     assert pairs.skipped == {
         'broken image': 2,
-        'no caption': 3,
+        'no caption': 2,
+        'no caption file': 1,
         'no image': 1,
         'unreadable caption': 1,
         'truncated shard': 1,
@@ -115,15 +116,17 @@ SPOILED = {  # what one sample holds, by what it counts as
     'no caption': [
         dict(jpg=JPG, **rest)
         for rest in (
-            dict(),
             dict(txt=''),
             dict(txt=' \n\t'),
             dict(txt='', json='{broken'),
             dict(txt='', json='5'),
             dict(json='{"caption": null}'),
             dict(json='{"alt": "x"}'),
-            dict(json='{"captions": [1, "", []]}'),
         )
+    ],
+    'no caption file': [dict(jpg=JPG), dict(jpg=JPG, caption='x')],
+    'caption that is no text': [
+        dict(jpg=JPG, json=j) for j in ('{"captions": [1, "", []]}', '{"caption": {"en": "x"}}')
     ],
     'unreadable caption': [
         dict(jpg=JPG, **rest)

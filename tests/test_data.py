@@ -335,7 +335,7 @@ def test_csv_rows_that_lack_something(tmp_path, workers):
     assert len(list(pairs.epoch(0))) == 1
     assert (
         pairs.skipped == {'no caption': 2, 'missing image': 2}
-        and 'gone.jpg in pairs.csv' in pairs.culprits['missing image']
+        and 'gone.jpg in pairs.csv (line 4)' in pairs.culprits['missing image']
     )
 
 

@@ -18,6 +18,7 @@ from collections import Counter
 from functools import lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,14 +58,14 @@ from tinyclip.data.transforms import (
 )
 
 # %% ../../nbs/data/07_cache.ipynb #69e2f5a6
-def _encoded(image):
+def _encoded(image) -> tuple[str, bytes]:
     "Extension and bytes of an image as stored; of a drawn one, as PNG"
     if isinstance(image, torch.Tensor):
         Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(b := io.BytesIO(), 'PNG')
         return 'png', b.getvalue()
     data = image if isinstance(image, bytes) else Path(image).read_bytes()
     with Image.open(io.BytesIO(data)) as im:
-        kind = im.format.lower()
+        kind = (im.format or '').lower()
     return kind if kind in IMAGES else 'jpg', data  # a name only: readers go by the bytes
 
 
@@ -81,7 +82,7 @@ def _files(source, order, skipped):
             skipped[s.kind] += 1
             continue
         try:
-            files = dict([_encoded(s.image)])
+            files: dict[str, bytes] = dict([_encoded(s.image)])
         except OSError:  # Pillow's and the file system's
             skipped['broken image'] += 1
             continue
@@ -106,7 +107,7 @@ def write_shards(
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise TinyclipError(f"'{folder}' holds something already: give another folder.")
     tmp = folder.with_name(f'.{folder.name}.tmp')
-    n = 0
+    n = number = 0
     skipped = Counter(s.kind for s in source.notes)
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
@@ -342,7 +343,7 @@ def collate_views(
 
 # %% ../../nbs/data/07_cache.ipynb #8b0f155c
 def embedding_width(
-    teacher: nn.Module,  # As above
+    teacher: Any,  # A CLIP, as above
     tokenizer,  # Its own
 ) -> int:  # Channels
     "Width of a model's embedding"

@@ -6,6 +6,7 @@
 __all__ = ['CachedBatch', 'CachedPairs', 'cached_pairs']
 
 # %% ../../nbs/data/08_cached.ipynb #e1316653
+from collections.abc import Iterator
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -76,7 +77,7 @@ class CachedShards(Shards):
         vars(self).update(vars(shards))
         self.folders = folders
 
-    def samples(self, urls):
+    def samples(self, urls) -> Iterator:
         for url in urls:
             teachers = [sequential_reader(cached_path(f, url)) for f in self.folders]
             for s in super().samples([url]):
@@ -87,7 +88,7 @@ class CachedShards(Shards):
                 if None in features:
                     yield Skip('not in the cache', s.key, s.where)
                 else:
-                    yield CachedSample(*s, features)
+                    yield CachedSample(*s, features=features)
 
 # %% ../../nbs/data/08_cached.ipynb #2741ca33
 def load_features(

@@ -228,7 +228,7 @@ def check(
         seen += zip(samples, images)
         if len(seen) >= n:
             break
-    samples, images = zip(*seen[:n])
+    samples, images = map(list, zip(*seen[:n]))
     collate_fn = partial(
         collate, preprocess=preprocess, targets_fn=partial(caption_targets, tokenizer=tokenizer)
     )
@@ -236,7 +236,8 @@ def check(
     captions = [drawn_caption(s, order) for s in samples]
     recall = None
     if teacher is not None:
-        recall = recall_at_1(*_features(teacher, collate_fn(samples, order).ready()), captions)
+        image, text = _features(teacher, collate_fn(samples, order).ready())
+        recall = recall_at_1(image, text, captions)
     widths, heights = zip(*(im.size for im in images))
     return Report(
         repr(source),

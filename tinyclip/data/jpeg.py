@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/data/03_jpeg.ipynb #d8e4fcd6
 import io
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -33,7 +33,7 @@ def first_step(
 ) -> tuple:
     "First step of a transform, where that is a resizing we know, and the others"
     steps = preprocess.transforms if type(preprocess) is Compose else []
-    step = steps[0] if steps else None
+    step: Any = steps[0] if steps else None
     known = (
         type(step) in (Resize, RandomResizedCrop)
         and step.interpolation in SMOOTH
@@ -57,7 +57,7 @@ def window(
     "Crop and target size of a resizing step for an image"
     w, h = image.size
     if isinstance(step, RandomResizedCrop):
-        top, left, *crop = step.get_params(image, step.scale, step.ratio)
+        top, left, *crop = step.get_params(image, list(step.scale), list(step.ratio))
         box = left, top, left + crop[1], top + crop[0]
         return Window(box, (step.size[1], step.size[0]))
     if not isinstance(step.size, int):

@@ -27,19 +27,31 @@ from tinyclip.data.transforms import (
 )
 
 # %% ../../nbs/data/05_pairs.ipynb #0838efbc
+# Of two kinds that are equally frequent the first one counts: it explains the other
 REMEDIES = {
+    'link instead of a file': 'Make the tar with the files themselves: tar --dereference.',
+    'files of a sample apart': 'Files of a sample stand together in a tar: use tar --sort=name.',
+    'dot in a name': 'A sample is named up to the first dot: write img_001.jpg, not img.001.jpg.',
+    'caption that is no text': 'Write every caption as a string, or as a list of strings.',
+    'no caption file': (
+        'Captions are read from a .txt or .json that stands beside the image under its name (a '
+        'json key that is asked for, only from .json); tar --sort=name puts them together.'
+    ),
+    'row with too many cells': 'Put captions that hold the separator into double quotes.',
     'no caption': 'Name the column or json key of the captions with caption_column=.',
     'missing image': 'Image paths count from the table; choose the column with image_column=.',
     'label without class names': 'Give classnames=: a list, or a file with one name per line.',
     'label outside the class names': 'Check that classnames= belongs to these data.',
     'no label': 'Classification needs shards with cls, a folder of class folders, or shapes.',
     'no image': (
-        'Images are looked for as .jpg, .png, .webp and the like; a dot within a name ends the key.'
+        'Images are looked for as .jpg, .png, .webp and the like, beside their captions: tar '
+        '--sort=name puts them together.'
     ),
+    'shard without samples': 'Files of a sample are named like 0001.jpg and 0001.txt.',
     'empty shard': 'Check the download.',
     'truncated shard': 'Download it again.',
     'damaged shard': 'Download it again.',
-    'unreadable shard': 'Check the download and the URL.',
+    'unreadable shard': 'Check the path or URL, and the program that reads it.',
 }
 
 
@@ -100,7 +112,8 @@ class SkipCounter:
 
     def nothing_usable(self):
         "The error for data of which nothing could be used, with the likely remedy"
-        remedy = next((REMEDIES[k] for k, _ in self.skipped.most_common() if k in REMEDIES), '')
+        known = [k for k in REMEDIES if k in self.skipped]
+        remedy = REMEDIES[max(known, key=self.skipped.__getitem__)] if known else ''
         return TinyclipError(
             f'Nothing usable in {self.source!r}: {self or "no samples at all"}. {remedy}'.strip()
         )
@@ -187,7 +200,7 @@ def rebatch(
         while n + len(fields[0]) >= size:
             parts.append(tuple(f[: size - n] for f in fields))
             fields = tuple(f[size - n :] for f in fields)
-            yield tuple(torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts))
+            yield tuple(torch.cat(p) if p[1:] else p[0] for p in zip(*parts))
             parts, n = [], 0
         if len(fields[0]):
             parts.append(fields)
@@ -371,6 +384,8 @@ def open_pairs(
         workers,
         shuffle,
     )
+    if isinstance(source, IndexedSource) and not len(source):
+        raise pairs.tally.nothing_usable()
     if isinstance(source, IndexedSource) and not len(pairs):
         world = rank_and_world_size()[1]
         each = f' for each of {world} processes' if world > 1 else ''

@@ -26,17 +26,19 @@ from tqdm.auto import tqdm
 from ..core import TinyclipError, unknown
 from ..data.pairs import captioned, labelled
 from tinyclip.data.sources import (
-    IMAGES,
+    TEMPLATES as ONE,
+)
+from tinyclip.data.sources import (
     IndexedSource,
     Sample,
     Shards,
     Skip,
     Source,
+    class_files,
     decode,
     fill_template,
-)
-from tinyclip.data.sources import (
-    TEMPLATES as ONE,
+    is_image,
+    left_out,
 )
 from .zeroshot import prompts, retrieval, zero_shot
 
@@ -137,15 +139,6 @@ def _known_as(present):
     return f' These are the folders of {same!r}.' if same else ''
 
 
-def _files(folder):
-    "Images in a folder, by name"
-    return sorted(
-        f.name
-        for f in os.scandir(folder)
-        if f.is_file() and f.name.rpartition('.')[2].lower() in IMAGES
-    )
-
-
 def _folder_problem(
     root: Path,  # What the user named
     wanted,  # Names of class folders
@@ -186,7 +179,7 @@ def _no_class_folder(root, wanted, title, example, present):
             f"{str(root)!r} holds archives ({archives[0]}) and no class folders of {title}: "
             f"unpack them, or name shards as {str(root / '*.tar')!r}."
         )
-    if _files(root):
+    if any(f.is_file() and is_image(f.suffix[1:]) for f in root.iterdir()):
         return (
             f"{str(root)!r} holds images but no class folders of {title}: sort them into one "
             f"folder per class ({example}, ...) first."
@@ -219,12 +212,12 @@ class ClassFolders(IndexedSource):
             )
         if problem := _folder_problem(self.root, folders, title, others):
             raise TinyclipError(problem)
-        found = [_files(self.root / f) if (self.root / f).is_dir() else [] for f in folders]
-        bare = [f for f, fs in zip(folders, found) if not fs]
+        found = [class_files(self.root / f) for f in folders]
+        bare = [f for f, (images, _) in zip(folders, found) if not images]
         if len(bare) == len(folders):
             raise TinyclipError(
                 f"None of the class folders in {str(self.root)!r} holds images "
-                f"({', '.join(IMAGES[:4])}, ...); unpack them."
+                "(.jpg, .png, .webp and the like); unpack them."
             )
         if bare and not part:
             raise TinyclipError(
@@ -237,10 +230,11 @@ class ClassFolders(IndexedSource):
                 )
             )
         self.notes = [Skip('class folder without images', f, self.root.name) for f in bare]
+        self.notes += left_out(self.root, [f for _, others in found for f in others])
         self.files = [
-            (f'{folder}/{name}', label)
-            for label, (folder, fs) in enumerate(zip(folders, found))
-            for name in fs
+            (f.relative_to(self.root).as_posix(), label)
+            for label, (images, _) in enumerate(found)
+            for f in images
         ]
 
     def __len__(self):
