@@ -155,6 +155,42 @@ def preserve_batchnorm_stats(
         for b, old in zip(stats, before):
             b.copy_(old)
 
+# %% ../../nbs/train/06_step.ipynb #a91c3d11
+def frozen_batchnorms(
+    model: nn.Module,  # To be trained
+) -> dict:  # name -> module
+    "Batch norms whose weights do not train; one without weights goes with the layers beside it"
+    modules = dict(model.named_modules())
+    norms = {n: m for n, m in modules.items() if isinstance(m, _BatchNorm)}
+    around = {n: m if m.affine else modules[n.rpartition('.')[0]] for n, m in norms.items()}
+    return {
+        n: m
+        for n, m in norms.items()
+        if m.track_running_stats and not any(p.requires_grad for p in around[n].parameters())
+    }
+
+# %% ../../nbs/train/06_step.ipynb #a91c3d14
+def unused_parameters(
+    model: nn.Module,  # A CLIP in training mode; left as it is
+) -> list[str]:  # Names; empty where the model does not say which inputs it takes
+    "Parameters that the features of a CLIP do not depend on"
+    size = getattr(getattr(model, 'visual', None), 'image_size', None)
+    length = getattr(model, 'context_length', None)
+    if size is None or length is None:
+        return []
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    device = next(model.parameters()).device
+    image = torch.zeros(2, 3, *size, device=device)
+    text = torch.zeros(2, length, dtype=torch.long, device=device)
+    state = _random_state(device)
+    with preserve_batchnorm_stats(model):
+        f = features(model, image, text)
+    _set_random_state(state, device)
+    total = f.image.sum() + f.text.sum() + f.scale
+    grads = torch.autograd.grad(total, [*named.values()], allow_unused=True)
+    return [n for n, g in zip(named, grads) if g is None]
+
 # %% ../../nbs/train/06_step.ipynb #78e4ce72
 def step_in_chunks(
     student: nn.Module,  # As for `step`
