@@ -186,9 +186,9 @@ def unused_parameters(
     state = _random_state(device)
     with preserve_batchnorm_stats(model):
         f = features(model, image, text)
+        total = f.image.sum() + f.text.sum() + f.scale
+        grads = torch.autograd.grad(total, [*named.values()], allow_unused=True)
     _set_random_state(state, device)
-    total = f.image.sum() + f.text.sum() + f.scale
-    grads = torch.autograd.grad(total, [*named.values()], allow_unused=True)
     return [n for n, g in zip(named, grads) if g is None]
 
 # %% ../../nbs/train/06_step.ipynb #78e4ce72
