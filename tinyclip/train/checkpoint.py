@@ -152,7 +152,7 @@ def check_length(
 ):
     "Refuse another number of steps where no schedule allows it"
     before, steps = there.get('steps'), here.get('steps')
-    if before == steps:
+    if before is None or steps is None or before == steps:
         return
     if steps < before:
         raise TinyclipError(

@@ -57,10 +57,7 @@ def parameter_groups(
         return f'{prefix}.{name}'.lstrip('.')
 
     spared = {
-        own(m, n)
-        for m, o in model.named_modules()
-        if hasattr(o, 'no_weight_decay')
-        for n in o.no_weight_decay()
+        own(m, n) for m, o in model.named_modules() for n in getattr(o, 'no_weight_decay', tuple)()
     }
     spared |= {own(m, 'weight') for m, o in model.named_modules() if isinstance(o, nn.Embedding)}
     apart = {id(p) for p in apart}
@@ -337,7 +334,7 @@ class Engine:
         if self.penalty:
             self.penalty.before_step(ok)
         if self.fused:
-            self.adamw.found_inf = (~ok).float()
+            vars(self.adamw)['found_inf'] = (~ok).float()
         if self.fused or ok:
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -362,11 +359,9 @@ class Engine:
     def clip(self, params) -> torch.Tensor:  # The norm before
         "Gradient norm, limited to `clip_norm`"
         limit = self.config.clip_norm or math.inf
-        return (
-            self.sharded.clip(params, limit)
-            if self.sharded
-            else self.accelerator.clip_grad_norm_(params, limit)
-        )
+        if self.sharded:
+            return self.sharded.clip(params, limit)
+        return torch.as_tensor(self.accelerator.clip_grad_norm_(params, limit))
 
     def collect(self) -> nn.Module:  # `plain`: the same in all processes
         "The whole student as it stands"
@@ -399,9 +394,9 @@ class Engine:
             self.sharded.hand_out()
         load_whole_state(self.adamw, state['optimizer'])
         self.tally.skipped = state['skipped'].to(self.accelerator.device)
-        if state['penalty']:
+        if self.penalty and state['penalty']:
             self.penalty.load_state_dict(state['penalty'])
-        if state['scaler']:
+        if self.accelerator.scaler and state['scaler']:
             self.accelerator.scaler.load_state_dict(state['scaler'])
 
     def release(self):
@@ -448,7 +443,7 @@ def make_accelerator(
     cpu = device is not None and pick_device(device).type == 'cpu'
     if AcceleratorState._shared_state:
         AcceleratorState._reset_state(reset_partial_state=True)
-    found = PartialState(cpu=cpu).device
+    found: torch.device = PartialState(cpu=cpu).device  # pyright: ignore[reportAssignmentType]
     if device is not None and torch.device(device).type != found.type:
         raise TinyclipError(
             f"Device '{device}' was asked for, but accelerate works on '{found}' here."

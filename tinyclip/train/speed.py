@@ -8,6 +8,7 @@ __all__ = ['half_precision_copy']
 # %% ../../nbs/train/07_speed.ipynb #cba76b26
 import copy
 import functools
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,8 +28,8 @@ def half_precision_copy(
             for p in m.parameters(recurse=False):
                 p.data = p.data.to(dtype)
     for old, m in zip(model.modules(), new.modules()):
-        if hasattr(old, 'get_cast_dtype'):
-            m.get_cast_dtype = functools.partial(_given, old.get_cast_dtype())
+        if dtype_of := getattr(old, 'get_cast_dtype', None):
+            vars(m)['get_cast_dtype'] = functools.partial(_given, dtype_of())
     return new
 
 
@@ -120,7 +121,8 @@ def checkpointing(
     model: nn.Module,  # A CLIP, changed in place
 ) -> list:  # For `restore_checkpointing`
     "Let the model recompute activations instead of keeping them"
-    if not hasattr(model, 'set_grad_checkpointing'):
+    turn = getattr(model, 'set_grad_checkpointing', None)
+    if turn is None:
         raise TinyclipError(
             f'A {type(model).__name__} cannot recompute activations (it has no '
             'set_grad_checkpointing): leave grad_checkpointing= out.'
@@ -131,7 +133,7 @@ def checkpointing(
         for k in ('grad_checkpointing', 'recompute')
         if (v := vars(m).get(k)) is not None
     ]
-    model.set_grad_checkpointing(True)
+    turn(True)
     return flags
 
 
@@ -156,7 +158,7 @@ def check_compile(
     "Refuse `torch.compile` where it cannot work: tried on two numbers, before a run begins"
     if isinstance(backend, str) and backend not in (known := [*torch.compiler.list_backends(None)]):
         raise TinyclipError(f"compile='{backend}': torch.compile knows {', '.join(known)}.")
-    how = {} if backend is True else dict(backend=backend)
+    how: dict[str, Any] = {} if backend is True else dict(backend=backend)
     try:
         torch.compile(_plus_one, **how)(torch.ones(2, device=device))
     except Exception as e:  # every backend fails in its own ways
@@ -180,7 +182,7 @@ def compiled(
     backend: bool | str = True,  # A backend of `torch.compile`; True for its own
 ) -> nn.Module:  # The same
     "Compile the model's forward pass at its first call"
-    how = {} if backend is True else dict(backend=backend)
+    how: dict[str, Any] = {} if backend is True else dict(backend=backend)
     if backend in INDUCTOR and strided_pointwise(model, next(model.parameters()).device):
         how['options'] = dict(layout_optimization=False)
     model.compile(**how)

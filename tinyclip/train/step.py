@@ -7,6 +7,7 @@ __all__ = ['features', 'batch_recall_at_1', 'encode', 'step', 'split', 'step_in_
 
 # %% ../../nbs/train/06_step.ipynb #df8b949c
 import contextlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,12 @@ def batch_losses(
     dict
 ):  # Scalars: `loss` (the weighted sum) and every part of it by name, the same on every process
     "Losses of all processes' features together"
-    s, t = (f and Features(gather(f.image), gather(f.text), f.scale) for f in (student, teacher))
+
+    def of_all(f: Features) -> Features:
+        return Features(gather(f.image), gather(f.text), f.scale)
+
+    s = of_all(student)
+    t = None if teacher is None else of_all(teacher)
     with torch.autocast(s.image.device.type, enabled=False):
         # every process has all pairs and does its share of large tables
         losses = objective(s, t, distributed=True)
@@ -200,7 +206,7 @@ def step_in_chunks(
     ask=encode,  # How a model is called: moves the chunk to its device, sets the precision
     backward=torch.Tensor.backward,  # Called with a scalar per chunk
     # A context without exchange of gradients between processes, for all chunks but the last
-    quiet=contextlib.nullcontext,
+    quiet: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     more=0,  # A scalar that is added to the loss, a penalty
     watch: bool = False,  # As for `step`
 ) -> dict:  # As `step`, without a graph: gradients are already where they belong
@@ -212,11 +218,10 @@ def step_in_chunks(
             states.append(_random_state(device))
             outputs.append(ask(student, c))
     image, text, scale = zip(*outputs)
-    s = Features(
-        *(f.requires_grad_() for f in (torch.cat(image), torch.cat(text), scale[0].clone()))
-    )
+    leaves = [f.requires_grad_() for f in (torch.cat(image), torch.cat(text), scale[0].clone())]
+    s = Features(*leaves)
     losses = batch_losses(s, t, objective)
-    grads = torch.autograd.grad(losses['loss'], s, materialize_grads=True)
+    grads = torch.autograd.grad(losses['loss'], leaves, materialize_grads=True)
     parts = zip(*(g.split([len(c.image) for c in chunks]) for g in grads[:2]))
     for c, state, (image, text) in zip(chunks, states, parts):
         _set_random_state(state, device)
