@@ -9,6 +9,7 @@ import sys
 
 import open_clip
 import pytest
+import timm
 import torch
 from test_distill import Pairs, different, job, tiny
 from torch.overrides import TorchFunctionMode
@@ -21,7 +22,7 @@ from tinyclip.masking import MaskedCLIP
 from tinyclip.sparsity import Sparsity
 from tinyclip.stages import SHORT
 from tinyclip.train.engine import Engine, make_accelerator
-from tinyclip.train.speed import half_precision_copy
+from tinyclip.train.speed import check_compile, compiled, half_precision_copy, lay_out
 
 
 def resnet(seed=0):
@@ -285,6 +286,90 @@ def test_a_resnet_is_laid_out_for_its_convolutions_and_back():
     e.update(e.backward(batch(32)), 1e-3)
     e.release()
     assert seen == [True] and {n: p.stride() for n, p in student.named_parameters()} == before
+
+
+CHANNELS_LAST = dict(fastvit_mci1=False, resnet50=False, convnext_atto=True, regnetx_002=False)
+
+
+@pytest.mark.parametrize('name', CHANNELS_LAST)
+def test_strided_1x1_convolutions_keep_their_order_on_a_cpu(name):
+    """In channels_last their backward pass corrupts the heap there (torch 2.14)"""
+    with torch.device('meta'):
+        tower = timm.create_model(name)
+    there = [
+        m for m in tower.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size > (1, 1)
+    ]
+    for device, right in (('cuda', True), ('cpu', CHANNELS_LAST[name])):
+        assert lay_out(tower, device) == right
+        assert all(m.weight.is_contiguous() != right for m in there if m.in_channels > m.groups)
+
+
+class Strided(torch.nn.Module):
+    "An image tower with the layer that MobileCLIP has"
+
+    def __init__(self):
+        super().__init__()
+        self.image_size = 32
+        self.conv = torch.nn.Conv2d(3, 8, 1, stride=2)
+        self.next = torch.nn.Conv2d(8, 16, 3, stride=2)
+
+    def forward(self, x):
+        return self.next(self.conv(x)).mean((2, 3))
+
+
+def strided(seed=0):
+    model = tiny(seed, size=32)
+    torch.manual_seed(seed)
+    model.visual = Strided()
+    return model
+
+
+def test_images_of_such_a_tower_keep_their_order_too():
+    student, seen = strided(1), []
+    student.visual.conv.register_forward_pre_hook(lambda m, x: seen.append(x[0].is_contiguous()))
+    e = engine(student, strided())
+    e.update(e.backward(batch(32)), 1e-3)
+    assert seen == [True] and all(p.is_contiguous() for p in student.parameters())
+    e.release()
+
+
+@pytest.mark.parametrize('backend', [True, 'inductor', 'aot_eager'])
+def test_a_compiler_that_turns_convolutions_is_told(monkeypatch, backend):
+    how = []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **kw: how.append(kw))
+    for model in (strided(), resnet()):
+        compiled(model, backend)
+    assert 'options' not in how[1]
+    assert how[0].get('options') == (
+        None if backend == 'aot_eager' else dict(layout_optimization=False)
+    )
+
+
+def failing(graph, inputs):
+    raise OSError('nothing compiles here')
+
+
+@pytest.mark.parametrize('name', ['no_compiler', 'no_compiler_either'])
+def test_a_compiler_that_does_not_work_is_found_out_before_the_first_step(tmp_path, name):
+    torch._dynamo.register_backend(failing, name=name)
+    student, heard = tiny(1).eval(), []
+    d = job(student, folder=tmp_path / 'x', compile=name, listeners=[heard.append])
+    with pytest.raises(TinyclipError, match=f"compile='{name}' does not work.*nothing compiles"):
+        d.fit(2)
+    assert not heard and not (tmp_path / 'x').exists()
+    assert not student.training and not different(student, tiny(1))
+
+
+def test_torchs_own_compiler_without_a_c_compiler(monkeypatch, tmp_path):
+    from torch._inductor import config
+
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
+    check_compile.cache_clear()
+    torch._dynamo.reset()
+    says = 'no-such-compiler.*install g.. or clang.*CXX.*leave compile= out'
+    with config.patch('cpp.cxx', ('no-such-compiler',)), pytest.raises(TinyclipError, match=says):
+        check_compile(True, torch.device('cpu'))
+    torch._dynamo.reset()
 
 
 def test_batch_norm_counts_a_step_in_chunks_once_per_chunk():

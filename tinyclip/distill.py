@@ -248,6 +248,35 @@ def smallest_share(
     "Smallest kept share of a target"
     return min(share.values()) if isinstance(share, dict) else share
 
+# %% ../nbs/06_distill.ipynb #e5a17b41
+def listed(
+    names: list[str],  # At least one
+) -> str:
+    "The first of some names, and how many more there are"
+    return f'{names[0]} and {len(names) - 1} more' if len(names) > 1 else names[0]
+
+
+def frozen_note(
+    names: list[str],  # Of batch norms whose weights do not train
+) -> str:
+    "What happens to batch norms of frozen layers, in words"
+    return (
+        f'The layers of {listed(names)} are frozen, so these batch norms keep their running '
+        'statistics and normalise with them, as at evaluation. To let them move, leave their '
+        'weights trainable.'
+    )
+
+
+def unused_note(
+    names: list[str],  # Of parameters
+) -> str:
+    "What happens to parameters without a gradient, in words"
+    return (
+        f'Nothing that the losses see depends on {listed(names)}: no gradient comes there, and '
+        'what is there stays as it is. If it should learn, use it in the forward pass; if not, '
+        'requires_grad_(False) says so.'
+    )
+
 # %% ../nbs/06_distill.ipynb #d049eadc
 class Distiller:
     "Trainer of a student that learns to match image-text pairs as its teacher does"
@@ -294,7 +323,7 @@ class Distiller:
 
     def fit(
         self,
-        steps: int,  # In all, those before a resume included
+        steps: int,  # In all, those before a resume included; a resumed run may be given more
         resume: bool = False,  # Go on from the folder's newest checkpoint, if there is one
     ) -> Result:  # The trained student and the last numbers
         "Train, to the last step, to `stop()`, to Ctrl-C or SIGTERM, or to an error"
@@ -312,8 +341,8 @@ class Distiller:
                 run.result.finished = True  # nothing left to do
                 return run.result
             run.events = self._open_events(run, last)
-            if run.resharded:
-                run.warn(run.resharded, stacklevel=2)
+            for note in self._notes(run):
+                run.warn(note, stacklevel=2)
             with (
                 until_stopped(run, self.stopping, self.config.log_every) as must_stop,
                 contextlib.closing(batches(self.pairs, *run.position)) as stream,
@@ -350,8 +379,8 @@ class Distiller:
         if not run.seen:
             check_batch(batch, engine.plain)
         seed_everything(step_seed(c.seed, r.steps, a.process_index))
-        lr = learning_rate(r.steps, steps, c.lr, c.warmup, c.schedule)
-        done = r.steps / steps
+        lr = learning_rate(r.steps, steps, c.lr, run.warmup, c.schedule)
+        done, first = r.steps / steps, r.steps == 0
         r.steps += 1
 
         def due(every):
@@ -359,6 +388,10 @@ class Distiller:
 
         watch = r.steps == 1 or due(c.log_every)
         out = engine.backward(batch, watch, done)
+        if first and (unused := engine.without_gradient()):
+            if engine.parallel:
+                raise TinyclipError(unused_note(unused))
+            run.warn(unused_note(unused), stacklevel=3)
         engine.update(out, lr)
         run.position = (epoch, taken)
         run.pairs += len(batch.image) * a.num_processes
@@ -384,6 +417,14 @@ class Distiller:
         recipe = self._recipe(steps, a)
         run = Run(engine, Events(), recipe, self.folder, self.config.max_skipped, self.pairs)
         return run, last
+
+    def _notes(self, run: Run) -> list[str]:
+        "What is worth saying before the first step"
+        frozen, unused = run.engine.frozen, run.engine.unused
+        notes = [run.extended, run.resharded]
+        notes.append(frozen_note([*frozen]) if frozen else '')
+        notes.append(unused_note(unused) if unused else '')
+        return [n for n in notes if n]
 
     def _recipe(self, steps: int, a: Accelerator) -> dict:
         "What makes this run this run, for checkpoints and the log"
@@ -418,7 +459,7 @@ class Distiller:
         events = Events(self.folder, [*listeners, *self.listeners])
         c = self.config
         if last:
-            events.emit('resume', step=step)
+            events.emit('resume', step=step, steps=run.recipe['steps'])
         else:
             events.emit(
                 'config',

@@ -9,6 +9,7 @@ __all__ = ['SHORT', 'Stage', 'Stages', 'compare', 'Recipe', 'in_epochs', 'laion4
 import json
 import math
 import os
+import shutil
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -159,9 +160,22 @@ def _settings(objective, config: TrainConfig) -> dict:
     return {k: v for k, v in recipe.items() if k != 'seed' and v != _DEFAULTS[k]}
 
 
-def _flat(recipe: dict) -> dict:
-    "Recipe of a compression with all its settings, for a comparison"
-    return plain({**_DEFAULTS, **recipe, **recipe['settings'], 'settings': None})
+def _flat(recipe: dict, folder: Path) -> dict:
+    "What two recipes must agree on: all settings, and the stages that have begun"
+    flat = {**_DEFAULTS, **recipe, **recipe['settings']}
+    for i, stage in enumerate(recipe['stages'], 1):
+        if (folder / f'stage-{i}').exists():
+            flat |= {f'stage {i} {k}': v for k, v in stage.items()}
+    return plain({k: v for k, v in flat.items() if k not in ('stages', 'settings')})
+
+
+def _lengthen(there: dict, here: dict, folder: Path):
+    "Let the last stage that has begun have more steps of distillation than it was planned for"
+    last = max((i for i in range(1, len(there) + 1) if (folder / f'stage-{i}').exists()), default=0)
+    key = f'stage {last} steps'
+    begun = (folder / f'stage-{last}' / 'distil').exists()
+    if key in there and key in here and (here[key] > there[key] or not begun):
+        there[key] = here[key]
 
 
 def _check_folder(folder: Path, recipe: dict, resume: bool):
@@ -172,11 +186,15 @@ def _check_folder(folder: Path, recipe: dict, resume: bool):
             f"'{folder}' already holds a compression. Go on with it: fit(resume=True), "
             "or choose another folder."
         )
-    bad = file.exists() and differences(_flat(json.loads(file.read_text())), _flat(recipe))
-    if bad:
-        raise TinyclipError(
-            f"'{folder}' was begun with another plan: {bad}. Give the same one, or another folder."
-        )
+    if file.exists():
+        there, here = (_flat(r, folder) for r in (json.loads(file.read_text()), recipe))
+        _lengthen(there, here, folder)
+        if bad := differences(there, here):
+            raise TinyclipError(
+                f"'{folder}' was begun with another plan: {bad}. Give the same one, or another "
+                'folder. Stages that have not begun may change, and the last one that has may be '
+                'given more steps of distillation; what stands before must stay.'
+            )
     if _first_process():
         write_json(file, recipe)
 
@@ -255,7 +273,7 @@ class Stages:
                     path = self.folder / f'stage-{i}'
                     if not (path / 'cut').exists() and not self.mask_and_cut(i, resume):
                         break
-                    if not (path / 'student').exists() and not self.distil(i, resume):
+                    if not self._distilled(i) and not self.distil(i, resume):
                         break
                 return report(self.folder)
         finally:
@@ -332,6 +350,13 @@ class Stages:
             **settings,
         )
 
+    def _distilled(self, number: int) -> bool:
+        "Whether the student of a stage has had all its steps"
+        file = self.folder / f'stage-{number}' / 'student' / 'stage.json'
+        if not file.exists():
+            return False
+        return json.loads(file.read_text())['steps'] == self.stages[number - 1].steps
+
     def _run(self, phase: Distiller, steps: int, resume: bool) -> Result:
         "Train one phase; `finished` is False where it was stopped before its end"
         self.running = phase
@@ -348,10 +373,13 @@ class Stages:
             n, whole = parameters(model), self.whole
             share = {t: n[t] / whole[t] for t in whole}
             share['towers'] = n['towers'] / sum(whole.values())
-            facts = dict(stage=number, asked=self.stages[number - 1].share, **facts, share=share)
-            with atomic_folder(self.folder / f'stage-{number}' / name) as tmp:
+            s, path = self.stages[number - 1], self.folder / f'stage-{number}' / name
+            facts = dict(stage=number, asked=s.share, steps=s.steps, **facts, share=share)
+            with atomic_folder(path) as tmp:
                 save(model, tmp, tokenizer=self.tokenizer)
                 write_json(tmp / 'stage.json', facts)
+                if path.exists():
+                    shutil.rmtree(path)  # of fewer steps; its last checkpoint has it
         if dist.is_available() and dist.is_initialized():
             dist.barrier()
 

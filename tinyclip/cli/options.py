@@ -245,7 +245,10 @@ def training_options(p: argparse.ArgumentParser):
     p.add_argument('--batch-size', type=int, default=256, help='pairs of a step in each process')
     p.add_argument('--eval-data', metavar='SOURCE', help='held-out data of the same kind')
     p.add_argument(
-        '--resume', action='store_true', help='go on from the newest checkpoint in --out'
+        '--resume',
+        action='store_true',
+        help='go on from the newest checkpoint in --out; with more --steps than before, the run '
+        'is made longer',
     )
     p.add_argument(
         '--seed',

@@ -22,7 +22,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride] decorator, unnamed
         out = g.new_empty(len(g) // rank_and_world_size()[1], *g.shape[1:])
         dist.reduce_scatter_tensor(out, g.contiguous())
         return out
@@ -44,7 +44,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride] decorator, unnamed
         g = g.clone()
         dist.all_reduce(g)
         return g

@@ -291,7 +291,7 @@ class Loss(NamedTuple):
         "Scalar of what `parts` returned: the picked part, or the sum of a pair"
         if self.pick is not None:
             return value[self.pick]
-        return sum(value) if isinstance(value, tuple) else value
+        return value[0] + value[1] if isinstance(value, tuple) else value
 
 
 def _affinity(s, t, *scales, **how):

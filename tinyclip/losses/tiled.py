@@ -99,13 +99,15 @@ def student_grad(
     columns: tuple | None,  # The same of columns
 ) -> Tensor:  # `(p, q)`
     "Gradient of the row and column losses by the student's logits"
-    out = None
-    for dim, (g, x) in ((d, w) for d, w in ((1, rows), (0, columns)) if w is not None):
+
+    def of(dim, g, x):
         d = _probabilities(S, x[:2], g, dim)
         if T is not None:
             d -= _probabilities(T, x[2:4], g, dim)
-        out = d if out is None else out.add_(d)
-    return out
+        return d
+
+    grads = (of(dim, *part) for dim, part in ((1, rows), (0, columns)) if part is not None)
+    return functools.reduce(torch.Tensor.add_, grads)
 
 
 def _probabilities(X, x, g, dim):
@@ -114,10 +116,11 @@ def _probabilities(X, x, g, dim):
 
 def teacher_grad(S, T, rows, columns) -> Tensor:
     "Gradient by the teacher's logits, as `student_grad`"
-    return sum(
+    grads = (
         _probabilities(T, x[2:4], g, dim) * ((x[0] + x[4]).unsqueeze(dim) - S)
         for dim, (g, x) in ((d, w) for d, w in ((1, rows), (0, columns)) if w is not None)
     )
+    return functools.reduce(torch.Tensor.add, grads)
 
 # %% ../../nbs/losses/02_tiled.ipynb #59b9a161
 def _tiles(a, b, c, d, s, t, tile, skip_diagonal):
@@ -131,7 +134,7 @@ def _tiles(a, b, c, d, s, t, tile, skip_diagonal):
         A, C = up(a, I) * s, None if c is None else up(c, I) * t
         for J in (slice(j, min(j + tile, len(b))) for j in range(0, len(b), tile)):
             B, D = up(b, J), None if d is None else up(d, J)
-            S, T = A @ B.T, None if c is None else C @ D.T
+            S, T = A @ B.T, None if C is None or D is None else C @ D.T
             if (
                 skip_diagonal is not None
                 and -len(S) < (k := I.start + skip_diagonal - J.start) < S.shape[1]
@@ -180,17 +183,18 @@ class _Tiled(torch.autograd.Function):
         with torch.autocast(a.device.type, enabled=False):
             for I, J, S, T, *_ in _tiles(a, b, c, d, s, t, tile, skip_diagonal):
                 row[:, I] = merge_stats(row[:, I], sum_up(S, T, 1))
-                if columns:
+                if col is not None:
                     col[:, J] = merge_stats(col[:, J], sum_up(S, T, 0))
-        if columns and distributed:
+        if col is not None and distributed:
             col = _of_all(col)
         ctx.save_for_backward(a, b, c, d, s, t, row, col)
         ctx.how = tile, skip_diagonal, distributed, fuse
         ctx.set_materialize_grads(False)
-        return cross_entropy_from_stats(row), cross_entropy_from_stats(col) if columns else None
+        columns = None if col is None else cross_entropy_from_stats(col)
+        return cross_entropy_from_stats(row), columns
 
     @staticmethod
-    def backward(ctx, g, h):
+    def backward(ctx, g, h):  # pyright: ignore[reportIncompatibleMethodOverride] one per output
         if torch.is_grad_enabled():
             raise TinyclipError(
                 'Tiles have no second derivative: drop create_graph=True, or hold whole '
@@ -211,7 +215,7 @@ class _Tiled(torch.autograd.Function):
             for f, w in zip(x, want)
         ]
         with torch.autocast(s.device.type, enabled=False):
-            for I, J, S, T, *rows in _tiles(*x, s, t, tile, skip_diagonal):
+            for I, J, S, T, *rows in _tiles(x[0], x[1], x[2], x[3], s, t, tile, skip_diagonal):
                 parts = _part(g, row, I), _part(h, col, J)
                 for i, f in ((0, student_grad), (2, teacher_grad)):
                     if want[i] or want[i + 1]:

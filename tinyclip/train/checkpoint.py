@@ -144,12 +144,35 @@ def differences(
         + more
     )
 
+# %% ../../nbs/train/05_checkpoint.ipynb #d2f06a32
+def check_length(
+    path,  # A checkpoint's folder
+    there: dict,  # Its settings
+    here: dict,  # This run's
+):
+    "Refuse another number of steps where no schedule allows it"
+    before, steps = there.get('steps'), here.get('steps')
+    if before is None or steps is None or before == steps:
+        return
+    if steps < before:
+        raise TinyclipError(
+            f"'{path}' belongs to a run of {before} steps, and {steps} are fewer: a run can be "
+            f'made longer, not shorter. Go on with steps={before} or more; to end it early, stop '
+            'it.'
+        )
+    if 'penalty' in there:
+        raise TinyclipError(
+            f"'{path}' belongs to a run whose masks close over its {before} steps, so it cannot "
+            f'be made longer. Go on with steps={before}, cut, and distil the student for as many '
+            'steps as you like.'
+        )
+
 # %% ../../nbs/train/05_checkpoint.ipynb #6b27d209
 def load_checkpoint(
     path,  # A checkpoint's folder
     model: nn.Module,  # The student; its weights are replaced once everything else is known to fit
     config: dict,  # This run's settings, compared with `trainer['config']`
-    free=(),  # Names of settings that may differ
+    free=(),  # Names of settings that may differ; `steps` may where `check_length` allows it
 ) -> dict:  # The trainer's part
     "Read a checkpoint into `model`, after checking that it belongs to this run"
     path = Path(path)
@@ -165,7 +188,7 @@ def load_checkpoint(
         return {k: tuple(v.shape) for k, v in d.items()}
 
     def fixed(d):
-        return {k: v for k, v in d.items() if k not in free}
+        return {k: v for k, v in d.items() if k not in {'steps', *free}}
 
     bad = differences(sizes(weights), sizes(model.state_dict())) or differences(
         fixed(trainer['config']), fixed(config)
@@ -175,5 +198,6 @@ def load_checkpoint(
             f"'{path}' belongs to another run: {bad}. Give Distiller the same student and "
             "settings, or another folder."
         )
+    check_length(path, trainer['config'], config)
     model.load_state_dict(weights)
     return trainer

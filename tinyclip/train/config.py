@@ -8,7 +8,8 @@ __all__ = ['setting', 'TrainConfig']
 # %% ../../nbs/train/01_config.ipynb #9180e1e4
 import functools
 import inspect
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 # %% ../../nbs/train/01_config.ipynb #3e0bb2cc
 _ROLES = ('recipe', 'place', 'way', 'report')
@@ -21,9 +22,9 @@ def setting(
     *,
     type: type | None = None,  # How the command line reads it, where the default does not show it
     choices: tuple = (),  # The only values; empty for any
-    option: str = '',  # Name on the command line, where it is another; None for no option
+    option: str | None = '',  # Name on the command line, where it is another; None for no option
     metavar: str | None = None,  # What the command line calls the value
-) -> Field:
+) -> Any:  # A dataclass field, which stands for the value
     "Field of `TrainConfig`: default, description, role and command-line option of a setting"
     kind = type or default.__class__
     return field(
@@ -166,7 +167,7 @@ def takes_settings(
     own_parameters = [
         p.replace(default=None) if p.name == 'config' else p for p in own.parameters.values()
     ]
-    wrapper.__signature__ = own.replace(
+    vars(wrapper)['__signature__'] = own.replace(
         parameters=own_parameters
         + [
             inspect.Parameter(
@@ -213,5 +214,7 @@ def from_options(
     args,  # What `parser.parse_args` returned
 ) -> TrainConfig:
     "Training settings from parsed options; those without an option keep their defaults"
-    given = {f.name: getattr(args, f.name, f.default) for f in fields(TrainConfig)}
-    return TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    given: dict[str, Any] = {f.name: getattr(args, f.name, f.default) for f in fields(TrainConfig)}
+    for name in ('betas', 'trackers'):
+        given[name] = tuple(given[name])  # the command line collects lists
+    return TrainConfig(**given)

@@ -11,6 +11,7 @@ import math
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -19,7 +20,7 @@ from ..core import Table, TinyclipError, atomic_path, human
 # %% ../../nbs/train/03_events.ipynb #fa55a8fb
 def plain(
     value,  # Numbers, strings, dicts, lists; anything else becomes its `str`
-):  # The same, as strict JSON holds it
+) -> Any:  # The same, as strict JSON holds it
     "A value as JSON can hold it: tuples as lists, numbers that are not finite as None"
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
@@ -206,7 +207,7 @@ class Progress:
             self.say(f"step {step}: {event['message']}")
 
     def say(self, text):
-        self.bar.write(text, file=sys.stderr)  # standard output belongs to the caller
+        tqdm.write(text, file=sys.stderr)  # standard output belongs to the caller
 
     @staticmethod
     def text(e: dict) -> str:

@@ -7,6 +7,7 @@ __all__ = ['Result', 'Run']
 
 # %% ../../nbs/train/10_run.ipynb #90661fcd
 import contextlib
+import math
 import time
 import warnings
 from collections import deque
@@ -19,7 +20,7 @@ from torch import nn
 from ..core import TinyclipError, evaluating
 from ..evaluate.cost import memory_in_use
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from .engine import Engine
+from .engine import Engine, extension_note
 from .events import Events
 from .protocols import Pairs
 
@@ -118,7 +119,9 @@ class Run:
         self.mark = time.perf_counter()  # the training clock's start, moved by what is no training
         self.recent = deque(maxlen=10)  # (R@1, chance) of the last log points
         self.warned = False
+        self.warmup = math.ceil(recipe['warmup'] * recipe['steps'])  # in steps
         self.resharded = ''  # what changed on resuming, see `reshard_plan`
+        self.extended = ''  # the same of a longer run, see `extension_note`
 
     def emit(self, event, **values):
         "Report an event with step and training time"
@@ -245,6 +248,7 @@ class Run:
         so_far = {k: v for k, v in vars(self.result).items() if k not in ('student', 'finished')}
         return dict(
             config=self.recipe,
+            warmup=self.warmup,
             places=places,
             marks=marks,
             batch_size=getattr(self.data, 'batch_size', None),
@@ -262,6 +266,10 @@ class Run:
         state = load_checkpoint(path, e.plain, self.recipe, free=['processes'])
         e.load_state_dict(state)
         vars(r).update(state['so_far'])
+        self.warmup = state['warmup']
+        if (before := state['config']['steps']) != self.recipe['steps']:
+            rate = (self.recipe['lr'], self.warmup, self.recipe['schedule'])
+            self.extended = extension_note(r.steps, before, self.recipe['steps'], *rate)
         rank = e.accelerator.process_index
         position, self.resharded = reshard_plan(
             state, e.accelerator.num_processes, getattr(self.data, 'batch_size', None)

@@ -85,7 +85,7 @@ class Sharded:
                 dist.broadcast(t, 0)  # as data-parallel training does
         self.whole = copy.deepcopy(student).to('cpu')
         self.apart = [p for p in student.parameters() if p.ndim == 0 or any(p is q for q in apart)]
-        fully_shard(
+        self.slices = fully_shard(
             student,
             mesh=init_device_mesh(device.type, (rank_and_world_size()[1],)),
             ignored_params=set(self.apart),
@@ -95,11 +95,11 @@ class Sharded:
     @contextlib.contextmanager
     def quiet(self):
         "Gradients are not exchanged meanwhile"
-        self.student.set_requires_gradient_sync(False)
+        self.slices.set_requires_gradient_sync(False)
         try:
             yield
         finally:
-            self.student.set_requires_gradient_sync(True)
+            self.slices.set_requires_gradient_sync(True)
 
     def average(self):
         "After the backward pass: what stayed whole has its gradient averaged, too"

@@ -8,6 +8,7 @@ __all__ = ['half_precision_copy']
 # %% ../../nbs/train/07_speed.ipynb #cba76b26
 import copy
 import functools
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,8 +28,8 @@ def half_precision_copy(
             for p in m.parameters(recurse=False):
                 p.data = p.data.to(dtype)
     for old, m in zip(model.modules(), new.modules()):
-        if hasattr(old, 'get_cast_dtype'):
-            m.get_cast_dtype = functools.partial(_given, old.get_cast_dtype())
+        if dtype_of := getattr(old, 'get_cast_dtype', None):
+            vars(m)['get_cast_dtype'] = functools.partial(_given, dtype_of())
     return new
 
 
@@ -47,6 +48,17 @@ def convolutional(
     return count(nn.Conv2d) > count(nn.Linear, nn.MultiheadAttention, SlimAttention)
 
 
+def strided_pointwise(
+    model: nn.Module,  # A CLIP
+    device: torch.device | str,  # Where it is trained
+) -> bool:
+    "Whether a convolution of the image tower must not have its channels last: on a CPU"
+    return torch.device(device).type == 'cpu' and any(
+        isinstance(m, nn.Conv2d) and max(m.kernel_size) == 1 and max(m.stride) > 1
+        for m in getattr(model, 'visual', model).modules()
+    )
+
+
 def channels_last(
     model: nn.Module,  # A CLIP, changed in place
     on: bool = True,  # False for the usual order
@@ -56,6 +68,18 @@ def channels_last(
         memory_format=torch.channels_last if on else torch.contiguous_format
     )
     return model
+
+
+def lay_out(
+    model: nn.Module,  # A CLIP, changed in place
+    device: torch.device | str,  # Where it is trained
+) -> bool:  # Whether images should have their channels last, too
+    "Lay out a convolutional image tower as is fastest and safe; any other stays as it is"
+    if not convolutional(model):
+        return False
+    last = not strided_pointwise(model, device)
+    channels_last(model, last)
+    return last
 
 # %% ../../nbs/train/07_speed.ipynb #42a1772b
 @functools.cache
@@ -97,7 +121,8 @@ def checkpointing(
     model: nn.Module,  # A CLIP, changed in place
 ) -> list:  # For `restore_checkpointing`
     "Let the model recompute activations instead of keeping them"
-    if not hasattr(model, 'set_grad_checkpointing'):
+    turn = getattr(model, 'set_grad_checkpointing', None)
+    if turn is None:
         raise TinyclipError(
             f'A {type(model).__name__} cannot recompute activations (it has no '
             'set_grad_checkpointing): leave grad_checkpointing= out.'
@@ -108,7 +133,7 @@ def checkpointing(
         for k in ('grad_checkpointing', 'recompute')
         if (v := vars(m).get(k)) is not None
     ]
-    model.set_grad_checkpointing(True)
+    turn(True)
     return flags
 
 
@@ -118,14 +143,49 @@ def restore_checkpointing(flags):
         setattr(m, k, v)
 
 # %% ../../nbs/train/07_speed.ipynb #0ce8588c
+INDUCTOR = (True, 'inductor')  # Values of `compile` that stand for torch's own backend
+
+
+def _plus_one(x):
+    return x + 1
+
+
+@functools.cache  # what has worked once works again
+def check_compile(
+    backend: bool | str,  # As in `compiled`
+    device: torch.device,  # Where the models will be
+):
+    "Refuse `torch.compile` where it cannot work: tried on two numbers, before a run begins"
+    if isinstance(backend, str) and backend not in (known := [*torch.compiler.list_backends(None)]):
+        raise TinyclipError(f"compile='{backend}': torch.compile knows {', '.join(known)}.")
+    how: dict[str, Any] = {} if backend is True else dict(backend=backend)
+    try:
+        torch.compile(_plus_one, **how)(torch.ones(2, device=device))
+    except Exception as e:  # every backend fails in its own ways
+        cause = getattr(e, 'inner_exception', e)
+        why = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        needs = ''
+        if backend in INDUCTOR:
+            needs = (
+                ' It needs a C++ compiler: install g++ or clang++, or name one in CXX.'
+                if device.type == 'cpu'
+                else ' It needs triton and a C compiler: install gcc, or name one in CC.'
+            )
+        raise TinyclipError(
+            f'compile={backend!r} does not work on this {device.type} ({why}).{needs} Or leave '
+            'compile= out: it changes how fast a step is, not what it computes.'
+        ) from e
+
+
 def compiled(
     model: nn.Module,  # Changed in place; its parameters keep their names
     backend: bool | str = True,  # A backend of `torch.compile`; True for its own
 ) -> nn.Module:  # The same
     "Compile the model's forward pass at its first call"
-    if isinstance(backend, str) and backend not in (known := [*torch.compiler.list_backends(None)]):
-        raise TinyclipError(f"compile='{backend}': torch.compile knows {', '.join(known)}.")
-    model.compile(**({} if backend is True else dict(backend=backend)))
+    how: dict[str, Any] = {} if backend is True else dict(backend=backend)
+    if backend in INDUCTOR and strided_pointwise(model, next(model.parameters()).device):
+        how['options'] = dict(layout_optimization=False)
+    model.compile(**how)
     return model
 
 

@@ -7,6 +7,7 @@ __all__ = ['features', 'batch_recall_at_1', 'encode', 'step', 'split', 'step_in_
 
 # %% ../../nbs/train/06_step.ipynb #df8b949c
 import contextlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,12 @@ def batch_losses(
     dict
 ):  # Scalars: `loss` (the weighted sum) and every part of it by name, the same on every process
     "Losses of all processes' features together"
-    s, t = (f and Features(gather(f.image), gather(f.text), f.scale) for f in (student, teacher))
+
+    def of_all(f: Features) -> Features:
+        return Features(gather(f.image), gather(f.text), f.scale)
+
+    s = of_all(student)
+    t = None if teacher is None else of_all(teacher)
     with torch.autocast(s.image.device.type, enabled=False):
         # every process has all pairs and does its share of large tables
         losses = objective(s, t, distributed=True)
@@ -155,6 +161,42 @@ def preserve_batchnorm_stats(
         for b, old in zip(stats, before):
             b.copy_(old)
 
+# %% ../../nbs/train/06_step.ipynb #a91c3d11
+def frozen_batchnorms(
+    model: nn.Module,  # To be trained
+) -> dict:  # name -> module
+    "Batch norms whose weights do not train; one without weights goes with the layers beside it"
+    modules = dict(model.named_modules())
+    norms = {n: m for n, m in modules.items() if isinstance(m, _BatchNorm)}
+    around = {n: m if m.affine else modules[n.rpartition('.')[0]] for n, m in norms.items()}
+    return {
+        n: m
+        for n, m in norms.items()
+        if m.track_running_stats and not any(p.requires_grad for p in around[n].parameters())
+    }
+
+# %% ../../nbs/train/06_step.ipynb #a91c3d14
+def unused_parameters(
+    model: nn.Module,  # A CLIP in training mode; left as it is
+) -> list[str]:  # Names; empty where the model does not say which inputs it takes
+    "Parameters that the features of a CLIP do not depend on"
+    size = getattr(getattr(model, 'visual', None), 'image_size', None)
+    length = getattr(model, 'context_length', None)
+    if size is None or length is None:
+        return []
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    device = next(model.parameters()).device
+    image = torch.zeros(2, 3, *size, device=device)
+    text = torch.zeros(2, length, dtype=torch.long, device=device)
+    state = _random_state(device)
+    with preserve_batchnorm_stats(model):
+        f = features(model, image, text)
+        total = f.image.sum() + f.text.sum() + f.scale
+        grads = torch.autograd.grad(total, [*named.values()], allow_unused=True)
+    _set_random_state(state, device)
+    return [n for n, g in zip(named, grads) if g is None]
+
 # %% ../../nbs/train/06_step.ipynb #78e4ce72
 def step_in_chunks(
     student: nn.Module,  # As for `step`
@@ -164,7 +206,7 @@ def step_in_chunks(
     ask=encode,  # How a model is called: moves the chunk to its device, sets the precision
     backward=torch.Tensor.backward,  # Called with a scalar per chunk
     # A context without exchange of gradients between processes, for all chunks but the last
-    quiet=contextlib.nullcontext,
+    quiet: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     more=0,  # A scalar that is added to the loss, a penalty
     watch: bool = False,  # As for `step`
 ) -> dict:  # As `step`, without a graph: gradients are already where they belong
@@ -176,11 +218,10 @@ def step_in_chunks(
             states.append(_random_state(device))
             outputs.append(ask(student, c))
     image, text, scale = zip(*outputs)
-    s = Features(
-        *(f.requires_grad_() for f in (torch.cat(image), torch.cat(text), scale[0].clone()))
-    )
+    leaves = [f.requires_grad_() for f in (torch.cat(image), torch.cat(text), scale[0].clone())]
+    s = Features(*leaves)
     losses = batch_losses(s, t, objective)
-    grads = torch.autograd.grad(losses['loss'], s, materialize_grads=True)
+    grads = torch.autograd.grad(losses['loss'], leaves, materialize_grads=True)
     parts = zip(*(g.split([len(c.image) for c in chunks]) for g in grads[:2]))
     for c, state, (image, text) in zip(chunks, states, parts):
         _set_random_state(state, device)

@@ -271,13 +271,15 @@ def assemble(
     source: str,  # For the error, e.g. the file
 ) -> nn.Module:  # In eval mode, filled
     """Build a model and fill it, strictly; in a branch that was cut away altogether, a bias that
-    is not there is zero"""
+    is not there is zero. Frozen batch norms count no batches"""
     cfg = offline(cfg, f'The configuration of {source}')
     plan = sketch(cfg, f'The configuration of {source}')
     # a constant that old files hold
     state = {k: v for k, v in state.items() if not k.endswith('.attn_mask')}
     want = plan.state_dict()
     state |= {k: torch.zeros(want[k].shape) for k in branch_biases(plan) if k not in state}
+    counts = [k for k in want if k.endswith('.num_batches_tracked')]
+    state |= {k: torch.zeros((), dtype=torch.long) for k in counts if k not in state}
     bad = misfits(want, state)
     if bad:
         raise TinyclipError(
