@@ -76,6 +76,16 @@ class Family(ABC):
         "The sizes that weights show"
         return None
 
+    def missing(
+        self,
+        state: Mapping,  # Weights under open_clip's names
+        path: str,  # What names of the tower begin with
+        sizes: Mapping,  # axis -> size, from `sizes_in`
+        whole: Mapping,  # The same of what the model was cut from
+    ) -> tuple[list[str], bool]:  # (their paths, whether the tower shows that it was cut)
+        "Branches of which the weights hold nothing at all"
+        return [], False
+
     def branch_biases(self, tower: nn.Module, path: str) -> list:
         "Names of the biases that are left of branches without heads or neurons"
         return []

@@ -52,7 +52,7 @@ class Trunk(Family):
         if [n for n, _ in tower.head.named_parameters()] != ['proj.weight']:
             raise TinyclipError(
                 "The timm tower's head is not one linear projection without bias "
-                "(timm_proj='linear'); it cannot be cut yet."
+                "(timm_proj='linear'); it can be used as it is, but neither cut nor saved."
             )
         l.dims[f'{path}head.proj.weight'] = (Dim('embed'), Dim(W))
 
