@@ -9,6 +9,7 @@ __all__ = ['static_cfg', 'with_sizes', 'architecture', 'cfg_from_state', 'create
 import json
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import open_clip
 from open_clip.coca_model import CoCa
@@ -21,10 +22,11 @@ from .registry import FAMILIES, family_of, find_family, layout
 
 # %% ../../nbs/towers/11_architecture.ipynb #6221bd85
 def static_cfg(
-    model: nn.Module,  # A supported CLIP
+    model: Any,  # A supported CLIP
 ) -> dict:  # open_clip's `model_cfg` without sizes
     "Everything about a CLIP's configuration that cutting leaves alone"
-    cfg, quick = dict(embed_dim=0), set()
+    cfg: dict[str, Any] = dict(embed_dim=0)
+    quick = set()
     for t in TOWERS:
         family = family_of(model, t)
         part = family.static(tower_of(model, t)[0])

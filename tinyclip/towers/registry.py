@@ -7,6 +7,8 @@ __all__ = ['FAMILIES', 'find_family', 'family_of', 'parts', 'layout', 'embed_dim
            'select_tokens']
 
 # %% ../../nbs/towers/10_registry.ipynb #502b59cd
+from typing import Any
+
 from torch import nn
 
 from ..core import TinyclipError
@@ -19,7 +21,7 @@ from .tinyvit import TINYVIT
 from .vit import VIT
 
 # %% ../../nbs/towers/10_registry.ipynb #588ccc17
-FAMILIES = [VIT, RESNET, DAVIT, TINYVIT, TEXT]
+FAMILIES: list[Family] = [VIT, RESNET, DAVIT, TINYVIT, TEXT]
 
 
 def _refuse(model):
@@ -113,7 +115,7 @@ def embed_dim(
 # %% ../../nbs/towers/10_registry.ipynb #d8c61067
 def branch_biases(
     model: nn.Module,  # A CLIP or a student
-) -> list:
+) -> list[str]:
     "Names of the biases that are left of branches without heads or neurons"
     found = {t: find_family(model, t) for t in TOWERS}
     return [n for t, f in found.items() if f for n in f.branch_biases(*tower_of(model, t))]
@@ -128,7 +130,7 @@ def token_table(
 
 
 def select_tokens(
-    model: nn.Module,  # Changed in place
+    model: Any,  # A CLIP or a student, changed in place
     rows: list,  # Rows of the token table to keep, in their new order
 ):
     "Keep a part of the token table"

@@ -106,13 +106,13 @@ class Text(Transformer):
         sizes |= sizes_of_blocks(state, 'text', path + self.blocks, depth, static['head_dim'])
         return dict(vocab_size=table.shape[0], context_length=context), sizes
 
-    def table(self, tower) -> nn.Module:
+    def table(self, tower) -> nn.Embedding:
         "The embedding whose rows are looked up, one per token"
         return tower.token_embedding
 
     def select_tokens(
         self,
-        tower: nn.Module,  # Changed in place
+        tower,  # Changed in place
         rows,  # Rows of the token table to keep, in their new order
     ):
         "Keep a part of the token table; the token that ends a text is renumbered, too"

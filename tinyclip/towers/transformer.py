@@ -9,6 +9,7 @@ __all__ = ['SlimAttention', 'SlimBlock', 'Transformer']
 import copy
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from open_clip.transformer import LayerScale, QuickGELU
@@ -131,16 +132,19 @@ class BiasOnly(nn.Module):
         self.get_submodule(projection).bias = nn.Parameter(torch.zeros(width))
 
     def forward(self) -> Tensor:  # `(width,)`, the same for every token
-        return self.get_submodule(self.projection).bias
+        return self.get_parameter(f'{self.projection}.bias')
 
 # %% ../../nbs/towers/03_transformer.ipynb #3af32151
 class SlimBlock(nn.Module):
     """A residual block with any number of heads and neurons; a branch with none of them adds its
     bias only"""
 
+    ln_1: nn.Module
+    ln_2: nn.Module
+
     def __init__(
         self,
-        like: nn.Module,  # A standard residual block: gives width, norm, activation and layer scale
+        like: Any,  # A standard residual block: gives width, norm, activation and layer scale
         heads: int,  # Heads that are left; 0 for no attention
         ffn: int,  # Neurons that are left; 0 for no MLP
         head_dim: int,  # Channels per head
@@ -184,10 +188,10 @@ def holds_ratio(
 
 
 def transformer_cfg(
-    sizes: dict,  # Axis -> size, as in `Layout.sizes`
+    sizes: Mapping,  # Axis -> size, as in `Layout.sizes`
     tower: str,  # `'image'` or `'text'`
     head_dim: int,  # Channels per head
-) -> tuple:  # (fields of open_clip's part, heads and neurons per layer or None)
+) -> tuple[dict, dict | None]:  # (fields of open_clip's part, heads and neurons per layer or None)
     "Sizes of a transformer as configuration"
     width, layers = sizes[f'{tower}.width'], sizes[f'{tower}.layers']
     heads, ffn = (

@@ -160,7 +160,7 @@ def load_named(
             f'{name!r} could not be loaded: {str(e).splitlines()[0]}. Without a network, '
             'give a model folder.'
         ) from e
-    return finish(model, cfg, model.visual.preprocess_cfg, arch)
+    return finish(model, cfg, open_clip.get_model_preprocess_cfg(model), arch)
 
 # %% ../../nbs/zoo/09_loading.ipynb #e4a374f3
 def load_hub(

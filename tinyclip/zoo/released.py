@@ -62,8 +62,10 @@ def slim_cfg(
     plan = sketch(base, 'The configuration')
     state = fitted(state, plan)
     # of an unknown tower, a ResNet or a timm trunk shapes are not enough
-    cfg = misfits(plan.state_dict(), state) and cfg_from_state(state, plan, source, known)
-    if not cfg:
+    cfg = None
+    if misfits(plan.state_dict(), state):
+        cfg = cfg_from_state(state, plan, source, known)
+    if cfg is None:
         return base
     own = {k: v for k, v in base['text_cfg'].items() if k in TOKENIZER_KEYS}
     return cfg | dict(text_cfg=cfg['text_cfg'] | own)

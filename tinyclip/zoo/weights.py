@@ -45,7 +45,7 @@ def foreign(
     names = []
     for op, arg, _ in pickletools.genops(program):
         if op.name == 'GLOBAL':
-            names.append(arg.replace(' ', '.', 1))
+            names.append(str(arg).replace(' ', '.', 1))
         elif op.name in ('STACK_GLOBAL', 'INST', 'OBJ', 'EXT1', 'EXT2', 'EXT4'):
             names.append(f'something by the opcode {op.name}')
     return [
