@@ -170,9 +170,8 @@ def test_state_dict_of_openais_program(tmp_path, half):
     model = trained(CFG, quick_gelu=True)
     model = model.half() if half else model
     numbers = dict(input_resolution=16, context_length=8, vocab_size=49408)
-    torch.save(
-        model.state_dict() | {k: torch.tensor(v) for k, v in numbers.items()}, tmp_path / 'x.pt'
-    )
+    state = model.state_dict() | {k: torch.tensor(v) for k, v in numbers.items()}
+    torch.save(wrapped(state, 'module.') if half else state, tmp_path / 'x.pt')
     loaded, said = heard(load, tmp_path / 'x.pt', config=CFG)
     assert same(loaded.model, model.float()) and "QuickGELU, since the file has the form" in said
     loaded, said = heard(load, tmp_path / 'x.pt', config={**CFG, 'quick_gelu': False})

@@ -19,12 +19,12 @@ from ..towers.architecture import config as config_of
 from .folders import CONFIG, Loaded, finish, load_folder, save
 from .from_transformers import from_transformers
 from .released import BASE, adopt, load_released, released
-from .weights import OPENAI, read_weights
+from .weights import read_weights
 
 # %% ../../nbs/zoo/09_loading.ipynb #8453481f
 def listed(
     arch: str,  # A name of open_clip
-) -> dict:  # tag -> its image constants, and `quick_gelu` where it is said
+) -> dict:  # tag -> its image constants, and `quick_gelu` where given
     "The weights that are known for an architecture: those of open_clip and the released ones"
     tags = open_clip.list_pretrained_tags_by_model(arch)
     own = [n.removeprefix(f'{arch}-') for n in released() if n.startswith(f'{arch}-')]
@@ -96,9 +96,8 @@ def load_file(
     pre, constants = image_constants(arch)
     if 'model_cfg' in cfg:
         pre, constants, cfg = cfg.get('preprocess_cfg', {}), '', cfg['model_cfg']
-    state = read_weights(path)
-    model, found = adopt(state, cfg, repr(str(path)), known)
-    act = activation(arch, cfg, state.keys() >= OPENAI)
+    model, found = adopt(read_weights(path), cfg, repr(str(path)), known)
+    act = activation(arch, cfg, found.get('quick_gelu', False))
     assumed = '; '.join(a for a in (act, constants) if a)
     if assumed and not known:
         warnings.warn(

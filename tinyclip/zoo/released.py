@@ -75,8 +75,7 @@ def adopt(
     state: dict,  # A checkpoint in any released layout, as from `read_weights`
     base,  # Name or `model_cfg` of the model, or of what it was cut from
     source: str = 'the checkpoint',  # For errors
-    # Whether it is known what it is: a released model, of which no sentence need be said
-    known: bool = False,
+    known: bool = False,  # Whether it is a released checkpoint: no warnings, no doubts
 ) -> tuple[nn.Module, dict]:  # (model in eval mode, its `model_cfg`)
     "Make a model of a released checkpoint, plain or slim"
     base = config(base) if isinstance(base, str) else base

@@ -207,7 +207,7 @@ WRAPPERS = re.compile(
 def plain_names(
     state: dict,  # name -> tensor
     source: str = 'the checkpoint',  # For the error
-    known: bool = False,  # Whether it is a released checkpoint: then nothing is said
+    known: bool = False,  # Whether it is a released checkpoint: no warning
 ) -> dict:  # open_clip's name -> tensor
     "Take wrappers off the names, and say so; what is there twice must be the same"
     plain, wrappers = {}, set()
