@@ -7,22 +7,26 @@ __all__ = ['static_cfg', 'with_sizes', 'architecture', 'cfg_from_state', 'create
 
 # %% ../../nbs/towers/11_architecture.ipynb #4b705639
 import json
+import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import open_clip
+from open_clip.coca_model import CoCa
 from torch import nn
 
 from ..core import TinyclipError, unknown
 from .family import tower_of
 from .layout import TOWERS
-from .registry import FAMILIES, family_of, layout
+from .registry import FAMILIES, family_of, find_family, layout
 
 # %% ../../nbs/towers/11_architecture.ipynb #6221bd85
 def static_cfg(
-    model: nn.Module,  # A supported CLIP
+    model: Any,  # A supported CLIP
 ) -> dict:  # open_clip's `model_cfg` without sizes
     "Everything about a CLIP's configuration that cutting leaves alone"
-    cfg, quick = dict(embed_dim=0), set()
+    cfg: dict[str, Any] = dict(embed_dim=0)
+    quick = set()
     for t in TOWERS:
         family = family_of(model, t)
         part = family.static(tower_of(model, t)[0])
@@ -70,19 +74,57 @@ def architecture(
 def cfg_from_state(
     state: Mapping,  # Weights under open_clip's names
     model: nn.Module,  # What they were cut from; its shapes only, it may be on the meta device
+    source: str = 'the checkpoint',  # For errors
+    # Whether the weights are known to be a cut of `model`: branches that are absent need no sign
+    known: bool = False,
 ) -> dict | None:  # `model_cfg`; None for towers whose shapes are not enough
     "The configuration that weights show"
-    static, sizes = static_cfg(model), {}
-    families = {t: family_of(model, t) for t in TOWERS}
-    text = 'text.' if any(n.startswith('text.') for n in state) else ''
-    for t, path in (('image', 'visual.'), ('text', text)):
-        part = static[families[t].part]
-        found = families[t].sizes_in(state, tower_of(model, t)[0], path, part)
-        if found is None:
+    families = {t: f for t in TOWERS if (f := find_family(model, t))}
+    if len(families) < len(TOWERS):
+        return None
+    static, sizes, own = static_cfg(model), {}, model.state_dict()
+    for t, family in families.items():
+        (tower, path), part = tower_of(model, t), static[family.part]
+        found, of = (family.sizes_in(s, tower, path, part) for s in (state, own))
+        if found is None or of is None:
             return None
+        _refuse_larger(source, found, of)
+        if not known:
+            _check_absent(source, t, *family.missing(state, path, found[1], of[1]))
         part |= found[0]
         sizes |= found[1]
     return with_sizes(static, sizes, families)
+
+
+def _refuse_larger(source, found, of):
+    "No part of a model is larger than the model"
+    a, b = ({k: f.get(k) for k in ('vocab_size',) if k in f} | s for f, s in (found, of))
+    axis = next((k for k in a if a[k] > b.get(k, 0)), None)
+    if axis:
+        raise TinyclipError(
+            f'The weights in {source} cannot have been cut from the architecture that was named: '
+            f'{axis} is {a[axis]} there and {b.get(axis, 0)} in the architecture. Name the '
+            'architecture that they belong to, since no shape shows the size of its heads.'
+        )
+
+
+def _check_absent(source, tower, absent, cut):
+    "Absent branches of a tower that shows no cut are an incomplete file; else say what is assumed"
+    if not absent:
+        return
+    names = ', '.join(absent[:8]) + (f' and {len(absent) - 8} more' if len(absent) > 8 else '')
+    if not cut:
+        raise TinyclipError(
+            f'The weights in {source} are incomplete: of the {tower} tower, {names} '
+            f'{"are" if len(absent) > 1 else "is"} missing, and nothing shows that the model was '
+            'cut. Save all weights, the frozen ones too; or, if these were cut away, give a '
+            'configuration without them (fewer layers, or zeros in tinyclip_cfg).'
+        )
+    warnings.warn(
+        f'{source} holds nothing of {names}; they are taken as cut away, like other parts of the '
+        f'{tower} tower.',
+        stacklevel=7,
+    )
 
 # %% ../../nbs/towers/11_architecture.ipynb #f8c29ec2
 def create(
@@ -90,7 +132,10 @@ def create(
 ) -> nn.Module:  # A randomly initialised open_clip model
     "Build a plain open_clip model from its configuration"
     cfg = json.loads(json.dumps(cfg))
-    make = open_clip.CustomTextCLIP if cfg.pop('custom_text', False) else open_clip.CLIP
+    custom = cfg.pop('custom_text', False)
+    make = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    if 'multimodal_cfg' in cfg:
+        make = CoCa
     try:
         return make(**cfg)
     except (TypeError, KeyError, AttributeError, AssertionError) as e:

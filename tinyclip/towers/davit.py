@@ -17,7 +17,7 @@ class DaViT(Trunk):
     kind = 'DaVit'
 
     def lay_out_trunk(self, l, trunk, path):
-        prev = None
+        prev = ''
         for s, stage in enumerate(trunk.stages):
             p = f'{path}.stages.{s}'
             first = stage.blocks[0][0]

@@ -8,6 +8,7 @@ __all__ = ['tower_of', 'Family']
 # %% ../../nbs/towers/02_family.ipynb #7f9ca431
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,9 +16,9 @@ from .layout import TOWERS, Layout
 
 # %% ../../nbs/towers/02_family.ipynb #7b7a2fe4
 def tower_of(
-    model: nn.Module,  # A CLIP
+    model: Any,  # A CLIP
     tower: str,  # `'image'` or `'text'`
-) -> tuple:  # (the module that holds the tower, what its parameters' names begin with)
+) -> tuple[Any, str]:  # (the module that holds the tower, what its parameters' names begin with)
     "A tower of a model, and the prefix of its parameters"
     if tower == 'image':
         return model.visual, 'visual.'
@@ -27,10 +28,12 @@ def tower_of(
 class Family(ABC):
     "What the package knows of one kind of tower"
 
+    # towers are `Any`: a family knows its modules, which declare no attributes
     name = ''  # In sentences, e.g. `'ViT'`
     tower = 'image'  # Or `'text'`
     key = None  # Entry of `tinyclip_cfg` with sizes that open_clip's configuration cannot hold
     blocks = None  # Path of the residual blocks in the tower, where all share one stream
+    table_name = ''  # Of texts: name of the token table in the tower
     unmaskable = 'masks learn on a ViT only (VisionTransformer)'  # Empty where they can
 
     @property
@@ -39,15 +42,15 @@ class Family(ABC):
         return {'image': 'vision_cfg', 'text': 'text_cfg'}[self.tower]
 
     @abstractmethod
-    def recognises(self, tower: nn.Module) -> bool:
+    def recognises(self, tower: Any) -> bool:
         "Whether a module is a tower of this family, uncut or cut"
 
     @abstractmethod
-    def lay_out(self, l: Layout, tower: nn.Module, path: str):
+    def lay_out(self, l: Layout, tower: Any, path: str):
         "Add the tower's axes and tensors, whose names begin with `path`, to a layout"
 
     @abstractmethod
-    def static(self, tower: nn.Module) -> dict:
+    def static(self, tower: Any) -> dict:
         "The part of the configuration that no cut changes"
 
     @abstractmethod
@@ -55,11 +58,13 @@ class Family(ABC):
         self,
         static: dict,  # From `static`
         sizes: Mapping,  # axis -> size
-    ) -> tuple:  # (open_clip's part of the configuration, entry of `tinyclip_cfg` or None)
+    ) -> tuple[
+        dict, dict | None
+    ]:  # (open_clip's part of the configuration, entry of `tinyclip_cfg` or None)
         "The configuration of a tower with these sizes"
 
     @abstractmethod
-    def rebuild(self, model: nn.Module, part: dict, own: dict):
+    def rebuild(self, model: Any, part: dict, own: dict):
         "Give a tower just built the sizes in `own`, its entry of `tinyclip_cfg`, in place"
 
     def stand_in(self, part: dict) -> dict:
@@ -69,24 +74,48 @@ class Family(ABC):
     def sizes_in(
         self,
         state: Mapping,  # Weights under open_clip's names
-        tower: nn.Module,  # Of what the model was cut from
+        tower: Any,  # Of what the model was cut from
         path: str,  # What names of the tower begin with
         static: dict,  # From `static`
+    ) -> (
+        tuple[dict, dict] | None
     ):  # (fields that differ from `static`, axis -> size); None where shapes are not enough
         "The sizes that weights show"
         return None
 
-    def branch_biases(self, tower: nn.Module, path: str) -> list:
+    def missing(
+        self,
+        state: Mapping,  # Weights under open_clip's names
+        path: str,  # What names of the tower begin with
+        sizes: Mapping,  # axis -> size, from `sizes_in`
+        whole: Mapping,  # The same of what the model was cut from
+    ) -> tuple[list[str], bool]:  # (their paths, whether the tower shows that it was cut)
+        "Branches of which the weights hold nothing at all"
+        return [], False
+
+    def branch_biases(self, tower: Any, path: str) -> list[str]:
         "Names of the biases that are left of branches without heads or neurons"
         return []
 
     def counted(
         self,
-        tower: nn.Module,
+        tower: Any,
         x: Tensor,  # What the tower takes, `(n, ...)`
     ) -> Tensor | None:  # `(n, length)`, True where a token counts; None where all do
         "The tokens that the feature of a sample can depend on"
         return None
+
+    def embed_dim(self, tower: Any) -> int:
+        "Width of the shared embedding, as a family of texts knows it"
+        raise NotImplementedError
+
+    def table(self, tower: Any) -> nn.Embedding:
+        "The token table of a family of texts"
+        raise NotImplementedError
+
+    def select_tokens(self, tower: Any, rows: list):
+        "Keep a part of the token table of a family of texts, in place"
+        raise NotImplementedError
 
     def plain(self, width: int, ffn: int) -> bool:
         "Whether open_clip's configuration can hold so many neurons at this width"

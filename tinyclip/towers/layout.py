@@ -110,6 +110,10 @@ class Layout:
 class ParamCount(nn.Module):
     "Parameters of the image and the text tower as a function of what is open"
 
+    constant: Tensor
+    linear: Tensor
+    quadratic: Tensor
+
     def __init__(
         self,
         l: Layout,  # Of a model, with `shapes` and `parts`

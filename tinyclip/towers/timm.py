@@ -7,6 +7,8 @@ __all__ = []
 
 # %% ../../nbs/towers/07_timm.ipynb #67e3813c
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from open_clip.timm_model import TimmModel
@@ -18,7 +20,7 @@ from .layout import Dim, Layout
 
 # %% ../../nbs/towers/07_timm.ipynb #b8e52534
 def trunk_sizes(
-    sizes: dict,  # Axis -> size, as in `Layout.sizes`
+    sizes: Mapping,  # Axis -> size, as in `Layout.sizes`
 ) -> dict:  # `embed_dims`, `depths`, `num_heads`: arguments of `timm.create_model`
     "Sizes of a hierarchical timm trunk, a number per stage"
     count = sum(a.startswith('image.stages') and a.endswith('.width') for a in sizes)
@@ -52,7 +54,7 @@ class Trunk(Family):
         if [n for n, _ in tower.head.named_parameters()] != ['proj.weight']:
             raise TinyclipError(
                 "The timm tower's head is not one linear projection without bias "
-                "(timm_proj='linear'); it cannot be cut yet."
+                "(timm_proj='linear'); it can be used as it is, but neither cut nor saved."
             )
         l.dims[f'{path}head.proj.weight'] = (Dim('embed'), Dim(W))
 
@@ -90,8 +92,8 @@ class Trunk(Family):
         pool = tower.trunk.head.global_pool.pool_type
         name = tower.trunk.pretrained_cfg['architecture']
         try:
-            tower.trunk = timm.create_model(name, num_classes=0, global_pool=pool, **own)
+            trunk: Any = timm.create_model(name, num_classes=0, global_pool=pool, **own)
         except (TypeError, ValueError, RuntimeError, AssertionError) as e:
             raise TinyclipError(f'timm cannot build {name} with {own}: {e}.') from e
-        head = tower.head
-        head.proj = nn.Linear(tower.trunk.num_features, head.proj.out_features, bias=False)
+        tower.trunk, head = trunk, tower.head
+        head.proj = nn.Linear(trunk.num_features, head.proj.out_features, bias=False)

@@ -9,6 +9,7 @@ __all__ = ['SlimAttention', 'SlimBlock', 'Transformer']
 import copy
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from open_clip.transformer import LayerScale, QuickGELU
@@ -82,8 +83,8 @@ def refuse_blocks(
             raise TinyclipError(
                 f'Block {i} of the {tower} tower is a {type(b).__name__} with {kind} '
                 f'attention and parts {sorted(bad)}, '
-                'which cannot be cut yet. Supported are open_clip\'s standard residual '
-                'blocks (block_type=\'default\').'
+                'which can be used as it is, but neither cut nor saved. Known are open_clip\'s '
+                'standard residual blocks (block_type=\'default\').'
             )
 
 # %% ../../nbs/towers/03_transformer.ipynb #d7671093
@@ -131,16 +132,19 @@ class BiasOnly(nn.Module):
         self.get_submodule(projection).bias = nn.Parameter(torch.zeros(width))
 
     def forward(self) -> Tensor:  # `(width,)`, the same for every token
-        return self.get_submodule(self.projection).bias
+        return self.get_parameter(f'{self.projection}.bias')
 
 # %% ../../nbs/towers/03_transformer.ipynb #3af32151
 class SlimBlock(nn.Module):
     """A residual block with any number of heads and neurons; a branch with none of them adds its
     bias only"""
 
+    ln_1: nn.Module
+    ln_2: nn.Module
+
     def __init__(
         self,
-        like: nn.Module,  # A standard residual block: gives width, norm, activation and layer scale
+        like: Any,  # A standard residual block: gives width, norm, activation and layer scale
         heads: int,  # Heads that are left; 0 for no attention
         ffn: int,  # Neurons that are left; 0 for no MLP
         head_dim: int,  # Channels per head
@@ -184,10 +188,10 @@ def holds_ratio(
 
 
 def transformer_cfg(
-    sizes: dict,  # Axis -> size, as in `Layout.sizes`
+    sizes: Mapping,  # Axis -> size, as in `Layout.sizes`
     tower: str,  # `'image'` or `'text'`
     head_dim: int,  # Channels per head
-) -> tuple:  # (fields of open_clip's part, heads and neurons per layer or None)
+) -> tuple[dict, dict | None]:  # (fields of open_clip's part, heads and neurons per layer or None)
     "Sizes of a transformer as configuration"
     width, layers = sizes[f'{tower}.width'], sizes[f'{tower}.layers']
     heads, ffn = (
@@ -260,6 +264,33 @@ def sizes_of_blocks(
         }
     return sizes
 
+
+def missing_branches(
+    state: Mapping,  # Weights under open_clip's names
+    prefix: str,  # Path of the list of blocks
+    axis: str,  # The depth axis, e.g. `'image.layers'`
+    sizes: Mapping,  # Axis -> size, of the weights
+    whole: Mapping,  # Axis -> size, of what they may have been cut from
+) -> tuple[list[str], bool]:  # (paths of absent branches, whether the tower shows that it was cut)
+    """Attentions and MLPs of which nothing is there, not even a bias
+
+    A tower was cut where a bias is left of a branch, where layers have unequal numbers of heads or
+    neurons, or where the heads do not fill the width: no complete file of open_clip has these.
+    """
+    absent, cut, rows = [], False, dict(heads=set(), ffn=set())
+    kinds = ('heads', 'attn', 'in_proj_weight', 'out_proj'), ('ffn', 'mlp', 'c_fc.weight', 'c_proj')
+    for i in range(sizes[axis]):
+        for kind, branch, first, last in kinds:
+            path = f'{prefix}.{i}.{branch}'
+            if sizes[f'{axis}.{i}.{kind}']:
+                rows[kind].add(len(state[f'{path}.{first}']))
+            elif f'{path}.{last}.bias' in state:
+                cut = True
+            elif whole.get(f'{axis}.{i}.{kind}'):
+                absent.append(path)
+    fills = rows['heads'] <= {3 * sizes[f'{axis.split(".")[0]}.width']}
+    return absent, cut or not fills or any(len(r) > 1 for r in rows.values())
+
 # %% ../../nbs/towers/03_transformer.ipynb #563edaaf
 class Transformer(Family):
     "What the families of residual transformers share"
@@ -285,6 +316,10 @@ class Transformer(Family):
         transformer.resblocks = nn.ModuleList(
             SlimBlock(b, h, f, own['head_dim']) for b, h, f in each
         )
+
+    def missing(self, state, path, sizes, whole):
+        axis = f'{self.tower}.layers'
+        return missing_branches(state, path + self.blocks, axis, sizes, whole)
 
     def branch_biases(self, tower, path):
         bare = ((n, m) for n, m in tower.named_modules() if isinstance(m, BiasOnly))

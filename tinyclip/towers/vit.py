@@ -49,8 +49,8 @@ class ViT(Transformer):
         "A sentence for each variant that is not supported"
         if tower.attn_pool is not None:
             raise TinyclipError(
-                'The image tower pools by attention (CoCa); supported are class-token and '
-                'average pooling.'
+                'The image tower pools by attention (CoCa), so it can be used as it is, but '
+                'neither cut nor saved; class-token and average pooling can.'
             )
         if tower.pool_type == 'none':
             raise TinyclipError(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import open_clip
 import torch
+from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors.torch import save_file
 from torch import nn
@@ -25,7 +26,7 @@ from ..data.transforms import transforms
 from ..keep import Keep
 from ..towers.architecture import architecture
 from .vocabulary import ShortTokenizer, tokenizer_of
-from .weights import assemble, read_weights
+from .weights import assemble, plain_names, read_weights
 
 # %% ../../nbs/zoo/04_folders.ipynb #65126855
 KEEP = 'keep.json'
@@ -152,6 +153,21 @@ def whole_tokenizer(context_length):
     return open_clip.SimpleTokenizer(context_length=context_length)
 
 
+def own_tokenizer(
+    own: dict,  # Of `TOKENIZER_KEYS`
+    source: str,  # Where open_clip finds it; empty for where the configuration says
+    context_length: int,
+):
+    "The tokenizer that a configuration names"
+    if source:
+        return open_clip.get_tokenizer(source, context_length=context_length)
+    options = dict(own.get('tokenizer_kwargs') or {}, context_length=context_length)
+    if not own.get('hf_tokenizer_name'):
+        return open_clip.SimpleTokenizer(**options)
+    mode = own.get('tokenizer_mode')
+    return HFTokenizer(own['hf_tokenizer_name'], tokenizer_mode=mode, **options)
+
+
 def read_keep(path: Path) -> Keep:
     "The keep beside a student's weights"
     try:
@@ -205,9 +221,7 @@ def finish(
         return Loaded(
             model,
             transforms(model)[1],
-            clip_tokenizer(model)
-            if not own
-            else open_clip.get_tokenizer(source, context_length=model.context_length),
+            clip_tokenizer(model) if not own else own_tokenizer(own, source, model.context_length),
         )
     except TinyclipError:
         raise
@@ -275,7 +289,8 @@ def load_folder(
             k: v for k, v in cfg['model_cfg']['text_cfg'].items() if k not in TOKENIZER_KEYS
         },
     }
-    model = assemble(bare, read_weights(weights_file(folder)), repr(str(folder)))
+    state = plain_names(read_weights(weights_file(folder)), repr(str(folder)))
+    model = assemble(bare, state, repr(str(folder)))
     return finish(
         model, cfg['model_cfg'], cfg.get('preprocess_cfg', {}), f'local-dir:{folder}', folder
     )

@@ -20,7 +20,7 @@ from ..towers.architecture import with_sizes
 from .folders import Loaded, finish
 from .to_transformers import BLOCKS, BPE, TOP, TURNED
 from .vocabulary import ShortTokenizer, check_merges, read_merges, vocab_and_merges
-from .weights import MOST, assemble, read_weights
+from .weights import MOST, assemble, plain_names, read_weights
 
 # %% ../../nbs/zoo/07_from_transformers.ipynb #cda29fb1
 def _number(v):
@@ -520,7 +520,7 @@ def from_transformers(
     source, cfg = repr(str(folder)), model_cfg(d)
     pre = read_images(folder, d['vision']['image_size'])
     merges = read_merges_of(folder, d['text']['vocab_size'])
-    state = weights_of(folder)
+    state = plain_names(weights_of(folder), source)
     if form == 'clip':
         state = unpack(state, d, source)
     elif odd := next(

@@ -6,38 +6,106 @@
 __all__ = ['load']
 
 # %% ../../nbs/zoo/09_loading.ipynb #b069d335
+import warnings
 from pathlib import Path
 
 import open_clip
 import torch
+from open_clip.transform import PreprocessCfg
 
 import tinyclip
 from ..core import TinyclipError, check_choice, unknown
+from ..towers.architecture import config as config_of
 from .folders import CONFIG, Loaded, finish, load_folder, save
 from .from_transformers import from_transformers
-from .released import adopt, load_released, released
+from .released import BASE, adopt, load_released, released
 from .weights import read_weights
 
 # %% ../../nbs/zoo/09_loading.ipynb #8453481f
+def listed(
+    arch: str,  # A name of open_clip
+) -> dict:  # tag -> its image constants, and `quick_gelu` where given
+    "The weights that are known for an architecture: those of open_clip and the released ones"
+    tags = open_clip.list_pretrained_tags_by_model(arch)
+    own = [n.removeprefix(f'{arch}-') for n in released() if n.startswith(f'{arch}-')]
+    return {t: open_clip.get_pretrained_cfg(arch, t) for t in tags} | {
+        t: vars(PreprocessCfg()) for t in own
+    }
+
+
+def _many(tags: list) -> str:
+    "Some names of many"
+    return ', '.join(tags[:3]) + (f' and {len(tags) - 3} more' if len(tags) > 3 else '')
+
+
+def image_constants(
+    arch: str | None,  # A name of open_clip, if there is one
+) -> tuple[dict, str]:  # (`preprocess_cfg`, what of it is assumed; empty where nothing is)
+    "Image constants of an architecture: those of its listed weights where they agree, else CLIP's"
+    own, known = vars(PreprocessCfg()), listed(arch) if arch else {}
+    if not known:
+        return {}, "CLIP's own image constants"
+    pre, doubts = {}, []
+    for k in ('mean', 'std', 'interpolation', 'resize_mode'):
+        values = [c.get(k, own[k]) for c in known.values()]
+        pre[k] = values[0] if all(v == values[0] for v in values) else own[k]
+        differ = [t for t, v in zip(known, values, strict=True) if v != pre[k]]
+        doubts += [f'{k} {pre[k]} (not so in {_many(differ)})'] if differ else []
+    return pre, ', '.join(doubts)
+
+
+def activation(
+    arch: str | None,  # A name of open_clip, if there is one
+    base: dict,  # `model_cfg`
+    openai: bool,  # Whether the file has the form of OpenAI's
+) -> str:  # What is assumed; empty where nothing is
+    "Activation of bare weights, which no shape shows, where neither configuration nor lists say it"
+    if 'quick_gelu' in base:
+        return ''
+    if openai:
+        return "QuickGELU, since the file has the form of OpenAI's"
+    known = listed(arch) if arch else {}
+    quick = [t for t, c in known.items() if c.get('quick_gelu')]
+    if known and not quick:
+        return ''
+    other = f'{arch}-quickgelu'
+    remedy = f'; {other} means QuickGELU' if other in open_clip.list_models() else ''
+    return 'GELU' + (f' (not so in {_many(quick)}{remedy})' if quick else '')
+
+
 def load_file(
     path,  # A safetensors or torch file, read without running any code in it
-    # Name or `model_cfg` of the architecture, or of the one that the model was cut from; None where
-    # the file has a released model's name
-    base=None,
+    # Name or configuration of the architecture, or of the one that the model was cut from: a
+    # `model_cfg`, or the content of an `open_clip_config.json`. None where the file has a released
+    # model's name
+    base: str | dict | None = None,
 ) -> Loaded:
     "Load a bare checkpoint, in any layout that the released code wrote"
     path = Path(path)
-    known = released().get(path.stem)
+    known = path.stem in released()
     if base is None and known:
-        base = known['config'] or 'ViT-B-32'
+        base = released()[path.stem]['config'] or BASE
     if base is None:
         raise TinyclipError(
             f"{path.name!r} holds weights, and no configuration says what they belong to. "
             f"Write 'ARCHITECTURE:{path}', e.g. 'ViT-B-32:{path}', or give load(..., "
             "config=) a configuration."
         )
-    model, cfg = adopt(read_weights(path), base, repr(str(path)))
-    return finish(model, cfg, {})
+    arch = base.replace('/', '-') if isinstance(base, str) else None
+    cfg: dict = config_of(base) if isinstance(base, str) else base
+    pre, constants = image_constants(arch)
+    if 'model_cfg' in cfg:
+        pre, constants, cfg = cfg.get('preprocess_cfg', {}), '', cfg['model_cfg']
+    model, found = adopt(read_weights(path), cfg, repr(str(path)), known)
+    act = activation(arch, cfg, found.get('quick_gelu', False))
+    assumed = '; '.join(a for a in (act, constants) if a)
+    if assumed and not known:
+        warnings.warn(
+            f'{path.name!r} holds weights alone. Assumed: {assumed}. If yours want others, give '
+            'load(..., config=dict(model_cfg=..., preprocess_cfg=...)).',
+            stacklevel=3,
+        )
+    return finish(model, found, pre)
 
 # %% ../../nbs/zoo/09_loading.ipynb #4a0da8f4
 EMBEDDED = 'shapes-teacher'
@@ -58,11 +126,10 @@ def load_named(
             f'{e} Names are what open_clip.list_models() and `tinyclip zoo` list; or give a '
             'folder or a file.'
         )
-    tags = open_clip.list_pretrained_tags_by_model(arch) + [
-        n.removeprefix(arch + '-') for n in released() if n.startswith(arch + '-')
-    ]
+    tags = listed(arch)
     if f'{arch}-{tag}' in released():
-        return finish(*load_released(f'{arch}-{tag}'), {})  # as the released code names them
+        model, cfg = load_released(f'{arch}-{tag}')  # as the released code names them
+        return finish(model, cfg, {})
     if not tag:
         raise TinyclipError(
             f'{name!r} does not say which weights. Write {arch}:TAG'
@@ -75,14 +142,24 @@ def load_named(
     if tag not in tags and Path(tag).is_file():
         return load_file(tag, arch)
     check_choice(f'weights for {arch}', tag, tags, show=40)
+    cfg, quick = config_of(arch), tags[tag].get('quick_gelu', False)
+    if quick and not cfg.get('quick_gelu'):
+        warnings.warn(
+            f'{arch}:{tag} was trained with QuickGELU, and is loaded with it; the name {arch} '
+            'alone means GELU.',
+            stacklevel=3,
+        )
     try:
-        model = open_clip.create_model(arch, pretrained=tag)
+        with warnings.catch_warnings():
+            # where a tag says nothing, the architecture speaks
+            warnings.filterwarnings('ignore', 'QuickGELU mismatch')
+            model = open_clip.create_model(arch, pretrained=tag, force_quick_gelu=quick)
     except (RuntimeError, OSError) as e:
         raise TinyclipError(
             f'{name!r} could not be loaded: {str(e).splitlines()[0]}. Without a network, '
             'give a model folder.'
         ) from e
-    return finish(model, open_clip.get_model_config(arch), model.visual.preprocess_cfg, arch)
+    return finish(model, cfg, open_clip.get_model_preprocess_cfg(model), arch)
 
 # %% ../../nbs/zoo/09_loading.ipynb #e4a374f3
 def load_hub(
@@ -127,8 +204,9 @@ def is_transformers(folder: Path) -> bool:
 def load(
     name,  # A model folder, a file, or a name: see the table above
     device: str | torch.device = 'cpu',  # Where to put it
-    # For a bare file: name or `model_cfg` of its architecture, or of the one it was cut from
-    config=None,
+    # For a bare file: name of its architecture or of the one that it was cut from, or a
+    # configuration: `model_cfg`, or all of an `open_clip_config.json`
+    config: str | dict | None = None,
 ) -> Loaded:  # `model, preprocess, tokenizer`
     "Load a CLIP by name, from a folder or from a file, for use as a teacher or a student"
     text = str(name)
@@ -144,7 +222,8 @@ def load(
     elif path.is_dir() and is_transformers(path):
         loaded = from_transformers(path)
     elif text in released():
-        loaded = finish(*load_released(text), {})
+        model, cfg = load_released(text)
+        loaded = finish(model, cfg, {})
     elif text.startswith('hf-hub:'):
         loaded = load_hub(text)
     elif text.startswith('local-dir:') or path.exists() or is_path(text):

@@ -9,11 +9,22 @@ __all__ = ['released', 'published', 'load_released']
 import json
 from pathlib import Path
 
+from torch import nn
+
 import tinyclip
 from ..core import Table, TinyclipError, check_choice
 from ..towers.architecture import cfg_from_state, config
 from .download import cache_folder, download
-from .weights import assemble, plain_names, read_weights, sketch
+from .folders import TOKENIZER_KEYS
+from tinyclip.zoo.weights import (
+    OPENAI,
+    assemble,
+    fitted,
+    misfits,
+    plain_names,
+    read_weights,
+    sketch,
+)
 
 # %% ../../nbs/zoo/05_released.ipynb #54e0e8a1
 def released() -> dict:  # name -> what was published
@@ -44,22 +55,35 @@ def published() -> Table:
 def slim_cfg(
     state: dict,  # Weights under open_clip's names
     base: dict,  # `model_cfg` of what the model was cut from
-) -> dict:  # `model_cfg` with `tinyclip_cfg` where layers are unequal
-    "The configuration that weights show, with head size and activation from `base`"
-    # of a ResNet or timm tower shapes are not enough
-    return cfg_from_state(state, sketch(base, 'The configuration')) or base
+    source: str = 'the checkpoint',  # For errors
+    known: bool = False,  # Whether it is known that they were cut from it
+) -> dict:  # `base` where it fits; else with `tinyclip_cfg` where layers are unequal
+    "The configuration that weights show, with head size, activation and tokenizer from `base`"
+    plan = sketch(base, 'The configuration')
+    state = fitted(state, plan)
+    # of an unknown tower, a ResNet or a timm trunk shapes are not enough
+    cfg = None
+    if misfits(plan.state_dict(), state):
+        cfg = cfg_from_state(state, plan, source, known)
+    if cfg is None:
+        return base
+    own = {k: v for k, v in base['text_cfg'].items() if k in TOKENIZER_KEYS}
+    return cfg | dict(text_cfg=cfg['text_cfg'] | own)
 
 # %% ../../nbs/zoo/05_released.ipynb #9ea63075
 def adopt(
     state: dict,  # A checkpoint in any released layout, as from `read_weights`
     base,  # Name or `model_cfg` of the model, or of what it was cut from
     source: str = 'the checkpoint',  # For errors
-) -> tuple:  # (model in eval mode, its `model_cfg`)
+    known: bool = False,  # Whether it is a released checkpoint: no warnings, no doubts
+) -> tuple[nn.Module, dict]:  # (model in eval mode, its `model_cfg`)
     "Make a model of a released checkpoint, plain or slim"
     base = config(base) if isinstance(base, str) else base
-    state = plain_names(state, source)
+    state = plain_names(state, source, known)
+    if state.keys() >= OPENAI:
+        base = dict(quick_gelu=True) | base  # all that OpenAI trained; a configuration may differ
     try:
-        cfg = slim_cfg(state, base)
+        cfg = slim_cfg(state, base, source, known)
     except (KeyError, IndexError) as e:
         raise TinyclipError(
             f'The weights in {source} do not fit its configuration: {e} is missing.'
@@ -84,11 +108,11 @@ def fetch(
 def load_released(
     name: str,  # One of `released()`
     **options,  # As in `fetch`
-) -> tuple:  # (model, `model_cfg`)
+) -> tuple[nn.Module, dict]:  # (model, `model_cfg`)
     "A released model, downloaded if it is not here yet"
     path = fetch(name, **options)
     try:
         state = read_weights(path)
     except TinyclipError as e:
         raise TinyclipError(f'{e} Delete {str(path)!r} to have it downloaded again.') from e
-    return adopt(state, released()[name]['config'] or BASE, name)
+    return adopt(state, released()[name]['config'] or BASE, name, known=True)

@@ -9,6 +9,7 @@ __all__ = ['read_weights']
 import json
 import pickletools
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ..core import TinyclipError, human
 from ..towers import branch_biases
 from ..towers.architecture import build
+from ..towers.text import named_for
 
 # %% ../../nbs/zoo/01_weights.ipynb #b8b472cb
 ALLOWED = {
@@ -43,7 +45,7 @@ def foreign(
     names = []
     for op, arg, _ in pickletools.genops(program):
         if op.name == 'GLOBAL':
-            names.append(arg.replace(' ', '.', 1))
+            names.append(str(arg).replace(' ', '.', 1))
         elif op.name in ('STACK_GLOBAL', 'INST', 'OBJ', 'EXT1', 'EXT2', 'EXT4'):
             names.append(f'something by the opcode {op.name}')
     return [
@@ -53,6 +55,17 @@ def foreign(
     ]
 
 # %% ../../nbs/zoo/01_weights.ipynb #1b2f42f6
+BESIDE = {  # package -> what trainers save of it beside the weights
+    'numpy': 'a NumPy number or array (a best accuracy, say)',
+    '_codecs': 'a NumPy number or array (a best accuracy, say)',
+    'argparse': 'the options of the run',
+    'omegaconf': 'the options of the run',
+    'pathlib': 'a path',
+    'pytorch_lightning': "a trainer's own state",
+    'lightning': "a trainer's own state",
+}
+
+
 def check_archive(
     path: Path,  # A torch file, which is a zip archive
 ):
@@ -80,21 +93,45 @@ def check_archive(
             )
         bad = foreign(archive.read(program))
     if bad:
+        what = BESIDE.get(bad[0].split('.')[0])
+        beside = f' It probably holds {what} beside the weights.' if what else ''
         raise TinyclipError(
             f'{path.name!r} calls {bad[0]} when it is opened. Weights need no such '
-            'thing, and nothing was run. If you trust where it comes from, '
+            f'thing, and nothing was run.{beside} If you trust where it comes from, '
             'load it there with torch and save only model.state_dict(), best as safetensors.'
         )
 
 # %% ../../nbs/zoo/01_weights.ipynb #6fbddfbe
+# keys under which trainers keep weights, in the order in which they are looked for
+CONTAINERS = (
+    'state_dict',
+    'model_state_dict',
+    'model',
+    'module',
+    'net',
+    'ema',
+    'model_ema',
+    'ema_state_dict',
+    'state_dict_ema',
+)
+
+
 def tensors_in(
     held,  # What a torch file holds
     name: str,  # The file's
 ) -> dict:  # name -> tensor
-    "The state dict in a checkpoint, bare or under `state_dict` or `model`"
-    for key in ('state_dict', 'model'):
-        if isinstance(held, dict) and isinstance(held.get(key), dict):
-            held = held[key]
+    "The state dict in a checkpoint, bare or in a container such as `state_dict`"
+    path, others = [], []
+    for _ in range(4):
+        inside = [k for k in CONTAINERS if isinstance(held, dict) and _has_tensors(held.get(k))]
+        if not inside:
+            break
+        held = held[inside[0]]
+        path.append(inside[0])
+        others += inside[1:]
+    if others or path and path[-1] not in ('state_dict', 'model'):
+        more = f'; {", ".join(others)} is there, too, and is left' if others else ''
+        warnings.warn(f'{name!r}: the weights are taken from {".".join(path)}{more}.', stacklevel=5)
     bad = (
         next(
             (k for k, v in held.items() if not isinstance(v, Tensor) or not isinstance(k, str)),
@@ -103,16 +140,22 @@ def tensors_in(
         if isinstance(held, dict)
         else 'nothing by name'
     )
-    if bad is not None or not held:
+    if not held:
+        raise TinyclipError(f'{name!r} holds no weights.')
+    if bad is not None:
         raise TinyclipError(
-            (
-                f'{name!r} holds no weights by name ({bad!r} is no tensor). Save '
-                'model.state_dict(), bare or as dict(state_dict=...).'
-            )
-            if held
-            else f'{name!r} holds no weights.'
+            f'{name!r} holds no weights by name ({bad!r} is no tensor). Save '
+            'model.state_dict(), bare or as dict(state_dict=...).'
         )
     return dict(held)
+
+
+def _has_tensors(v) -> bool:
+    "Whether an entry of a checkpoint is a state dict, or holds one"
+    return isinstance(v, dict) and (
+        any(isinstance(t, Tensor) for t in v.values())
+        or any(isinstance(v.get(k), dict) for k in CONTAINERS)
+    )
 
 # %% ../../nbs/zoo/01_weights.ipynb #b17e1d6e
 def read_weights(
@@ -156,16 +199,18 @@ def read_weights(
 
 # %% ../../nbs/zoo/01_weights.ipynb #880b4277
 WRAPPERS = re.compile(
-    r'^(?:(?:module|_orig_mod|_image_encoder|_text_encoder|_logit_scale|(?:image_encoder|text_encoder|logit_scale)_without_ddp)\.)+'
+    r'^(?:(?:module|_orig_mod|model|clip|_image_encoder|_text_encoder|_logit_scale'
+    r'|(?:image_encoder|text_encoder|logit_scale)_without_ddp)\.)+'
 )
 
 
 def plain_names(
     state: dict,  # name -> tensor
     source: str = 'the checkpoint',  # For the error
+    known: bool = False,  # Whether it is a released checkpoint: no warning
 ) -> dict:  # open_clip's name -> tensor
-    "Take the wrappers of the released layouts off the names; what is there twice must be the same"
-    plain = {}
+    "Take wrappers off the names, and say so; what is there twice must be the same"
+    plain, wrappers = {}, set()
     for name, t in state.items():
         new = WRAPPERS.sub('', name)
         if new in plain and not (plain[new].shape == t.shape and torch.equal(plain[new], t)):
@@ -174,6 +219,10 @@ def plain_names(
                 'not clear which one is meant.'
             )
         plain[new] = t
+        wrappers.add(name.removesuffix(new))
+    off = sorted(wrappers - {''})
+    if off and not known:
+        warnings.warn(f'{source}: {", ".join(off)} was taken off the names.', stacklevel=5)
     return plain
 
 # %% ../../nbs/zoo/01_weights.ipynb #50b72782
@@ -244,6 +293,27 @@ def sketch(
         ) from e
 
 # %% ../../nbs/zoo/01_weights.ipynb #34545af3
+# what OpenAI's program holds beside its weights, by which its `state_dict()` is known
+OPENAI = {'input_resolution', 'context_length', 'vocab_size'}
+# a count of torch's averaged models, and constants that old files hold
+CONSTANTS = {'n_averaged', 'attn_mask', 'position_ids'}
+
+
+def fitted(
+    state: dict,  # The weights under open_clip's names
+    plan: nn.Module,  # What they are for, e.g. from `sketch`
+) -> dict:  # Without what is no weight, under this model's names
+    "Weights as open_clip would make them fit: names of the text tower, form of the logit scale"
+    state = {
+        k: v for k, v in state.items() if k not in OPENAI and k.rpartition('.')[2] not in CONSTANTS
+    }
+    state = named_for(plan, state)
+    for k, want in plan.state_dict().items():
+        if k.startswith('logit_') and k in state and state[k].numel() == want.numel() == 1:
+            state[k] = state[k].reshape(want.shape)
+    return state
+
+
 def misfits(
     want: dict,  # The model's state dict
     state: dict,  # The weights
@@ -274,9 +344,7 @@ def assemble(
     is not there is zero. Frozen batch norms count no batches"""
     cfg = offline(cfg, f'The configuration of {source}')
     plan = sketch(cfg, f'The configuration of {source}')
-    # a constant that old files hold
-    state = {k: v for k, v in state.items() if not k.endswith('.attn_mask')}
-    want = plan.state_dict()
+    want, state = plan.state_dict(), fitted(state, plan)
     state |= {k: torch.zeros(want[k].shape) for k in branch_biases(plan) if k not in state}
     counts = [k for k in want if k.endswith('.num_batches_tracked')]
     state |= {k: torch.zeros((), dtype=torch.long) for k in counts if k not in state}
