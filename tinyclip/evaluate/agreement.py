@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import TinyclipError, autocast, evaluating
+from ..data.transforms import fits_context, image_dtype
 from .redundancy import similarity
 from .zeroshot import check_finite, class_embeddings, rank_of
 from ..losses.mimicking import affinity, soft_cross_entropy
@@ -44,12 +45,14 @@ def _check_batch(model, batch):
         )
     size = getattr(getattr(model, 'visual', None), 'image_size', None)
     size = (size, size) if isinstance(size, int) else size and tuple(size)
-    context = getattr(model, 'context_length', None)
-    for what, found, needed in (
-        ('images', tuple(batch[0].shape[-2:]), size),
-        ('texts', batch[1].shape[1] if len(batch) == 3 else context, context),
+    pixels = tuple(batch[0].shape[-2:])
+    context = batch[1].shape[1] if len(batch) == 3 else None
+    takes = getattr(model, 'context_length', None)
+    for what, found, needed, fits in (
+        ('images', pixels, size, not size or pixels == size),
+        ('texts', context, takes, context is None or fits_context(model, context)),
     ):
-        if needed and found != needed:
+        if not fits:
             raise TinyclipError(
                 f'The {what} are {found} and this model takes {needed}: encode them for each '
                 'model with its own transform and tokenizer (model_answers), and compare those.'
@@ -67,7 +70,7 @@ def model_answers(
     precision: str = 'fp32',  # As in `core.autocast`
 ) -> Answers:
     "Features of a data set, to be compared with those of another model"
-    device = next(model.parameters()).device
+    device, dtype = next(model.parameters()).device, image_dtype(model)
     image, text, own = [], [], []
     pairs = None
     for batch in batches:
@@ -76,7 +79,7 @@ def model_answers(
         pairs = len(rest) == 2
         with evaluating(model), autocast(device, precision):
             image.append(
-                check_finite(model.encode_image(x.to(device), normalize=True).float()).cpu()
+                check_finite(model.encode_image(x.to(device, dtype), normalize=True).float()).cpu()
             )
             if pairs:
                 text.append(

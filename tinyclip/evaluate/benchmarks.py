@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..core import TinyclipError, evaluating, unknown
+from ..data.sources import template_fields
 from .probe import linear_probe
 from .standard_sets import watched
 from .zeroshot import prompts, retrieval, zero_shot
@@ -90,10 +91,12 @@ def _templates_of(
     "Templates of CLIP_benchmark as our functions take them"
     if isinstance(templates, dict) or templates is None:
         return templates
-    bad = next((t for t in templates if '{c}' not in t), None)
+    bad = next((t for t in templates if {*template_fields(t)} != {'c'}), None)
     if bad is not None:
+        found = template_fields(bad)
         raise TinyclipError(
-            f"CLIP_benchmark's prompts have {{c}} where the class name goes; {bad!r} has none."
+            f"CLIP_benchmark's prompts have {{c}} where the class name goes, and no other field; "
+            f'{bad!r} has {found if "c" in found else "none"}.'
         )
     return [lambda name, t=t: t.format(c=name) for t in templates]
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core import Table, TinyclipError, autocast, evaluating
+from ..data.transforms import image_dtype
 from .zeroshot import check_finite, rank_of
 
 # %% ../../nbs/evaluate/03_probe.ipynb #b28186d5
@@ -25,10 +26,10 @@ def image_features(
     progress: bool = False,  # Show a bar
 ) -> tuple:  # `(n, d)` float32 features and `(n,)` labels, both on the CPU
     "Image features of labelled images, as `encode_image` returns them"
-    device, parts = next(model.parameters()).device, []
+    device, dtype, parts = next(model.parameters()).device, image_dtype(model), []
     for image, label in tqdm(batches, 'features', leave=False) if progress else batches:
         with evaluating(model), autocast(device, precision):
-            f = model.encode_image(image.to(device)).float()
+            f = model.encode_image(image.to(device, dtype)).float()
         parts.append((check_finite(f).cpu(), torch.as_tensor(label).cpu()))
     if not parts:
         raise TinyclipError('There are no images to take features of.')

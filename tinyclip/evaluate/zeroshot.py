@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..core import TinyclipError, autocast, evaluating, unknown
 from ..data.sources import fill_template
+from ..data.transforms import image_dtype
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #592b7512
 TEMPLATES = dict(name=['{}'], simple=['a photo of a {}.'], openai=list(OPENAI_IMAGENET_TEMPLATES))
@@ -35,7 +36,7 @@ def prompts(
                 'one for each class.'
             )
         return list(templates[classname])
-    if isinstance(templates, str) and '{}' not in templates:
+    if isinstance(templates, str) and not {'{', '}'} & {*templates}:
         if templates not in TEMPLATES:
             raise unknown('set of templates', templates, TEMPLATES)
         templates = TEMPLATES[templates]
@@ -107,7 +108,7 @@ def zero_shot(
         names = list(names)
     different = names if isinstance(names, str) else dict.fromkeys(names)
     z = class_embeddings(model, tokenizer, different, templates)
-    device = next(model.parameters()).device
+    device, dtype = next(model.parameters()).device, image_dtype(model)
     ranks, labels = [], []
     for image, label in batches:
         bad = label[(label < 0) | (label >= len(names))]
@@ -117,7 +118,7 @@ def zero_shot(
                 'they belong to these data.'
             )
         with evaluating(model), autocast(device, precision):
-            f = model.encode_image(image.to(device), normalize=True).float()
+            f = model.encode_image(image.to(device, dtype), normalize=True).float()
         ranks.append(_rank_among(check_finite(f) @ z.T, label.to(device), names).cpu())
         labels.append(label)
     if not ranks:
@@ -221,12 +222,12 @@ def retrieval(
     precision: str = 'fp32',  # As in `core.autocast`
 ) -> dict:  # As `recall`
     "Retrieval recall of a model on images with one or more captions each"
-    device, parts = next(model.parameters()).device, []
+    device, dtype, parts = next(model.parameters()).device, image_dtype(model), []
     for image, text, own in batches:
         with evaluating(model), autocast(device, precision):
             parts.append(
                 (
-                    model.encode_image(image.to(device), normalize=True).float(),
+                    model.encode_image(image.to(device, dtype), normalize=True).float(),
                     model.encode_text(text.to(device), normalize=True).float(),
                     own,
                 )

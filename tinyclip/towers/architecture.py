@@ -90,9 +90,11 @@ def create(
 ) -> nn.Module:  # A randomly initialised open_clip model
     "Build a plain open_clip model from its configuration"
     cfg = json.loads(json.dumps(cfg))
-    make = open_clip.CustomTextCLIP if cfg.pop('custom_text', False) else open_clip.CLIP
+    text = cfg.get('text_cfg')
+    hugging = isinstance(text, dict) and 'hf_model_name' in text  # always apart, as in open_clip
+    apart = cfg.pop('custom_text', False) or hugging
     try:
-        return make(**cfg)
+        return (open_clip.CustomTextCLIP if apart else open_clip.CLIP)(**cfg)
     except (TypeError, KeyError, AttributeError, AssertionError) as e:
         raise TinyclipError(
             f'open_clip cannot build a model from this configuration: {e}. Keys: {sorted(cfg)}.'

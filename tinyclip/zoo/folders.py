@@ -189,7 +189,10 @@ def finish(
     model.visual.image_mean, model.visual.image_std = (
         model.visual.preprocess_cfg[k] for k in ('mean', 'std')
     )
-    own = {k: v for k, v in model_cfg['text_cfg'].items() if k in TOKENIZER_KEYS and v}
+    text = model_cfg['text_cfg']
+    if 'hf_model_name' in text:  # the tower itself knows only how many positions it has
+        model.context_length = text.get('context_length', 77)
+    own = {k: v for k, v in text.items() if k in TOKENIZER_KEYS and v}
     if own:
         model.tokenizer_cfg = own
     if 'trust_remote_code' in str(own):
