@@ -8,6 +8,7 @@ __all__ = ['COMMON', 'RULES', 'check', 'from_transformers']
 # %% ../../nbs/zoo/07_from_transformers.ipynb #2a7fe011
 import json
 import re
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -332,6 +333,37 @@ def unpack(
     return new
 
 # %% ../../nbs/zoo/07_from_transformers.ipynb #93b51676
+# of transformers' image processors: a preprocessor_config.json may leave them out
+_SQUARE = dict(
+    size=dict(height=224, width=224),
+    default_to_square=False,
+    do_center_crop=False,
+    image_mean=[0.5] * 3,
+    image_std=[0.5] * 3,
+)
+PROCESSORS = dict(
+    CLIP=dict(
+        size=dict(shortest_edge=224), default_to_square=False, do_center_crop=True, resample=3
+    ),
+    ViT=_SQUARE | dict(default_to_square=True, resample=2),
+    Siglip=_SQUARE | dict(resample=3),
+)
+
+
+def _processor_kind(cfg, path) -> str:
+    "Key of `PROCESSORS` for a configuration; CLIP's where it is silent, as in transformers"
+    names = (cfg.get(k) for k in ('image_processor_type', 'feature_extractor_type'))
+    name = next(filter(None, names), 'CLIPImageProcessor')
+    kind = re.fullmatch(r'(\w+?)(ImageProcessor(Fast|Pil)?|FeatureExtractor)', str(name))
+    if kind is None or kind[1] not in PROCESSORS:
+        known = ', '.join(f'{k}ImageProcessor' for k in PROCESSORS)
+        raise TinyclipError(
+            f'{str(path)!r}: image_processor_type = {str(name)[:60]!r} prepares images in a way of '
+            f'its own; {known} can be read. Describe the same steps by one of these.'
+        )
+    return kind[1]
+
+
 def _box(v):
     "Height and width, however a configuration gives them"
     if isinstance(v, dict):
@@ -352,7 +384,7 @@ def read_images(
     folder: Path,  # A folder of transformers
     size: list,  # Height and width that the model takes
 ) -> dict:  # A `preprocess_cfg`
-    "Preprocessing configuration of a folder; CLIP's own where it has none"
+    "Preprocessing configuration of a folder as its image processor means it; CLIP's without one"
     path = next(
         (
             p
@@ -366,15 +398,20 @@ def read_images(
         cfg.get('image_processor', cfg) if isinstance(cfg.get('image_processor', cfg), dict) else {}
     )
 
-    to = cfg.get('size', 224) if path else list(size)
-    crop = cfg.get('crop_size')
-    cuts = cfg.get('do_center_crop', True)
-    squash = isinstance(to, dict) and not to.get('shortest_edge')
+    kind = _processor_kind(cfg, path)
+    cfg = {k: v for k, v in cfg.items() if v is not None}
+    cfg = PROCESSORS[kind] | (cfg if path else dict(size=dict(shortest_edge=list(size))))
+    to, crop, cuts = cfg['size'], cfg.get('crop_size'), cfg['do_center_crop']
+    if isinstance(to, dict):
+        squash = not to.get('shortest_edge')
+    else:
+        squash = not isinstance(to, int) or cfg['default_to_square'] is True
     fine = dict(
-        size=_box(to) == list(size),
+        size=_box(to) == list(size) and not (isinstance(to, dict) and to.get('longest_edge')),
+        use_square_size=not cfg.get('use_square_size'),
         crop_size=crop is None or cuts is False or _box(crop) == list(size),
         do_center_crop=cuts is True or squash and cuts is False,
-        resample=cfg.get('resample', 3) in (2, 3),
+        resample=cfg['resample'] in (2, 3),
         rescale_factor=abs(f * 255 - 1) < 1e-6
         if isinstance(f := cfg.get('rescale_factor', 1 / 255), float)
         else False,
@@ -395,7 +432,7 @@ def read_images(
             'it there if the model allows.'
         )
     pre = dict(
-        interpolation='bilinear' if cfg.get('resample') == 2 else 'bicubic',
+        interpolation='bilinear' if cfg['resample'] == 2 else 'bicubic',
         resize_mode='squash' if squash else 'shortest',
     )
     return pre | {k: cfg[f'image_{k}'] for k in ('mean', 'std') if f'image_{k}' in cfg}
@@ -407,6 +444,45 @@ def _merge(m) -> list:  # Empty where it is none
         return m.split()
     good = isinstance(m, list) and all(isinstance(p, str) for p in m)
     return m if good else []
+
+
+def _contents(tokens) -> list:
+    "Strings of tokens, each of which may be a string or an object"
+    tokens = [*tokens.values()] if isinstance(tokens, dict) else tokens
+    tokens = tokens if isinstance(tokens, list) else []
+    return [str(t.get('content')) if isinstance(t, dict) else str(t) for t in tokens]
+
+
+def check_added_tokens(
+    folder: Path,  # A folder of transformers
+    vocab: dict,  # token -> number
+):
+    "Refuse tokens that were added to those of a BPE, which would be spelled out here"
+    names = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
+    held = [read_json(folder / n) if (folder / n).is_file() else {} for n in names]
+    added = folder / 'added_tokens.json'
+    found = [*read_json(added)] if added.is_file() else []
+    lists = ('added_tokens', 'added_tokens_decoder', 'additional_special_tokens')
+    for cfg in held:
+        for key in (*lists, 'extra_special_tokens'):
+            found += _contents(cfg.get(key))
+    pads = {t for cfg in held for t in _contents([cfg.get('pad_token')])}
+    # padding stands behind the end of a text, and is never in one
+    marks = {'<|startoftext|>', '<|endoftext|>', *(pads - vocab.keys())}
+    more = [t for t in dict.fromkeys(found) if t not in marks]
+    if foreign := [t for t in more if t not in vocab]:
+        raise TinyclipError(
+            f'The tokenizer of {str(folder)!r} has tokens that are not of its BPE: '
+            f'{", ".join(map(repr, foreign[:5]))}{", ..." if len(foreign) > 5 else ""}. open_clip '
+            'would spell them out. Use the model in transformers, or take them out of the '
+            'tokenizer files if no text has them.'
+        )
+    if more:
+        warnings.warn(
+            f'The tokenizer of {str(folder)!r} marks {", ".join(map(repr, more[:5]))} as special; '
+            "here they are read as a part of the text, as CLIP's BPE was trained.",
+            stacklevel=2,
+        )
 
 
 def read_merges_of(
@@ -426,7 +502,8 @@ def read_merges_of(
         vocab = read_json(folder / 'vocab.json')
         merges = read_merges(path)
     elif vocab_size >= BPE:
-        return None
+        merges = open_clip.SimpleTokenizer().bpe_ranks
+        vocab = vocab_and_merges(merges)[0]
     else:
         raise TinyclipError(
             f'{str(folder)!r} has no tokenizer.json, and its {vocab_size} tokens are not the '
@@ -441,6 +518,7 @@ def read_merges_of(
             f'{str(path)!r} is not the tokenizer of CLIP nor a shortened one of {vocab_size} '
             'tokens, so its texts cannot be tokenised here.'
         )
+    check_added_tokens(folder, vocab)
     return None if own else merges
 
 # %% ../../nbs/zoo/07_from_transformers.ipynb #6cb48e37
@@ -485,13 +563,14 @@ def download_clip(
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(
-            snapshot_download(name, allow_patterns=['*.json', '*.txt', 'model*.safetensors'])
-        )
-        if not any(folder.glob('model*.safetensors')):
-            folder = Path(
-                snapshot_download(name, allow_patterns=['*.json', '*.txt', 'pytorch_model*.bin'])
-            )
+        for whole, shards in (
+            ('model.safetensors', 'model-*.safetensors'),
+            ('pytorch_model.bin', 'pytorch_model-*.bin'),
+        ):
+            patterns = ['*.json', '*.txt', whole, shards]
+            folder = Path(snapshot_download(name, allow_patterns=patterns))
+            if (folder / whole).is_file() or any(folder.glob(shards)):
+                break
     except Exception as e:  # the hub client has many kinds, all of them mean that nothing came
         raise TinyclipError(
             f'{name!r} could not be downloaded ({type(e).__name__}: '
