@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import open_clip
 import torch
+from open_clip.hf_model import HFTextEncoder
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, get_clean_fn
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors.torch import save_file
 from torch import nn
@@ -96,6 +98,34 @@ def preprocess_cfg(
     return cfg | dict(size=model.visual.image_size)
 
 # %% ../../nbs/zoo/04_folders.ipynb #7b541b11
+CLEANING = ('whitespace', 'lower', 'canonicalize')  # Of open_clip's `get_clean_fn`
+
+
+def tokenizer_cfg(
+    model: nn.Module,  # A CLIP or a student
+    tokenizer=None,  # The one that it is used with; None for CLIP's own
+) -> dict:  # Part of `text_cfg`, as in `TOKENIZER_KEYS`; empty for CLIP's own
+    "The configuration of a model's tokenizer: what the model came with, else what is given"
+    own = getattr(model, 'tokenizer_cfg', None) or {}
+    name = own.get('hf_tokenizer_name')
+    if tokenizer is None and (name or isinstance(getattr(model, 'text', None), HFTextEncoder)):
+        raise TinyclipError(
+            'This model uses a Hugging Face tokenizer; pass it as tokenizer=tokenizer, so that '
+            'the folder is complete.'
+        )
+    if own or tokenizer is None or isinstance(tokenizer, SimpleTokenizer):
+        return own
+    if not isinstance(tokenizer, HFTokenizer):
+        raise TinyclipError(
+            f'The tokenizer is a {type(tokenizer).__name__}, and a folder can hold '
+            "open_clip's SimpleTokenizer and HFTokenizer; pass one from open_clip.get_tokenizer."
+        )
+    cleaning = next(n for n in CLEANING if get_clean_fn(n) is tokenizer.clean_fn)
+    options = dict(clean=cleaning, strip_sep_token=tokenizer.strip_sep_token)
+    own = dict(hf_tokenizer_name=tokenizer.tokenizer.name_or_path, tokenizer_kwargs=options)
+    return own | (dict(tokenizer_mode=mode) if (mode := tokenizer.tokenizer_mode) else {})
+
+# %% ../../nbs/zoo/04_folders.ipynb #7629547f
 def save(
     model: nn.Module,  # A CLIP or a student
     folder,  # Made if absent; an older model in it is replaced
@@ -106,14 +136,8 @@ def save(
     """Write a model folder that `load` reads back, and open_clip too where its schema can hold
     the student"""
     cfg = architecture(model)
-    own = getattr(model, 'tokenizer_cfg', None)
-    if own:
-        if tokenizer is None:
-            raise TinyclipError(
-                'This model uses a Hugging Face tokenizer; pass it as save(..., '
-                'tokenizer=tokenizer), so that the folder is complete.'
-            )
-        cfg['text_cfg'] |= own
+    own = tokenizer_cfg(model, tokenizer)
+    cfg['text_cfg'] |= own
     pre = {k: v for k, v in preprocess_cfg(model).items() if k != 'size'}
 
     def cast(t):
@@ -128,7 +152,7 @@ def save(
             (tmp / KEEP).write_text(model.keep.to_json(), encoding='utf-8')
         if getattr(model, 'merges', None) is not None:
             tokenizer_of(model).save(tmp / BPE)
-        if own:
+        if 'hf_tokenizer_name' in own:
             tokenizer.save_pretrained(str(tmp))
         write_json(tmp / CONFIG, dict(model_cfg=cfg, preprocess_cfg=pre))
     return Path(folder)

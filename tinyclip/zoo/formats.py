@@ -187,24 +187,26 @@ class Onnx(Format):
 
 def _onnx_tokenizer(model, folder):
     "The tokenizer of an export: CLIP's, a shortened one, or one of Hugging Face"
-    from open_clip.tokenizer import HFTokenizer
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
     from tinyclip.zoo.folders import whole_tokenizer
     from tinyclip.zoo.vocabulary import ShortTokenizer, read_merges
 
     kind, context = model.config.get('tokenizer'), model.context_length
-    if kind is None:
-        return whole_tokenizer(context)
-    if kind != 'huggingface':
+    if kind not in (None, 'huggingface'):
         return ShortTokenizer(read_merges(folder / 'bpe.txt.gz'), context)
     own = model.config.get('tokenizer_cfg', {})
+    options = own.get('tokenizer_kwargs') or {}
+    if kind is None:
+        plain = whole_tokenizer(context)
+        return SimpleTokenizer(context_length=context, **options) if options else plain
     if 'trust_remote_code' in str(own):
         raise TinyclipError(
             f'{str(folder)!r} asks for a tokenizer that runs code of its own '
             '(trust_remote_code); it is not loaded.'
         )
-    options = dict(own.get('tokenizer_kwargs') or {}, tokenizer_mode=own.get('tokenizer_mode'))
-    return HFTokenizer(str(folder), context_length=context, **options)
+    mode = own.get('tokenizer_mode')
+    return HFTokenizer(str(folder), context_length=context, tokenizer_mode=mode, **options)
 
 # %% ../../nbs/zoo/10_formats.ipynb #63692755
 FORMATS = dict(open_clip=OpenClip(), transformers=Transformers(), onnx=Onnx())

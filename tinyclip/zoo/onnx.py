@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Table, TinyclipError, evaluating, read_json, unknown, write_json
-from ..evaluate.cost import image_size
+from ..evaluate.cost import context_length, image_size
 from ..evaluate.zeroshot import check_finite, retrieval, zero_shot
-from .folders import preprocess_cfg, replacing
+from .folders import preprocess_cfg, replacing, tokenizer_cfg
 from .vocabulary import ShortTokenizer, tokenizer_of
 
 # %% ../../nbs/zoo/08_onnx.ipynb #a4732179
@@ -88,17 +88,19 @@ def sample_inputs(
 ) -> tuple:  # `(n,3,h,w)` noise; `(n,context)` tokens
     """Random images and tokens to compare with, where the user gives none
 
-    The texts have random lengths, end as the model expects, and are filled up with zeros.
+    The texts have random lengths, end as the model expects, and are padded as it expects, too.
     """
     g = torch.Generator().manual_seed(0)
     text = getattr(model, 'text', model)
     pool, eos = (
         getattr(text, a, getattr(text, f'text_{a}', None)) for a in ('pool_type', 'eos_id')
     )
-    ids = torch.randint(1, text.vocab_size - 1, (n, model.context_length), generator=g)
-    end = torch.randint(1, model.context_length, (n, 1), generator=g)
-    at = torch.arange(model.context_length)
-    ids = ids.masked_fill(at > end, 0).masked_fill(
+    context = context_length(model)
+    pad = getattr(getattr(text, 'config', None), 'pad_token_id', None) or 0
+    ids = torch.randint(1, text.vocab_size - 1, (n, context), generator=g)
+    end = torch.randint(1, context, (n, 1), generator=g)
+    at = torch.arange(context)
+    ids = ids.masked_fill(at > end, pad).masked_fill(
         at == end, eos if pool == 'eos' else text.vocab_size - 1
     )
     return torch.randn(n, 3, *image_size(model), generator=g), ids
@@ -354,7 +356,7 @@ def onnx_config(model, opset) -> dict:
     image, text = (dict(input=i, output=o) for i, o in IO.values())
     image |= preprocess_cfg(model) | dict(size=list(image_size(model)))
     text |= dict(
-        context_length=model.context_length, vocab_size=getattr(model, 'text', model).vocab_size
+        context_length=context_length(model), vocab_size=getattr(model, 'text', model).vocab_size
     )
 
     def number(p):
@@ -401,20 +403,16 @@ def parity(path, x, want) -> dict:
     return dict(file=path.name, **apart(got, np.concatenate([want[:1], want])), MB=size / 1e6)
 
 
-def save_tokenizer(model, tokenizer, folder) -> str | None:
-    "Write a tokenizer that is not CLIP's own; what it is"
+def save_tokenizer(model, tokenizer, folder) -> tuple:
+    "Write a tokenizer that is not CLIP's own; what it is, and its configuration"
     if getattr(model, 'merges', None) is not None or isinstance(tokenizer, ShortTokenizer):
         tokenizer_of(model, tokenizer).save(folder / 'bpe.txt.gz')
-        return 'bpe.txt.gz'
-    if not getattr(model, 'tokenizer_cfg', None):
-        return None
-    if tokenizer is None:
-        raise TinyclipError(
-            'This model uses a Hugging Face tokenizer; pass it as to_onnx(..., '
-            'tokenizer=tokenizer), so that the folder is complete.'
-        )
+        return 'bpe.txt.gz', {}
+    own = tokenizer_cfg(model, tokenizer)
+    if 'hf_tokenizer_name' not in own:
+        return None, own
     tokenizer.save_pretrained(str(folder))
-    return 'huggingface'
+    return 'huggingface', own
 
 # %% ../../nbs/zoo/08_onnx.ipynb #e6e14777
 TOLERANCE = 1e-4  # Largest relative difference between torch and a float32 file
@@ -473,8 +471,7 @@ def to_onnx(
                     config['text']['vocab_size'] if kind == 'text' else 0,
                 )
                 rows.append(parity(small, x, want) | dict(weights=weight_bits(small)))
-        config['tokenizer'] = save_tokenizer(model, tokenizer, tmp)
-        config['tokenizer_cfg'] = getattr(model, 'tokenizer_cfg', {})
+        config['tokenizer'], config['tokenizer_cfg'] = save_tokenizer(model, tokenizer, tmp)
         config['files'] = {p.name: p.stat().st_size for p in sorted(tmp.glob('*.onnx*'))}
         config['parity'] = {
             r['file']: {k: r[k] for k in ('difference', 'cosine', 'weights')} for r in rows
