@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from tinyclip.core import TinyclipError
 from tinyclip.zoo import load
-from tinyclip.zoo.from_transformers import from_transformers, read_images
+from tinyclip.zoo.from_transformers import from_transformers, read_images, read_merges_of
 from tinyclip.zoo.to_transformers import to_transformers
 from tinyclip.zoo.vocabulary import vocab_and_merges
 
@@ -222,14 +222,13 @@ def clip_tokenizer(**kw):
 
 
 def test_added_tokens_are_refused_by_name(tmp_path):
-    foreign(tmp_path)
     for add, names in (
         (lambda t: t.add_tokens(['<sks>', 'my dog']), "'<sks>', 'my dog'"),
         (lambda t: t.add_special_tokens({'additional_special_tokens': ['<x>']}), "'<x>'"),
     ):
         add(tokenizer := clip_tokenizer())
         tokenizer.save_pretrained(str(tmp_path))
-        refuse(f'not of its BPE: {names}', from_transformers, tmp_path)
+        refuse(f'not of its BPE: {names}', read_merges_of, tmp_path, 49408)
     for name, held in (  # as older versions wrote them
         ('added_tokens.json', {'<sks>': 49408}),
         ('tokenizer_config.json', dict(added_tokens_decoder={'49408': dict(content='<sks>')})),
@@ -237,7 +236,7 @@ def test_added_tokens_are_refused_by_name(tmp_path):
     ):
         clip_tokenizer().save_pretrained(str(tmp_path))
         (tmp_path / name).write_text(json.dumps(held))
-        refuse("not of its BPE: '<sks>'", from_transformers, tmp_path)
+        refuse("not of its BPE: '<sks>'", read_merges_of, tmp_path, 49408)
         (tmp_path / name).unlink()
 
 
