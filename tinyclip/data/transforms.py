@@ -8,7 +8,7 @@ __all__ = ['transforms', 'Chunk']
 # %% ../../nbs/data/04_transforms.ipynb #09c9fa0f
 import contextlib
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import open_clip
@@ -77,7 +77,8 @@ def try_out(
         )
     try:
         with preserve_rng_state():
-            a, b = (preprocess(Image.new('RGB', size)) for size in ((64, 48), (48, 64)))
+            pair: list[Any] = [preprocess(Image.new('RGB', s)) for s in ((64, 48), (48, 64))]
+        a, b = pair
         right = a.shape == b.shape and a.ndim == 3 and a.shape[0] == 3 and a.is_floating_point()
         what = f'images of shape {tuple(a.shape)} and {tuple(b.shape)}, {a.dtype}'
     except Exception as e:

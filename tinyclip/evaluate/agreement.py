@@ -7,10 +7,10 @@ __all__ = ['Answers', 'kl_divergence', 'top_k_overlap', 'agreement']
 
 # %% ../../nbs/evaluate/05_agreement.ipynb #cde71c16
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core import TinyclipError, autocast, evaluating
 from ..data.transforms import fits_context, image_dtype
@@ -60,7 +60,7 @@ def _check_batch(model, batch):
 
 
 def model_answers(
-    model: nn.Module,  # A CLIP
+    model: Any,  # A CLIP
     # Of `data.labelled`: (image, label); or of `data.captioned`: (image, text tokens,
     # image_of_text)
     batches,
@@ -194,7 +194,7 @@ def _on_classes(s, t, scales, k):
 def _on_pairs(s, t, scales, k):
     out = {}
     for way, (a, b) in dict(i2t=('image', 'text'), t2i=('text', 'image')).items():
-        sides = [getattr(m, side) for m in (s, t) for side in (a, b)]
+        sides = getattr(s, a), getattr(s, b), getattr(t, a), getattr(t, b)
         out |= {
             f'{way}_kl': kl_divergence(*sides, *scales),
             f'{way}_agree': top_k_overlap(*sides, 1),
@@ -211,7 +211,8 @@ def _on_pairs(s, t, scales, k):
 def agreement(
     student,  # A CLIP, or its `model_answers`
     teacher,  # A CLIP, or its `model_answers`; they may differ in width
-    batches=None,  # As in `model_answers`, gone through once per model; not needed for answers
+    # As in `model_answers`, gone through once per model; not needed for answers
+    batches: Any = None,
     tokenizer=None,  # As in `model_answers`, for both models
     classnames=None,  # As in `model_answers`
     templates='simple',  # As in `model_answers`

@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -129,11 +130,11 @@ def one_thread():
 
 
 def steady(
-    values: list,  # Of the rounds
+    values: Sequence,  # Of the rounds
 ) -> tuple:  # The median, or None where it says nothing; the spread
     "Median and interquartile range, this as a share of the median"
     low, median, high = (
-        statistics.quantiles(values, n=4, method='inclusive') if len(values) > 1 else values * 3
+        statistics.quantiles(values, n=4, method='inclusive') if len(values) > 1 else [*values] * 3
     )
     spread = (high - low) / median
     return median if spread <= NOISY else None, spread
@@ -208,12 +209,12 @@ def pace(
 ) -> dict:  # `pairs/s`, `speed` and `spread`, for a table
     "Speed as a person reads it"
 
-    def said(v, form):
+    def shown(v, form):
         return 'too noisy' if v is None else form(float(v))
 
     return {
-        'pairs/s': said(row['pairs_per_s'], human),
-        'speed': said(row['speed'], '{:.2f}x'.format),
+        'pairs/s': shown(row['pairs_per_s'], human),
+        'speed': shown(row['speed'], '{:.2f}x'.format),
         'spread': f"{row['spread']:.0%}",
     }
 

@@ -8,6 +8,7 @@ __all__ = ['TEMPLATES', 'prompts', 'class_embeddings', 'zero_shot', 'recall', 'c
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #3395bc38
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
@@ -26,7 +27,7 @@ def prompts(
     classname: str,  # e.g. `'golden retriever'`
     # A name of `TEMPLATES`, or a list of strings with `{}` or of functions; or a dict: class name
     # -> its prompts
-    templates='simple',
+    templates: str | Iterable = 'simple',
 ) -> list:  # One caption per template
     "Prompts of a class: its name in every template (Radford et al. 2021, section 3.1.4)"
     if isinstance(templates, dict):
@@ -44,10 +45,10 @@ def prompts(
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #af2a1219
 def class_embeddings(
-    model: nn.Module,  # A CLIP
+    model: Any,  # A CLIP
     tokenizer,  # Its tokenizer
     classnames: Iterable,  # k names
-    templates='simple',  # As in `prompts`
+    templates: str | Iterable = 'simple',  # As in `prompts`
     batch_size: int = 256,  # Prompts encoded together
 ) -> Tensor:  # `(k, d)` unit rows, on the model's device
     """Class embeddings: one text feature per class, the mean over its prompts, each of unit
@@ -91,12 +92,12 @@ def check_finite(features: Tensor) -> Tensor:
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #640c7600
 def zero_shot(
-    model: nn.Module,  # A CLIP
+    model: Any,  # A CLIP
     tokenizer,  # Its tokenizer
     batches,  # Yields (image `(n,3,h,w)`, label `(n,)`), e.g. `data.labelled(...)`
     # k names; equal ones differ by position. None for `batches.classnames`
     classnames=None,
-    templates='simple',  # As in `prompts`
+    templates: str | Iterable = 'simple',  # As in `prompts`
     precision: str = 'fp32',  # As in `core.autocast`
 ) -> dict:  # Numbers by name
     """Zero-shot classification accuracy (Radford et al. 2021, section 3.1): `top1`, `top5` and
@@ -217,7 +218,7 @@ def chance(
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #c0a0401c
 def retrieval(
-    model: nn.Module,  # A CLIP
+    model: Any,  # A CLIP
     batches,  # Yields (image, text tokens, image_of_text), e.g. `data.captioned(...)`
     precision: str = 'fp32',  # As in `core.autocast`
 ) -> dict:  # As `recall`
@@ -234,4 +235,5 @@ def retrieval(
             )
     if not parts:
         raise TinyclipError('There are no images to retrieve.')
-    return recall(*(torch.cat(p) for p in zip(*parts)))
+    image, text, own = (torch.cat(p) for p in zip(*parts))
+    return recall(image, text, own)

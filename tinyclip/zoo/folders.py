@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -44,8 +44,8 @@ class Loaded(NamedTuple):
     "A model with what belongs to it; unpacks as `model, preprocess, tokenizer`"
 
     model: nn.Module  # The CLIP, in eval mode
-    preprocess: object  # PIL image -> tensor `(3,h,w)`, as at evaluation
-    tokenizer: object  # list of texts -> token ids `(n, context_length)`
+    preprocess: Any  # PIL image -> tensor `(3,h,w)`, as at evaluation
+    tokenizer: Any  # list of texts -> token ids `(n, context_length)`
 
 # %% ../../nbs/zoo/04_folders.ipynb #8129cb78
 @contextlib.contextmanager
@@ -61,9 +61,9 @@ def replacing(
     if file:
         raise TinyclipError(f'{str(file)!r} is a file; a model needs a folder.')
     # inside a folder that stands: it may be a link or a disk of its own
-    place = folder if folder.exists() else folder.parent
-    place.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=place, prefix=f'.{folder.name}.', suffix='.tmp'))
+    parent = folder if folder.exists() else folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(dir=parent, prefix=f'.{folder.name}.', suffix='.tmp'))
     try:
         yield tmp
         tmp.chmod(0o755)
@@ -87,7 +87,7 @@ def replacing(
 
 # %% ../../nbs/zoo/04_folders.ipynb #df6bdba7
 def preprocess_cfg(
-    model: nn.Module,  # A CLIP
+    model: Any,  # A CLIP
 ) -> dict:  # Size, mean, std, interpolation and resize mode
     "Preprocessing configuration of a model; CLIP's own constants where it has none"
     cfg = vars(PreprocessCfg()).copy()
@@ -127,11 +127,11 @@ def tokenizer_cfg(
 
 # %% ../../nbs/zoo/04_folders.ipynb #7629547f
 def save(
-    model: nn.Module,  # A CLIP or a student
+    model: Any,  # A CLIP or a student
     folder,  # Made if absent; an older model in it is replaced
     # Store weights in this type (`torch.float16` halves the file); None for as they are
     dtype: torch.dtype | None = None,
-    tokenizer=None,
+    tokenizer: Any = None,  # Needed for models with a Hugging Face tokenizer
 ) -> Path:  # The folder
     """Write a model folder that `load` reads back, and open_clip too where its schema can hold
     the student"""
@@ -151,7 +151,7 @@ def save(
         if isinstance(getattr(model, 'keep', None), Keep):
             (tmp / KEEP).write_text(model.keep.to_json(), encoding='utf-8')
         if getattr(model, 'merges', None) is not None:
-            tokenizer_of(model).save(tmp / BPE)
+            ShortTokenizer(tokenizer_of(model).bpe_ranks).save(tmp / BPE)
         if 'hf_tokenizer_name' in own:
             tokenizer.save_pretrained(str(tmp))
         write_json(tmp / CONFIG, dict(model_cfg=cfg, preprocess_cfg=pre))
@@ -190,21 +190,21 @@ def read_keep(path: Path) -> Keep:
 
 # %% ../../nbs/zoo/04_folders.ipynb #de92c5a9
 def finish(
-    model: nn.Module,  # With its weights in place
+    model: Any,  # With its weights in place
     model_cfg: dict,  # Its configuration: says which tokenizer
     preprocess: dict,  # Its `preprocess_cfg`; CLIP's own constants where it is silent
     source: str = '',  # Where open_clip finds the tokenizer; empty for CLIP's own
     folder: Path | None = None,  # Where a keep and a shortened vocabulary may lie
 ) -> Loaded:
     "Add preprocessing, tokenizer and provenance to a bare model"
-    odd = (
+    unknown = (
         {k for k in preprocess if k not in vars(PreprocessCfg())}
         if isinstance(preprocess, dict)
         else {type(preprocess).__name__}
     )
-    if odd:
+    if unknown:
         raise TinyclipError(
-            f'preprocess_cfg holds {sorted(odd)[0]!r}, which open_clip does not know; it '
+            f'preprocess_cfg holds {sorted(unknown)[0]!r}, which open_clip does not know; it '
             f'knows {", ".join(vars(PreprocessCfg()))}.'
         )
     model.visual.preprocess_cfg = merge_preprocess_dict(

@@ -11,6 +11,7 @@ import re
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -80,10 +81,10 @@ def check(
         t = d.get(tower)
         if not isinstance(t, dict):
             raise TinyclipError(f'{source} says nothing about the {tower} tower; this is no CLIP.')
-        odd = next((k for k, ok in rules.items() if k not in t or not ok(t[k])), None)
-        if odd:
+        bad = next((k for k, ok in rules.items() if k not in t or not ok(t[k])), None)
+        if bad:
             raise TinyclipError(
-                f'{source}: {odd} = {str(t.get(odd, "missing"))[:40]!r} of the {tower} tower '
+                f'{source}: {bad} = {str(t.get(bad, "missing"))[:40]!r} of the {tower} tower '
                 'is nothing that can be built here.'
             )
         if len(t['heads']) != len(t['ffn']):
@@ -107,7 +108,7 @@ def check(
 
 # %% ../../nbs/zoo/07_from_transformers.ipynb #1e96efe8
 # of transformers' CLIPConfig: a config.json may leave them out
-DEFAULTS = dict(
+DEFAULTS: dict[str, dict[str, Any]] = dict(
     vision=dict(
         hidden_size=768,
         intermediate_size=3072,
@@ -303,15 +304,15 @@ def unpack(
     take = partial(_take, state, source=source)
     new = {a: take(b, _dimensions(a, b)) for a, b in TOP.items()}
     new |= {a: new[a].T.contiguous() for a in TURNED}
-    for tower, (here, there) in BLOCKS.items():
+    for tower, (own, theirs) in BLOCKS.items():
         for i in range(len(d[tower]['heads'])):
-            p, q = f'{here}.{i}.', f'{there}.{i}.'
+            p, q = f'{own}.{i}.', f'{theirs}.{i}.'
             for k, dims in (('weight', 2), ('bias', 1)):
                 qkv = [take(f'{q}self_attn.{n}_proj.{k}', dims) for n in 'qkv']
                 if len({t.shape for t in qkv}) > 1:
                     raise TinyclipError(
                         f'The weights in {source} do not fit together: queries, keys and '
-                        f'values of {there}.{i} differ in shape.'
+                        f'values of {theirs}.{i} differ in shape.'
                     )
                 new[f'{p}attn.in_proj_{k}'] = torch.cat(qkv)
                 for a, b in (
@@ -341,7 +342,7 @@ _SQUARE = dict(
     image_mean=[0.5] * 3,
     image_std=[0.5] * 3,
 )
-PROCESSORS = dict(
+PROCESSORS: dict[str, dict[str, Any]] = dict(
     CLIP=dict(
         size=dict(shortest_edge=224), default_to_square=False, do_center_crop=True, resample=3
     ),
@@ -400,7 +401,9 @@ def read_images(
 
     kind = _processor_kind(cfg, path)
     cfg = {k: v for k, v in cfg.items() if v is not None}
-    cfg = PROCESSORS[kind] | (cfg if path else dict(size=dict(shortest_edge=list(size))))
+    cfg: dict[str, Any] = PROCESSORS[kind] | (
+        cfg if path else dict(size=dict(shortest_edge=list(size)))
+    )
     to, crop, cuts = cfg['size'], cfg.get('crop_size'), cfg['do_center_crop']
     if isinstance(to, dict):
         squash = not to.get('shortest_edge')
@@ -492,17 +495,16 @@ def read_merges_of(
     "Merges of a folder's tokenizer"
     if (path := folder / 'tokenizer.json').is_file():
         held = read_json(path).get('model')
-        vocab, merges = (
-            (held.get('vocab'), held.get('merges')) if isinstance(held, dict) else (None, None)
-        )
-        if not isinstance(merges, list):
+        held = held if isinstance(held, dict) else {}
+        vocab, merges = held.get('vocab'), held.get('merges')
+        if not isinstance(merges, list) or not isinstance(vocab, dict):
             raise TinyclipError(f'{str(path)!r} holds no byte pair encoding like that of CLIP.')
         merges = check_merges(map(_merge, merges))
     elif (path := folder / 'merges.txt').is_file() and (folder / 'vocab.json').is_file():
         vocab = read_json(folder / 'vocab.json')
         merges = read_merges(path)
     elif vocab_size >= BPE:
-        merges = open_clip.SimpleTokenizer().bpe_ranks
+        merges = tuple(open_clip.SimpleTokenizer().bpe_ranks)
         vocab = vocab_and_merges(merges)[0]
     else:
         raise TinyclipError(
@@ -602,16 +604,17 @@ def from_transformers(
     state = weights_of(folder)
     if form == 'clip':
         state = unpack(state, d, source)
-    elif odd := next(
+    elif other := next(
         (k for k in state if not k.startswith(('visual.', 'text.')) and k != 'logit_scale'), None
     ):
         raise TinyclipError(
-            f'The weights in {source} do not fit its configuration: {odd} is not expected.'
+            f'The weights in {source} do not fit its configuration: {other} is not expected.'
         )
     else:
         state = {k.removeprefix('text.'): v for k, v in state.items()}
     loaded = finish(assemble(cfg, state, source), cfg, pre)
     if merges is None:
         return loaded
-    loaded.model.merges = merges
-    return loaded._replace(tokenizer=ShortTokenizer(merges, loaded.model.context_length))
+    model: Any = loaded.model
+    model.merges = merges
+    return loaded._replace(tokenizer=ShortTokenizer(merges, model.context_length))

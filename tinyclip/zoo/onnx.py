@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +77,8 @@ def float_copy(
     with evaluating(model):
         model.train()  # empties TinyViT's cache of position biases, which may be of another type
         new = copy.deepcopy(model)
-    for o in new.modules():
+    modules: list[Any] = list(new.modules())
+    for o in modules:
         if hasattr(o, 'grad_checkpointing'):
             o.grad_checkpointing = False
     return new.float().cpu().eval()
@@ -91,7 +93,7 @@ def sample_inputs(
     The texts have random lengths, end as the model expects, and are padded as it expects, too.
     """
     g = torch.Generator().manual_seed(0)
-    text = getattr(model, 'text', model)
+    text: Any = getattr(model, 'text', model)
     pool, eos = (
         getattr(text, a, getattr(text, f'text_{a}', None)) for a in ('pool_type', 'eos_id')
     )
@@ -100,9 +102,8 @@ def sample_inputs(
     ids = torch.randint(1, text.vocab_size - 1, (n, context), generator=g)
     end = torch.randint(1, context, (n, 1), generator=g)
     at = torch.arange(context)
-    ids = ids.masked_fill(at > end, pad).masked_fill(
-        at == end, eos if pool == 'eos' else text.vocab_size - 1
-    )
+    last: int = eos if pool == 'eos' and eos is not None else text.vocab_size - 1
+    ids = ids.masked_fill(at > end, pad).masked_fill(at == end, last)
     return torch.randn(n, 3, *image_size(model), generator=g), ids
 
 # %% ../../nbs/zoo/08_onnx.ipynb #9986d071
@@ -144,7 +145,7 @@ def export_tower(
     path, (inp, out) = Path(path), IO[kind]
     try:
         with quiet(), torch.no_grad():
-            proto = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 Tower(model, kind).eval(),
                 (torch.cat([x[:1]] * 2),),
                 dynamo=True,
@@ -153,7 +154,8 @@ def export_tower(
                 output_names=[out],
                 dynamic_shapes=({0: torch.export.Dim('batch')},),
                 opset_version=opset,
-            ).model_proto
+            )
+            proto = program.model_proto
     except Exception as e:  # the exporter has many kinds, and the reason stands in the cause
         why = (str(e.__cause__ or e).splitlines() or [''])[0]
         raise TinyclipError(
@@ -198,9 +200,9 @@ def session(
     "Open a file with onnxruntime, on as many threads as torch would use"
     (ort,) = need('onnxruntime')
     providers = ['CPUExecutionProvider'] if providers is None else list(providers)
-    odd = next((p for p in providers if p not in ort.get_available_providers()), None)
-    if odd:
-        raise unknown('provider of onnxruntime here', odd, ort.get_available_providers())
+    bad = next((p for p in providers if p not in ort.get_available_providers()), None)
+    if bad:
+        raise unknown('provider of onnxruntime here', bad, ort.get_available_providers())
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
@@ -359,16 +361,16 @@ def onnx_config(model, opset) -> dict:
         context_length=context_length(model), vocab_size=getattr(model, 'text', model).vocab_size
     )
 
-    def number(p):
-        return None if p is None else p.detach().float().reshape(-1)[0].item()
+    def number(p) -> float:
+        return p.detach().float().reshape(-1)[0].item()
 
-    bias = number(getattr(model, 'logit_bias', None))
+    bias = getattr(model, 'logit_bias', None)
     return dict(
         format=1,
         opset=opset,
         unit_rows=True,
         logit_scale=float(np.exp(number(model.logit_scale))),
-        logit_bias=bias,
+        logit_bias=None if bias is None else number(bias),
         image=image,
         text=text,
     )
@@ -378,16 +380,16 @@ def check_input(config, kind, x):
     "Refuse what a tower cannot read"
     c = config[kind]
     shape = (3, *c['size']) if kind == 'image' else (c['context_length'],)
-    said = (
+    needs = (
         f'{kind}s must be {"floats" if kind == "image" else "integers"} of shape (n, '
         f'{", ".join(map(str, shape))})'
     )
     if not hasattr(x, 'shape') or tuple(x.shape[1:]) != shape or not len(x):
         raise TinyclipError(
-            f'{said}, not {tuple(x.shape) if hasattr(x, "shape") else type(x).__name__}.'
+            f'{needs}, not {tuple(x.shape) if hasattr(x, "shape") else type(x).__name__}.'
         )
     if (kind == 'image') != ('float' in str(x.dtype)) or 'bool' in str(x.dtype):
-        raise TinyclipError(f'{said}, not {x.dtype}.')
+        raise TinyclipError(f'{needs}, not {x.dtype}.')
     if kind == 'text' and not 0 <= int(x.min()) <= int(x.max()) < c['vocab_size']:
         raise TinyclipError(
             f"Tokens must be numbers from 0 to {c['vocab_size'] - 1}, not {int(x.min())} to "
@@ -406,7 +408,8 @@ def parity(path, x, want) -> dict:
 def save_tokenizer(model, tokenizer, folder) -> tuple:
     "Write a tokenizer that is not CLIP's own; what it is, and its configuration"
     if getattr(model, 'merges', None) is not None or isinstance(tokenizer, ShortTokenizer):
-        tokenizer_of(model, tokenizer).save(folder / 'bpe.txt.gz')
+        merges = tokenizer_of(model, tokenizer).bpe_ranks
+        ShortTokenizer(merges).save(folder / 'bpe.txt.gz')
         return 'bpe.txt.gz', {}
     own = tokenizer_cfg(model, tokenizer)
     if 'hf_tokenizer_name' not in own:
@@ -491,7 +494,7 @@ def read_onnx_config(
             'again with tinyclip.zoo.onnx.to_onnx.'
         )
     c = read_json(path, 'export again')
-    kinds = dict(image=dict, text=dict, logit_scale=float, files=dict)
+    kinds: dict[str, type] = dict(image=dict, text=dict, logit_scale=float, files=dict)
     lacking = next(
         (k for k, kind in kinds.items() if not isinstance(c.get(k), kind)),
         None,
@@ -513,7 +516,7 @@ def read_onnx_config(
             f'{str(path)!r} says nothing about {lacking!r}; it was not written by tinyclip, '
             'export again.'
         )
-    odd = next(
+    bad = next(
         (
             n
             for n, size in c['files'].items()
@@ -523,9 +526,9 @@ def read_onnx_config(
         ),
         None,
     )
-    if odd:
+    if bad:
         raise TinyclipError(
-            f'{str(folder / odd)!r} is missing or has another size than {ONNX_CONFIG} says; '
+            f'{str(folder / bad)!r} is missing or has another size than {ONNX_CONFIG} says; '
             'export again.'
         )
     return c
@@ -615,13 +618,13 @@ def onnx_report(
         plain = all(p.dtype == torch.float32 for p in model.parameters())
         rows.append(dict(model='torch', **ask(model if plain else float_copy(model))))
     for name, q in (('onnx', ''), ('onnx int8', '.int8')):
-        mine = [f'{k}{q}.onnx' for k in IO]
-        if mine[0] in sizes:
+        names = [f'{k}{q}.onnx' for k in IO]
+        if names[0] in sizes:
             rows.append(
                 dict(
                     model=name,
                     **ask(OnnxCLIP(folder, int8=bool(q))),
-                    MB=sum(sizes.get(n, 0) + sizes.get(f'{n}.data', 0) for n in mine) / 1e6,
+                    MB=sum(sizes.get(n, 0) + sizes.get(f'{n}.data', 0) for n in names) / 1e6,
                 )
             )
     return rows
