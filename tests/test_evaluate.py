@@ -1,20 +1,33 @@
 "Evaluation against brute force, against open_clip, and with bad input"
 
+import copy
+
 import open_clip
 import pytest
 import torch
+from open_clip.model import convert_weights_to_lp
 from torch.nn import functional as F
 
 from tinyclip.core import TinyclipError
+from tinyclip.data.cache import encode_views
 from tinyclip.evaluate import (
     TEMPLATES,
     chance,
     class_embeddings,
+    prompts,
     recall,
     retrieval,
     zero_shot,
 )
+from tinyclip.evaluate.agreement import model_answers
+from tinyclip.evaluate.benchmarks import _templates_of
+from tinyclip.evaluate.cost import macs, profile
+from tinyclip.evaluate.probe import image_features
+from tinyclip.evaluate.redundancy import layer_features
 from tinyclip.evaluate.zeroshot import rank_of
+from tinyclip.inheritance import inherit
+from tinyclip.keep import choose
+from tinyclip.train.step import features
 
 NAMES = ['cat', 'golden retriever', 'T-shirt', 'aeroplane']
 tokenizer = open_clip.get_tokenizer('ViT-B-32', context_length=12)
@@ -151,6 +164,87 @@ def test_modes_come_back(model):
     assert [m.training for m in model.modules()] == modes and all(
         p.grad is None for p in model.parameters()
     )
+
+
+# ---- models held in half precision
+
+
+def held(kind, dtype):
+    "A model in half precision, as people get one"
+    model = clip(open_clip.CustomTextCLIP if kind == 'custom' else open_clip.CLIP)
+    if kind == 'student':
+        return inherit(model.to(dtype), choose(model, {'image.layers.0.heads': 1, 'embed': 8}))
+    if kind == 'mixed':  # as open_clip's precision= makes it: norms and embeddings in float32
+        convert_weights_to_lp(model, dtype)
+        return model
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('kind', ['plain', 'custom', 'mixed', 'student'])
+def test_half_precision(kind, dtype):
+    model = held(kind, dtype)
+    plain = copy.deepcopy(model).float()
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    tokens, labels = tokenizer(NAMES), torch.arange(4)
+    assert zero_shot(model, tokenizer, [(images, labels)], NAMES)['n'] == 4
+    assert retrieval(model, [(images, tokens, labels)])['images'] == 4
+    with torch.no_grad():
+        want = plain.encode_image(images, normalize=True)
+    for got in (
+        F.normalize(image_features(model, [(images, labels)])[0], dim=-1),
+        model_answers(model, [(images, tokens, labels)]).image,
+        encode_views(model, images[:, None], tokens)[0][:, 0],
+        features(model, images, tokens).image.detach(),
+    ):
+        assert got.dtype == torch.float32 and (got * want).sum(1).min() > 0.99
+    depths = layer_features(model, [images], 'image')
+    assert all(d.dtype == torch.float32 and d.isfinite().all() for d in depths)
+    assert macs(model) == macs(plain)
+    assert {p.dtype for p in model.parameters()} >= {dtype}  # it stays as it was
+
+
+def test_profile_in_half_precision():
+    row = profile(dict(half=clip(open_clip.CLIP).bfloat16()), 2, repeats=2)['half']
+    assert row['image_macs'] and row['batch_size'] == 2
+
+
+# ---- templates, as `str.format` reads them
+
+
+@pytest.mark.parametrize(
+    'template, says',
+    [
+        ('a {style} photo of a {}.', "one {}: ['style', '']"),
+        ('{} beside {}', "one {}: ['', '']"),
+        ('a photo of a {0}', "one {}: ['0']"),
+        ('a photo of a {:>9}', "one {}: [':>9']"),
+        ('a photo of a {!r}', "one {}: ['!r']"),
+        ('a photo of a {{}}', 'has no {}'),
+        ('a photo of a {} :}', 'a brace of the text itself twice'),
+        ('a photo of a {', 'a brace of the text itself twice'),
+        (7, 'cannot be filled in'),
+    ],
+)
+def test_templates_with_other_fields_are_refused(template, says):
+    for given in ([template], template) if isinstance(template, str) else ([template],):
+        with pytest.raises(TinyclipError) as e:
+            prompts('cat', given)
+        assert says in str(e.value)
+
+
+def test_braces_that_belong_to_a_text():
+    assert prompts('{cat}', ['{{{}}}', 'a {} {{:']) == ['{{cat}}', 'a {cat} {:']
+    for t, name in (('{{{}}} of a {{b}}', 'dog'), ('{} }}', '{0}')):
+        assert prompts(name, t) == [t.format(name)]  # what open_clip makes of it
+
+
+def test_templates_of_clip_benchmark():
+    assert prompts('cat', _templates_of(['a {c}, {{c}}, {c}'])) == ['a cat, {c}, cat']
+    for bad, says in (('a {}', 'has none'), ('{c} in {d}', "['c', 'd']"), ('{c:>3}', 'has none')):
+        with pytest.raises(TinyclipError) as e:
+            _templates_of([bad])
+        assert says in str(e.value)
 
 
 x = torch.randn(2, 3, 16, 16)

@@ -3,10 +3,14 @@ damaged, hostile or of another kind."""
 
 import json
 import os
+import shutil
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 
 transformers = pytest.importorskip(
     'transformers', reason="transformers is optional: pip install 'tinyclip[export]'"
@@ -15,8 +19,10 @@ from hub import CAPTIONS, refuse, same, shake, short, tiny
 from safetensors.torch import load_file
 
 from tinyclip.core import TinyclipError
-from tinyclip.zoo.from_transformers import from_transformers
+from tinyclip.zoo import load
+from tinyclip.zoo.from_transformers import from_transformers, read_images, read_merges_of
 from tinyclip.zoo.to_transformers import to_transformers
+from tinyclip.zoo.vocabulary import vocab_and_merges
 
 # ---- models that transformers made
 
@@ -144,6 +150,153 @@ def test_nothing_of_the_folder_is_run(tmp_path, monkeypatch):
     with pytest.raises(TinyclipError):
         from_transformers('m')
     assert not Path('pwned').exists()
+
+
+# ---- image processors, as transformers means them
+
+
+@pytest.mark.parametrize(
+    'cfg',
+    [
+        dict(size=dict(shortest_edge=24), crop_size=24),  # no type: CLIP's
+        dict(image_processor_type='CLIPImageProcessor', size=[24, 24], crop_size=24, resample=2),
+        dict(feature_extractor_type='ViTFeatureExtractor', size=24, image_std=[0.2, 0.3, 0.4]),
+        dict(
+            image_processor_type='ViTImageProcessorFast',
+            size=dict(height=24, width=24),
+            resample=3,
+            do_center_crop=None,
+            crop_size=None,
+        ),
+        dict(image_processor_type='SiglipImageProcessorFast', size=dict(height=24, width=24)),
+        dict(
+            image_processor_type='SiglipImageProcessor',
+            size=dict(shortest_edge=24),
+            do_center_crop=True,
+            crop_size=dict(height=24, width=24),
+        ),
+    ],
+)
+def test_image_processors_of_three_kinds(cfg, tmp_path):
+    foreign(tmp_path)
+    (tmp_path / 'preprocessor_config.json').write_text(json.dumps(cfg))
+    noise = torch.randint(0, 256, (72, 48, 3), dtype=torch.uint8, generator=torch.manual_seed(0))
+    image = Image.fromarray(noise.numpy())
+    theirs = transformers.AutoImageProcessor.from_pretrained(str(tmp_path), backend='pil')
+    want = theirs(images=image, return_tensors='pt')['pixel_values'][0]
+    got = read_images(tmp_path, [24, 24])
+    assert (
+        image_transform_v2(PreprocessCfg(size=24, **got), False)(image) - want
+    ).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    'cfg, says',
+    [
+        (dict(image_processor_type='ConvNextImageProcessor', size=24), 'a way of its own'),
+        (dict(image_processor_type='BlipImageProcessor', size=24), 'ViTImageProcessor'),
+        (dict(feature_extractor_type='DeiTFeatureExtractor'), "'DeiTFeatureExtractor'"),
+        # the shorter side alone, without a crop: images of many shapes
+        (dict(image_processor_type='SiglipImageProcessor', size=24), 'do_center_crop'),
+        (
+            dict(image_processor_type='ViTImageProcessor', size=dict(shortest_edge=24)),
+            'center_crop',
+        ),
+        (dict(image_processor_type='ViTImageProcessor'), 'with size'),  # 224, by its own defaults
+        (dict(size=dict(shortest_edge=24, longest_edge=48), crop_size=24), 'with size'),
+    ],
+)
+def test_image_processors_of_other_kinds_are_refused(cfg, says, tmp_path):
+    foreign(tmp_path)
+    (tmp_path / 'preprocessor_config.json').write_text(json.dumps(cfg))
+    refuse(says, from_transformers, tmp_path)
+
+
+# ---- tokens that were added to the vocabulary
+
+
+def clip_tokenizer(**kw):
+    vocab, merges = vocab_and_merges(open_clip.SimpleTokenizer().bpe_ranks)
+    merges = [tuple(m.split()) for m in merges]
+    return transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=16, **kw)
+
+
+def test_added_tokens_are_refused_by_name(tmp_path):
+    for add, names in (
+        (lambda t: t.add_tokens(['<sks>', 'my dog']), "'<sks>', 'my dog'"),
+        (lambda t: t.add_special_tokens({'additional_special_tokens': ['<x>']}), "'<x>'"),
+    ):
+        add(tokenizer := clip_tokenizer())
+        tokenizer.save_pretrained(str(tmp_path))
+        refuse(f'not of its BPE: {names}', read_merges_of, tmp_path, 49408)
+    for name, held in (  # as older versions wrote them
+        ('added_tokens.json', {'<sks>': 49408}),
+        ('tokenizer_config.json', dict(added_tokens_decoder={'49408': dict(content='<sks>')})),
+        ('special_tokens_map.json', dict(additional_special_tokens=['<sks>'])),
+    ):
+        clip_tokenizer().save_pretrained(str(tmp_path))
+        (tmp_path / name).write_text(json.dumps(held))
+        refuse("not of its BPE: '<sks>'", read_merges_of, tmp_path, 49408)
+        (tmp_path / name).unlink()
+
+
+def test_padding_is_no_added_token(tmp_path, recwarn):
+    model = foreign(tmp_path)
+    clip_tokenizer(pad_token='[PAD]').save_pretrained(str(tmp_path))  # of a row behind the others
+    reads(model, tmp_path)
+    assert not recwarn
+    clip_tokenizer(pad_token='!').save_pretrained(str(tmp_path))
+    with pytest.warns(UserWarning, match="marks '!' as special"):
+        reads(model, tmp_path)
+
+
+# ---- repositories of the hub
+
+
+@pytest.mark.parametrize(
+    'kind', ['one file', 'shards', 'torch', 'torch shards', 'a variant beside']
+)
+def test_repositories_of_every_kind(kind, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    repo = tmp_path / 'repo'
+    model = foreign(repo, max_shard_size='1MB' if 'shards' in kind else '1GB')
+    if kind in ('torch', 'a variant beside'):
+        torch.save(model.state_dict(), repo / 'pytorch_model.bin')
+        there = repo / 'model.safetensors'
+        there.rename(repo / 'model.fp16.safetensors') if 'variant' in kind else there.unlink()
+    if kind == 'torch shards':
+        index = repo / 'model.safetensors.index.json'
+        held = json.loads(index.read_text())['weight_map']
+        index.unlink()
+        names = {n: n.replace('model', 'pytorch_model', 1)[:-11] + 'bin' for n in held.values()}
+        for old, new in names.items():
+            torch.save(load_file(repo / old), repo / new)
+            (repo / old).unlink()
+        index = dict(weight_map={k: names[n] for k, n in held.items()})
+        (repo / 'pytorch_model.bin.index.json').write_text(json.dumps(index))
+    taken = []
+
+    def snapshot(name, allow_patterns):
+        folder = tmp_path / f'snapshot{len(taken)}'
+        folder.mkdir()
+        taken.append([f for f in repo.iterdir() if any(f.match(p) for p in allow_patterns)])
+        for f in taken[-1]:
+            shutil.copy(f, folder)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot)
+    files = [f.name for f in repo.iterdir()]
+    monkeypatch.setattr(huggingface_hub.HfApi, 'list_repo_files', lambda self, name: files)
+    pixels = torch.randn(2, 3, 24, 24)
+    for read, name in ((load, 'hf-hub:org/repo'), (from_transformers, 'org/repo')):
+        ours = read(name).model
+        same(
+            ours.encode_image(pixels),
+            model.get_image_features(pixel_values=pixels).pooler_output,
+        )
+    if kind in ('one file', 'shards'):
+        assert not any(f.suffix == '.bin' for fs in taken for f in fs) and len(taken) == 2
 
 
 # ---- sentences

@@ -8,6 +8,7 @@ import re
 import types
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from torch import nn
@@ -160,6 +161,47 @@ def test_macs_by_hand(name):
         else vit_macs(v['width'], v['layers'], v['patch_size'], embed)
     )
     assert mine['image'] == image
+
+
+def map_pooled(name, grad=True):
+    "A tower that hands a parameter to its pooling, as SigLIP and PE do"
+    return open_clip.CustomTextCLIP(
+        embed_dim=384 if 'small' in name else 192,
+        vision_cfg=dict(
+            image_size=224,
+            timm_model_name=name,
+            timm_model_pretrained=False,
+            timm_pool='map',
+            timm_proj='none',
+        ),
+        text_cfg=dict(context_length=16, vocab_size=64, width=32, heads=2, layers=1),
+    ).requires_grad_(grad)
+
+
+@pytest.mark.parametrize(
+    'name, w, patch, known',
+    [
+        ('vit_tiny_patch16_224', 192, 16, 1_268_385_792),
+        ('vit_small_patch32_224', 384, 32, None),
+    ],
+)
+def test_attention_pooling_by_hand(name, w, patch, known):
+    n = (224 // patch) ** 2
+    trunk = n * 3 * patch * patch * w + 12 * (12 * w * w * (n + 1) + 2 * (n + 1) ** 2 * w)
+    pool = 2 * w * w + 2 * n * w * w + 2 * n * w + 8 * w * w
+    assert known in (None, trunk + pool)
+    assert measure.macs(map_pooled(name))['image'] == trunk + pool
+    assert measure.macs(map_pooled(name, grad=False))['image'] == trunk + pool
+
+
+@pytest.mark.parametrize('extra', [dict(attentional_pool=True, attn_pooler_queries=5), {}])
+def test_open_clips_own_pooling(extra):
+    "Whether parameters learn changes no count, and they learn as before"
+    vision = dict(image_size=32, layers=1, width=32, patch_size=8, head_width=16) | extra
+    model = open_clip.CLIP(24, vision, dict(context_length=8, vocab_size=64, width=32, layers=1))
+    count = measure.macs(model)
+    assert all(p.requires_grad for p in model.parameters())
+    assert count == measure.macs(model.requires_grad_(False)) and count['image'] > 0
 
 
 def test_counting_leaves_a_model_as_it_was():

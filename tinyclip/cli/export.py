@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/cli/03_export.ipynb #417a5207
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -69,9 +70,10 @@ def check_export(
 @torch.no_grad()
 def cosines(loaded: Loaded, image, text):  # `(n, n)`
     "Cosines of images and texts"
-    with evaluating(loaded.model):
-        f = loaded.model.encode_image(image, normalize=True)
-        g = loaded.model.encode_text(text, normalize=True)
+    model: Any = loaded.model
+    with evaluating(model):
+        f = model.encode_image(image, normalize=True)
+        g = model.encode_text(text, normalize=True)
     return f.float() @ g.float().T
 
 
@@ -105,7 +107,7 @@ def _compared(loaded, f, args, source) -> Table:
         image, text = inputs(loaded.model, 4)
     want = cosines(loaded, image, text)
 
-    def row(form, size, difference, opened):
+    def row(form, size, difference, opened: Loaded):
         found = dict(form=form, MB=size / 1e6, difference=difference)
         if source:
             found |= evaluation(

@@ -51,6 +51,7 @@ from tinyclip.data.sources import (
 from tinyclip.data.transforms import (
     Chunk,
     check_inputs,
+    image_dtype,
     pictures,
     preserve_rng_state,
     tokenise,
@@ -370,7 +371,8 @@ def encode_views(
         )
 
     with evaluating(teacher), autocast(device, precision):
-        image = rows(teacher.encode_image, images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        pixels = images.flatten(0, 1).to(image_dtype(teacher))
+        image = rows(teacher.encode_image, pixels).unflatten(0, images.shape[:2])
         return image, rows(teacher.encode_text, tokens)
 
 

@@ -25,6 +25,7 @@ from tinyclip.data.transforms import (
     check_inputs,
     collate,
     drawn_caption,
+    image_dtype,
     pictures,
     try_out,
 )
@@ -195,11 +196,11 @@ def _look(entries, order):
 
 def _features(teacher, fields, size=64):
     "Unit rows of images and texts"
-    device = next(teacher.parameters()).device
+    device, dtype = next(teacher.parameters()).device, image_dtype(teacher)
     check_inputs(teacher, fields[0].shape[-2:], fields[1].shape[1])
     with evaluating(teacher):
         parts = [
-            (teacher.encode_image(i.to(device)), teacher.encode_text(t.to(device)))
+            (teacher.encode_image(i.to(device, dtype)), teacher.encode_text(t.to(device)))
             for i, t in zip(*(f.split(size) for f in fields))
         ]
     return [F.normalize(torch.cat(p).float(), dim=-1).cpu() for p in zip(*parts)]

@@ -16,6 +16,7 @@ import json
 import os
 import random
 import re
+import string
 import tarfile
 import tempfile
 import warnings
@@ -210,6 +211,24 @@ def read_classnames(
     return [n.strip() for n in Path(names).read_text(encoding='utf-8').splitlines() if n.strip()]
 
 # %% ../../nbs/data/02_sources.ipynb #6cf8ebea
+def template_fields(
+    template: str,  # As `str.format` reads it: `'{{'` is a brace
+) -> list:  # Of strings, `''` for `{}`
+    "Fields of a template: names, and how each is formatted"
+    try:
+        parts = list(string.Formatter().parse(template))
+    except (ValueError, TypeError) as e:
+        raise TinyclipError(
+            f'The template {template!r} cannot be filled in ({e}); write {{}} for the class name, '
+            'and a brace of the text itself twice.'
+        ) from None
+    return [
+        name + (f'!{how}' if how else '') + (f':{form}' if form else '')
+        for _, name, form, how in parts
+        if name is not None
+    ]
+
+
 def fill_template(
     templates,  # Strings with `{}`, or functions from a name to a caption, as in open_clip
     name: str,  # A class name
@@ -219,12 +238,15 @@ def fill_template(
         templates = [templates]
     if not templates:
         raise TinyclipError('At least one template is needed.')
-    if bad := [t for t in templates if not callable(t) and '{}' not in t]:
-        raise TinyclipError(
-            f"The template {bad[0]!r} has no {{}}, the place for the class name, as in "
-            "'a photo of a {}.'."
-        )
-    return [t(name) if callable(t) else t.replace('{}', name) for t in templates]
+    for t in templates:
+        fields = [''] if callable(t) else template_fields(t)
+        if fields != ['']:
+            found = f'other fields than one {{}}: {fields}' if fields else 'no {}'
+            raise TinyclipError(
+                f'The template {t!r} has {found}. It needs {{}} once, the place for the class '
+                "name, as in 'a photo of a {}.'; a brace of the text itself is written twice."
+            )
+    return [t(name) if callable(t) else t.format(name) for t in templates]
 
 # %% ../../nbs/data/02_sources.ipynb #85808e4d
 TEMPLATES = ('a photo of a {}.',)  # Used where no templates are given

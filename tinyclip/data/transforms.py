@@ -8,13 +8,15 @@ __all__ = ['transforms', 'Chunk']
 # %% ../../nbs/data/04_transforms.ipynb #09c9fa0f
 import contextlib
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import open_clip
 import torch
+from open_clip.hf_model import HFTextEncoder
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from torch import nn
 from torch.utils.data import default_collate
 from torchvision.transforms import Compose
 
@@ -75,7 +77,8 @@ def try_out(
         )
     try:
         with preserve_rng_state():
-            a, b = (preprocess(Image.new('RGB', size)) for size in ((64, 48), (48, 64)))
+            pair: list[Any] = [preprocess(Image.new('RGB', s)) for s in ((64, 48), (48, 64))]
+        a, b = pair
         right = a.shape == b.shape and a.ndim == 3 and a.shape[0] == 3 and a.is_floating_point()
         what = f'images of shape {tuple(a.shape)} and {tuple(b.shape)}, {a.dtype}'
     except Exception as e:
@@ -99,6 +102,16 @@ def try_out(
         )
 
 # %% ../../nbs/data/04_transforms.ipynb #5e38d79b
+def fits_context(
+    model,  # A CLIP
+    context: int,  # Tokens of a text
+) -> bool:
+    "Whether a model takes texts of so many tokens; a text tower of transformers takes fewer, too"
+    takes = getattr(model, 'context_length', None)
+    shorter = isinstance(getattr(model, 'text', None), HFTextEncoder)
+    return not takes or context == takes or shorter and context < takes
+
+
 def check_inputs(
     model,  # A CLIP
     image_size=None,  # (h, w) of the images that a transform makes
@@ -113,11 +126,21 @@ def check_inputs(
             'use the transform that was loaded with it.'
         )
     takes = getattr(model, 'context_length', None)
-    if context and takes and context != takes:
+    if context and not fits_context(model, context):
         raise TinyclipError(
             f'The tokenizer makes texts of {context} tokens, and this teacher takes {takes}: use '
             'the tokenizer that was loaded with it.'
         )
+
+# %% ../../nbs/data/04_transforms.ipynb #520fbfae
+def image_dtype(
+    model,  # A CLIP
+) -> torch.dtype:
+    "Type of the pixels that a model takes: that of its image tower's first weights"
+    tower = getattr(model, 'visual', None)
+    layers = tower.modules() if isinstance(tower, nn.Module) else ()
+    first = (m for m in layers if isinstance(m, (nn.Conv2d, nn.Linear)))
+    return next((m.weight.dtype for m in first), torch.float32)
 
 # %% ../../nbs/data/04_transforms.ipynb #c7a60f06
 def tokenise(

@@ -7,12 +7,13 @@ __all__ = ['Answers', 'kl_divergence', 'top_k_overlap', 'agreement']
 
 # %% ../../nbs/evaluate/05_agreement.ipynb #cde71c16
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core import TinyclipError, autocast, evaluating
+from ..data.transforms import fits_context, image_dtype
 from .redundancy import similarity
 from .zeroshot import check_finite, class_embeddings, rank_of
 from ..losses.mimicking import affinity, soft_cross_entropy
@@ -44,12 +45,14 @@ def _check_batch(model, batch):
         )
     size = getattr(getattr(model, 'visual', None), 'image_size', None)
     size = (size, size) if isinstance(size, int) else size and tuple(size)
-    context = getattr(model, 'context_length', None)
-    for what, found, needed in (
-        ('images', tuple(batch[0].shape[-2:]), size),
-        ('texts', batch[1].shape[1] if len(batch) == 3 else context, context),
+    pixels = tuple(batch[0].shape[-2:])
+    context = batch[1].shape[1] if len(batch) == 3 else None
+    takes = getattr(model, 'context_length', None)
+    for what, found, needed, fits in (
+        ('images', pixels, size, not size or pixels == size),
+        ('texts', context, takes, context is None or fits_context(model, context)),
     ):
-        if needed and found != needed:
+        if not fits:
             raise TinyclipError(
                 f'The {what} are {found} and this model takes {needed}: encode them for each '
                 'model with its own transform and tokenizer (model_answers), and compare those.'
@@ -57,7 +60,7 @@ def _check_batch(model, batch):
 
 
 def model_answers(
-    model: nn.Module,  # A CLIP
+    model: Any,  # A CLIP
     # Of `data.labelled`: (image, label); or of `data.captioned`: (image, text tokens,
     # image_of_text)
     batches,
@@ -67,7 +70,7 @@ def model_answers(
     precision: str = 'fp32',  # As in `core.autocast`
 ) -> Answers:
     "Features of a data set, to be compared with those of another model"
-    device = next(model.parameters()).device
+    device, dtype = next(model.parameters()).device, image_dtype(model)
     image, text, own = [], [], []
     pairs = None
     for batch in batches:
@@ -76,7 +79,7 @@ def model_answers(
         pairs = len(rest) == 2
         with evaluating(model), autocast(device, precision):
             image.append(
-                check_finite(model.encode_image(x.to(device), normalize=True).float()).cpu()
+                check_finite(model.encode_image(x.to(device, dtype), normalize=True).float()).cpu()
             )
             if pairs:
                 text.append(
@@ -191,7 +194,7 @@ def _on_classes(s, t, scales, k):
 def _on_pairs(s, t, scales, k):
     out = {}
     for way, (a, b) in dict(i2t=('image', 'text'), t2i=('text', 'image')).items():
-        sides = [getattr(m, side) for m in (s, t) for side in (a, b)]
+        sides = getattr(s, a), getattr(s, b), getattr(t, a), getattr(t, b)
         out |= {
             f'{way}_kl': kl_divergence(*sides, *scales),
             f'{way}_agree': top_k_overlap(*sides, 1),
@@ -208,7 +211,8 @@ def _on_pairs(s, t, scales, k):
 def agreement(
     student,  # A CLIP, or its `model_answers`
     teacher,  # A CLIP, or its `model_answers`; they may differ in width
-    batches=None,  # As in `model_answers`, gone through once per model; not needed for answers
+    # As in `model_answers`, gone through once per model; not needed for answers
+    batches: Any = None,
     tokenizer=None,  # As in `model_answers`, for both models
     classnames=None,  # As in `model_answers`
     templates='simple',  # As in `model_answers`

@@ -15,6 +15,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..core import TinyclipError, evaluating, unknown
+from ..data.sources import template_fields
 from .probe import linear_probe
 from .standard_sets import watched
 from .zeroshot import prompts, retrieval, zero_shot
@@ -90,10 +92,12 @@ def _templates_of(
     "Templates of CLIP_benchmark as our functions take them"
     if isinstance(templates, dict) or templates is None:
         return templates
-    bad = next((t for t in templates if '{c}' not in t), None)
+    bad = next((t for t in templates if {*template_fields(t)} != {'c'}), None)
     if bad is not None:
+        found = template_fields(bad)
         raise TinyclipError(
-            f"CLIP_benchmark's prompts have {{c}} where the class name goes; {bad!r} has none."
+            f"CLIP_benchmark's prompts have {{c}} where the class name goes, and no other field; "
+            f'{bad!r} has {found if "c" in found else "none"}.'
         )
     return [lambda name, t=t: t.format(c=name) for t in templates]
 
@@ -113,7 +117,7 @@ def _strings(targets) -> bool:
 class BenchmarkBatches:
     "Batches of a benchmark set, in the form that `zero_shot` and `retrieval` take, once per loop"
 
-    def __init__(self, bench, tokenizer=None, batch_size=128, workers=0):
+    def __init__(self, bench, tokenizer: Any = None, batch_size=128, workers=0):
         self.bench = bench
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -238,7 +242,8 @@ class Benchmark:
         self.task = task
         self.dataset = dataset
         self.shards = shards
-        self.classnames, self.templates = None, None
+        self.classnames: list | None = None
+        self.templates: Any = None
         if task != 'retrieval':
             self.classnames = list(dataset.classes)
             self.templates = _templates_of(dataset.templates)
@@ -346,7 +351,7 @@ def their_metrics(
             )
         own = bench.dataset.templates
         if templates is not None:
-            own = {c: prompts(c, templates) for c in bench.classnames}
+            own = {c: prompts(c, templates) for c in bench.classnames or ()}
         classifier = zc.zero_shot_classifier(
             model, tokenizer, bench.classnames, own, device, amp=False
         )
@@ -409,7 +414,7 @@ def benchmark(
             bench.templates if templates is None else templates,
             precision,
         )
-    found = dict(set=name, split=split, task=bench.task) | found
+    found: dict[str, Any] = dict(set=name, split=split, task=bench.task, **found)
     if theirs:
         ks = [k for k in (1, 5, 10) if k <= found.get('images', 10)]
         found['theirs'] = their_metrics(

@@ -14,15 +14,19 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core import Table, TinyclipError, autocast, evaluating, human
+from ..data.transforms import image_dtype
 from ..towers import parts
 from ..towers.architecture import config, create
 
@@ -60,6 +64,11 @@ def image_size(model) -> tuple:
     s = model.visual.image_size
     return (s, s) if isinstance(s, int) else tuple(s)
 
+
+def context_length(model) -> int:
+    "Tokens of the texts that a model takes; open_clip's default where it takes any number"
+    return model.context_length or 77
+
 # %% ../../nbs/evaluate/01_cost.ipynb #b4f954be
 def inputs(
     model: nn.Module,  # A CLIP
@@ -67,9 +76,9 @@ def inputs(
 ) -> tuple:  # `(n,3,h,w)` noise and `(n,context)` tokens, on the model's device
     "Images and texts of the sizes that a model takes, for measuring only"
     device = next(model.parameters()).device
-    return torch.randn(n, 3, *image_size(model), device=device), torch.ones(
-        n, model.context_length, dtype=torch.long, device=device
-    )
+    image = torch.randn(n, 3, *image_size(model), device=device)
+    text = torch.ones(n, context_length(model), dtype=torch.long, device=device)
+    return image.to(image_dtype(model)), text
 
 # %% ../../nbs/evaluate/01_cost.ipynb #0ece3078
 def flops(f, x) -> int:
@@ -86,13 +95,15 @@ def macs(
 ):  # `image` and `text`: multiply-accumulates for one image and one text of full context; `total`
     "Count the multiplications of matrix products, convolutions and attention"
     with evaluating(model):
-        m = copy.deepcopy(model).to('meta')
-    image, text = inputs(m)
+        m = copy.deepcopy(model).to('meta').requires_grad_(False)
+    # text towers of transformers ask what is in their mask, unless the tensors are fake
+    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         # its fused kernel would hide the products of attention
         torch.backends.mha.set_fastpath_enabled(False)
-        with evaluating(m), sdpa_kernel(SDPBackend.MATH):
+        with evaluating(m), sdpa_kernel(SDPBackend.MATH), fake:
+            image, text = inputs(m)
             counts = [flops(m.encode_image, image) // 2, flops(m.encode_text, text) // 2]
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -119,11 +130,11 @@ def one_thread():
 
 
 def steady(
-    values: list,  # Of the rounds
+    values: Sequence,  # Of the rounds
 ) -> tuple:  # The median, or None where it says nothing; the spread
     "Median and interquartile range, this as a share of the median"
     low, median, high = (
-        statistics.quantiles(values, n=4, method='inclusive') if len(values) > 1 else values * 3
+        statistics.quantiles(values, n=4, method='inclusive') if len(values) > 1 else [*values] * 3
     )
     spread = (high - low) / median
     return median if spread <= NOISY else None, spread
@@ -198,12 +209,12 @@ def pace(
 ) -> dict:  # `pairs/s`, `speed` and `spread`, for a table
     "Speed as a person reads it"
 
-    def said(v, form):
+    def shown(v, form):
         return 'too noisy' if v is None else form(float(v))
 
     return {
-        'pairs/s': said(row['pairs_per_s'], human),
-        'speed': said(row['speed'], '{:.2f}x'.format),
+        'pairs/s': shown(row['pairs_per_s'], human),
+        'speed': shown(row['speed'], '{:.2f}x'.format),
         'spread': f"{row['spread']:.0%}",
     }
 

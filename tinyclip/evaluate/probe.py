@@ -8,27 +8,28 @@ __all__ = ['Probe', 'accuracy', 'logistic', 'linear_probe']
 # %% ../../nbs/evaluate/03_probe.ipynb #b1a6486c
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core import Table, TinyclipError, autocast, evaluating
+from ..data.transforms import image_dtype
 from .zeroshot import check_finite, rank_of
 
 # %% ../../nbs/evaluate/03_probe.ipynb #b28186d5
 def image_features(
-    model: nn.Module,  # A CLIP
+    model: Any,  # A CLIP
     batches,  # Yields (image `(n,3,h,w)`, label `(n,)`), e.g. `data.labelled(...)`
     precision: str = 'fp32',  # As in `core.autocast`
     progress: bool = False,  # Show a bar
 ) -> tuple:  # `(n, d)` float32 features and `(n,)` labels, both on the CPU
     "Image features of labelled images, as `encode_image` returns them"
-    device, parts = next(model.parameters()).device, []
+    device, dtype, parts = next(model.parameters()).device, image_dtype(model), []
     for image, label in tqdm(batches, 'features', leave=False) if progress else batches:
         with evaluating(model), autocast(device, precision):
-            f = model.encode_image(image.to(device)).float()
+            f = model.encode_image(image.to(device, dtype)).float()
         parts.append((check_finite(f).cpu(), torch.as_tensor(label).cpu()))
     if not parts:
         raise TinyclipError('There are no images to take features of.')
@@ -188,7 +189,7 @@ def _fit(features, labels, C, start=None, max_iter=1000, tol=None, rows=8192):
     )
     search.step(objective)
     loss = objective().item()
-    gradient = theta.grad.abs().max().item()
+    gradient = 0.0 if theta.grad is None else theta.grad.abs().max().item()
     weight = theta[:, :-1] * scale @ turn.T
     facts = dict(
         C=C,
@@ -282,6 +283,7 @@ def search_penalty(
     features, labels = _check_training_data(features, labels, classes)
     fits = {}
     top1 = {}
+    best = 0.0
     step = 2.0
     todo = [-6, -4, -2, 0, 2, 4, 6]
     with tqdm(total=15, desc='C', leave=False, disable=not progress) as bar:
@@ -295,7 +297,7 @@ def search_penalty(
                 )
                 top1[e] = accuracy(fits[e], val_features, val_labels)['top1']
                 bar.update()
-            best, step = max(sorted(fits), key=top1.get), step / 2
+            best, step = max(sorted(fits), key=top1.__getitem__), step / 2
             todo = [best - step, best + step]
     return fits[best], Table(
         dict(

@@ -23,6 +23,7 @@ from tinyclip.core import (
     evaluating,
     unknown,
 )
+from ..data.transforms import image_dtype
 from .zeroshot import check_finite
 from ..inheritance import inherit
 from ..keep import choose
@@ -105,7 +106,7 @@ def _means(model, tower, blocks, batch_first, x, precision) -> list:
 
     with evaluating(model), hooked(blocks, collect), autocast(x.device, precision):
         if tower == 'image':
-            model.encode_image(x.to(blocks[0].get_weight_dtype()))
+            model.encode_image(x.to(image_dtype(model)))
         else:
             model.encode_text(x)
     return found

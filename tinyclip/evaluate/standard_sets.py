@@ -15,7 +15,7 @@ from functools import lru_cache
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -243,7 +243,10 @@ class ClassFolders(IndexedSource):
     def read(self, indices):
         return [self.one(*self.files[i]) for i in indices]
 
-    def one(self, name, label):
+    def one(self, name, label) -> Sample | Skip:
+        return self.sample(name, label)
+
+    def sample(self, name, label) -> Sample:
         return Sample(
             name,
             self.root.name,
@@ -332,7 +335,7 @@ class ObjectNet(ClassFolders):
         super().__init__(root / 'images', folders, names, 'ObjectNet', part, rest)
 
     def one(self, name, label):
-        s = super().one(name, label)
+        s = self.sample(name, label)
         try:
             image = decode(s.image)
         except Exception as e:
@@ -449,7 +452,7 @@ class StandardSet:
     name: str  # As in `SETS`
     source: Source  # Its samples
     task: str  # `'zero-shot'` or `'retrieval'`
-    templates: object  # Prompts for the class names, as in `evaluate.prompts`; None for retrieval
+    templates: Any  # Prompts for the class names, as in `evaluate.prompts`; None for retrieval
     images: int | None  # How many the published set has; None where the split is another
     classnames = property(lambda self: self.source.classnames)
 
@@ -466,7 +469,8 @@ def _is_shards(root):
 
 def _shards(name, root):
     "Shards of a set; labels count over the set's own classes, as in CLIP_benchmark's shards"
-    source = Shards(root, classnames=class_names(name))
+    names = class_names(name)
+    source = Shards(root, classnames=names)
     listed = next(
         (
             f
@@ -476,10 +480,10 @@ def _shards(name, root):
         None,
     )
     n = listed and sum(bool(l.strip()) for l in listed.read_text(encoding='utf-8').splitlines())
-    if listed and n != len(source.classnames):
+    if listed and n != len(names):
         raise TinyclipError(
             f'{str(listed)!r} names {n} classes, and {SETS[name].title} has '
-            f'{len(source.classnames)}: these are shards of another set.'
+            f'{len(names)}: these are shards of another set.'
         )
     return source
 

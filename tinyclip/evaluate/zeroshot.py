@@ -8,6 +8,7 @@ __all__ = ['TEMPLATES', 'prompts', 'class_embeddings', 'zero_shot', 'recall', 'c
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #3395bc38
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from ..core import TinyclipError, autocast, evaluating, unknown
 from ..data.sources import fill_template
+from ..data.transforms import image_dtype
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #592b7512
 TEMPLATES = dict(name=['{}'], simple=['a photo of a {}.'], openai=list(OPENAI_IMAGENET_TEMPLATES))
@@ -35,7 +37,7 @@ def prompts(
                 'one for each class.'
             )
         return list(templates[classname])
-    if isinstance(templates, str) and '{}' not in templates:
+    if isinstance(templates, str) and not {'{', '}'} & {*templates}:
         if templates not in TEMPLATES:
             raise unknown('set of templates', templates, TEMPLATES)
         templates = TEMPLATES[templates]
@@ -43,7 +45,7 @@ def prompts(
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #af2a1219
 def class_embeddings(
-    model: nn.Module,  # A CLIP
+    model: Any,  # A CLIP
     tokenizer,  # Its tokenizer
     classnames: Iterable,  # k names
     templates: str | Iterable = 'simple',  # As in `prompts`
@@ -90,7 +92,7 @@ def check_finite(features: Tensor) -> Tensor:
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #640c7600
 def zero_shot(
-    model: nn.Module,  # A CLIP
+    model: Any,  # A CLIP
     tokenizer,  # Its tokenizer
     batches,  # Yields (image `(n,3,h,w)`, label `(n,)`), e.g. `data.labelled(...)`
     # k names; equal ones differ by position. None for `batches.classnames`
@@ -107,7 +109,7 @@ def zero_shot(
         names = list(names)
     different = names if isinstance(names, str) else dict.fromkeys(names)
     z = class_embeddings(model, tokenizer, different, templates)
-    device = next(model.parameters()).device
+    device, dtype = next(model.parameters()).device, image_dtype(model)
     ranks, labels = [], []
     for image, label in batches:
         bad = label[(label < 0) | (label >= len(names))]
@@ -117,7 +119,7 @@ def zero_shot(
                 'they belong to these data.'
             )
         with evaluating(model), autocast(device, precision):
-            f = model.encode_image(image.to(device), normalize=True).float()
+            f = model.encode_image(image.to(device, dtype), normalize=True).float()
         ranks.append(_rank_among(check_finite(f) @ z.T, label.to(device), names).cpu())
         labels.append(label)
     if not ranks:
@@ -216,21 +218,22 @@ def chance(
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #c0a0401c
 def retrieval(
-    model: nn.Module,  # A CLIP
+    model: Any,  # A CLIP
     batches,  # Yields (image, text tokens, image_of_text), e.g. `data.captioned(...)`
     precision: str = 'fp32',  # As in `core.autocast`
 ) -> dict:  # As `recall`
     "Retrieval recall of a model on images with one or more captions each"
-    device, parts = next(model.parameters()).device, []
+    device, dtype, parts = next(model.parameters()).device, image_dtype(model), []
     for image, text, own in batches:
         with evaluating(model), autocast(device, precision):
             parts.append(
                 (
-                    model.encode_image(image.to(device), normalize=True).float(),
+                    model.encode_image(image.to(device, dtype), normalize=True).float(),
                     model.encode_text(text.to(device), normalize=True).float(),
                     own,
                 )
             )
     if not parts:
         raise TinyclipError('There are no images to retrieve.')
-    return recall(*(torch.cat(p) for p in zip(*parts)))
+    image, text, own = (torch.cat(p) for p in zip(*parts))
+    return recall(image, text, own)

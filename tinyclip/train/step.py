@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core import evaluating
+from ..data.transforms import image_dtype
 from ..losses.distributed import gather
 from ..losses.mimicking import Features, Objective
 
@@ -25,7 +26,7 @@ def features(
     text: torch.Tensor,  # (n,context)
 ) -> Features:  # Unit rows (n,d) and (n,d) in float32, inverse temperature
     "Unit features of a batch, and the inverse temperature"
-    out = model(image, text)
+    out = model(image.to(image_dtype(model)), text)
     image, text, scale = (
         [out[k] for k in ('image_features', 'text_features', 'logit_scale')]
         if isinstance(out, dict)

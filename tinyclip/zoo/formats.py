@@ -7,8 +7,12 @@ __all__ = ['FORMATS', 'Format', 'OpenClip', 'Transformers', 'Onnx', 'open_model'
 
 # %% ../../nbs/zoo/10_formats.ipynb #7573e1a3
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..core import TinyclipError, human, names_in, pick_device
+
+if TYPE_CHECKING:
+    from tinyclip.zoo.folders import Loaded
 
 # %% ../../nbs/zoo/10_formats.ipynb #4ea449ba
 class Format:
@@ -31,7 +35,8 @@ class Format:
         self,
         loaded,  # A `zoo.folders.Loaded`: model, transform and tokenizer
         folder,  # Made if absent; an older export of this format in it is replaced
-        **options,  # Of `options`
+        *args: Any,
+        **options: Any,  # Of `options`
     ) -> dict:  # JSON-able: what there is to report
         "Write a model"
         raise NotImplementedError
@@ -53,15 +58,15 @@ class Format:
         self,
         folder,  # As `write` left it
         form: str,  # Of `files`
-        device='cpu',  # Where the model shall be
-    ) -> tuple:  # `zoo.folders.Loaded`, in eval mode
+        device: Any = 'cpu',  # Where the model shall be
+    ) -> 'Loaded':  # In eval mode
         "Open an export as its reader would"
         raise NotImplementedError
 
     def find(
         self,
         name: str,  # As the user of `tinyclip eval` writes it
-    ) -> tuple | None:  # (folder, form), or None where it is no export of this format
+    ) -> tuple[Path, str] | None:  # (folder, form), or None where it is no export of this format
         "Find an export by name"
         folder = Path(name).expanduser()
         if self.marker is None or not (folder / self.marker).is_file():
@@ -187,24 +192,26 @@ class Onnx(Format):
 
 def _onnx_tokenizer(model, folder):
     "The tokenizer of an export: CLIP's, a shortened one, or one of Hugging Face"
-    from open_clip.tokenizer import HFTokenizer
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
     from tinyclip.zoo.folders import whole_tokenizer
     from tinyclip.zoo.vocabulary import ShortTokenizer, read_merges
 
     kind, context = model.config.get('tokenizer'), model.context_length
-    if kind is None:
-        return whole_tokenizer(context)
-    if kind != 'huggingface':
+    if kind not in (None, 'huggingface'):
         return ShortTokenizer(read_merges(folder / 'bpe.txt.gz'), context)
     own = model.config.get('tokenizer_cfg', {})
+    options = own.get('tokenizer_kwargs') or {}
+    if kind is None:
+        plain = whole_tokenizer(context)
+        return SimpleTokenizer(context_length=context, **options) if options else plain
     if 'trust_remote_code' in str(own):
         raise TinyclipError(
             f'{str(folder)!r} asks for a tokenizer that runs code of its own '
             '(trust_remote_code); it is not loaded.'
         )
-    options = dict(own.get('tokenizer_kwargs') or {}, tokenizer_mode=own.get('tokenizer_mode'))
-    return HFTokenizer(str(folder), context_length=context, **options)
+    mode = own.get('tokenizer_mode')
+    return HFTokenizer(str(folder), context_length=context, tokenizer_mode=mode, **options)
 
 # %% ../../nbs/zoo/10_formats.ipynb #63692755
 FORMATS = dict(open_clip=OpenClip(), transformers=Transformers(), onnx=Onnx())
@@ -213,7 +220,7 @@ FORMATS = dict(open_clip=OpenClip(), transformers=Transformers(), onnx=Onnx())
 def open_model(
     name,  # As in `zoo.load`; or an export that a format finds, e.g. `'FOLDER:int8'` of ONNX files
     device=None,  # As in `core.pick_device`
-) -> tuple:  # `zoo.folders.Loaded`, in eval mode
+) -> 'Loaded':  # In eval mode
     "Open a model by name, or an export by its folder"
     from tinyclip.zoo.loading import load
 

@@ -8,8 +8,10 @@ __all__ = ['COMMON', 'RULES', 'check', 'from_transformers']
 # %% ../../nbs/zoo/07_from_transformers.ipynb #2a7fe011
 import json
 import re
+import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -79,10 +81,10 @@ def check(
         t = d.get(tower)
         if not isinstance(t, dict):
             raise TinyclipError(f'{source} says nothing about the {tower} tower; this is no CLIP.')
-        odd = next((k for k, ok in rules.items() if k not in t or not ok(t[k])), None)
-        if odd:
+        bad = next((k for k, ok in rules.items() if k not in t or not ok(t[k])), None)
+        if bad:
             raise TinyclipError(
-                f'{source}: {odd} = {str(t.get(odd, "missing"))[:40]!r} of the {tower} tower '
+                f'{source}: {bad} = {str(t.get(bad, "missing"))[:40]!r} of the {tower} tower '
                 'is nothing that can be built here.'
             )
         if len(t['heads']) != len(t['ffn']):
@@ -106,7 +108,7 @@ def check(
 
 # %% ../../nbs/zoo/07_from_transformers.ipynb #1e96efe8
 # of transformers' CLIPConfig: a config.json may leave them out
-DEFAULTS = dict(
+DEFAULTS: dict[str, dict[str, Any]] = dict(
     vision=dict(
         hidden_size=768,
         intermediate_size=3072,
@@ -302,15 +304,15 @@ def unpack(
     take = partial(_take, state, source=source)
     new = {a: take(b, _dimensions(a, b)) for a, b in TOP.items()}
     new |= {a: new[a].T.contiguous() for a in TURNED}
-    for tower, (here, there) in BLOCKS.items():
+    for tower, (own, theirs) in BLOCKS.items():
         for i in range(len(d[tower]['heads'])):
-            p, q = f'{here}.{i}.', f'{there}.{i}.'
+            p, q = f'{own}.{i}.', f'{theirs}.{i}.'
             for k, dims in (('weight', 2), ('bias', 1)):
                 qkv = [take(f'{q}self_attn.{n}_proj.{k}', dims) for n in 'qkv']
                 if len({t.shape for t in qkv}) > 1:
                     raise TinyclipError(
                         f'The weights in {source} do not fit together: queries, keys and '
-                        f'values of {there}.{i} differ in shape.'
+                        f'values of {theirs}.{i} differ in shape.'
                     )
                 new[f'{p}attn.in_proj_{k}'] = torch.cat(qkv)
                 for a, b in (
@@ -332,6 +334,37 @@ def unpack(
     return new
 
 # %% ../../nbs/zoo/07_from_transformers.ipynb #93b51676
+# of transformers' image processors: a preprocessor_config.json may leave them out
+_SQUARE = dict(
+    size=dict(height=224, width=224),
+    default_to_square=False,
+    do_center_crop=False,
+    image_mean=[0.5] * 3,
+    image_std=[0.5] * 3,
+)
+PROCESSORS: dict[str, dict[str, Any]] = dict(
+    CLIP=dict(
+        size=dict(shortest_edge=224), default_to_square=False, do_center_crop=True, resample=3
+    ),
+    ViT=_SQUARE | dict(default_to_square=True, resample=2),
+    Siglip=_SQUARE | dict(resample=3),
+)
+
+
+def _processor_kind(cfg, path) -> str:
+    "Key of `PROCESSORS` for a configuration; CLIP's where it is silent, as in transformers"
+    names = (cfg.get(k) for k in ('image_processor_type', 'feature_extractor_type'))
+    name = next(filter(None, names), 'CLIPImageProcessor')
+    kind = re.fullmatch(r'(\w+?)(ImageProcessor(Fast|Pil)?|FeatureExtractor)', str(name))
+    if kind is None or kind[1] not in PROCESSORS:
+        known = ', '.join(f'{k}ImageProcessor' for k in PROCESSORS)
+        raise TinyclipError(
+            f'{str(path)!r}: image_processor_type = {str(name)[:60]!r} prepares images in a way of '
+            f'its own; {known} can be read. Describe the same steps by one of these.'
+        )
+    return kind[1]
+
+
 def _box(v):
     "Height and width, however a configuration gives them"
     if isinstance(v, dict):
@@ -352,7 +385,7 @@ def read_images(
     folder: Path,  # A folder of transformers
     size: list,  # Height and width that the model takes
 ) -> dict:  # A `preprocess_cfg`
-    "Preprocessing configuration of a folder; CLIP's own where it has none"
+    "Preprocessing configuration of a folder as its image processor means it; CLIP's without one"
     path = next(
         (
             p
@@ -366,15 +399,22 @@ def read_images(
         cfg.get('image_processor', cfg) if isinstance(cfg.get('image_processor', cfg), dict) else {}
     )
 
-    to = cfg.get('size', 224) if path else list(size)
-    crop = cfg.get('crop_size')
-    cuts = cfg.get('do_center_crop', True)
-    squash = isinstance(to, dict) and not to.get('shortest_edge')
+    kind = _processor_kind(cfg, path)
+    cfg = {k: v for k, v in cfg.items() if v is not None}
+    cfg: dict[str, Any] = PROCESSORS[kind] | (
+        cfg if path else dict(size=dict(shortest_edge=list(size)))
+    )
+    to, crop, cuts = cfg['size'], cfg.get('crop_size'), cfg['do_center_crop']
+    if isinstance(to, dict):
+        squash = not to.get('shortest_edge')
+    else:
+        squash = not isinstance(to, int) or cfg['default_to_square'] is True
     fine = dict(
-        size=_box(to) == list(size),
+        size=_box(to) == list(size) and not (isinstance(to, dict) and to.get('longest_edge')),
+        use_square_size=not cfg.get('use_square_size'),
         crop_size=crop is None or cuts is False or _box(crop) == list(size),
         do_center_crop=cuts is True or squash and cuts is False,
-        resample=cfg.get('resample', 3) in (2, 3),
+        resample=cfg['resample'] in (2, 3),
         rescale_factor=abs(f * 255 - 1) < 1e-6
         if isinstance(f := cfg.get('rescale_factor', 1 / 255), float)
         else False,
@@ -395,7 +435,7 @@ def read_images(
             'it there if the model allows.'
         )
     pre = dict(
-        interpolation='bilinear' if cfg.get('resample') == 2 else 'bicubic',
+        interpolation='bilinear' if cfg['resample'] == 2 else 'bicubic',
         resize_mode='squash' if squash else 'shortest',
     )
     return pre | {k: cfg[f'image_{k}'] for k in ('mean', 'std') if f'image_{k}' in cfg}
@@ -409,6 +449,45 @@ def _merge(m) -> list:  # Empty where it is none
     return m if good else []
 
 
+def _contents(tokens) -> list:
+    "Strings of tokens, each of which may be a string or an object"
+    tokens = [*tokens.values()] if isinstance(tokens, dict) else tokens
+    tokens = tokens if isinstance(tokens, list) else []
+    return [str(t.get('content')) if isinstance(t, dict) else str(t) for t in tokens]
+
+
+def check_added_tokens(
+    folder: Path,  # A folder of transformers
+    vocab: dict,  # token -> number
+):
+    "Refuse tokens that were added to those of a BPE, which would be spelled out here"
+    names = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
+    held = [read_json(folder / n) if (folder / n).is_file() else {} for n in names]
+    added = folder / 'added_tokens.json'
+    found = [*read_json(added)] if added.is_file() else []
+    lists = ('added_tokens', 'added_tokens_decoder', 'additional_special_tokens')
+    for cfg in held:
+        for key in (*lists, 'extra_special_tokens'):
+            found += _contents(cfg.get(key))
+    pads = {t for cfg in held for t in _contents([cfg.get('pad_token')])}
+    # padding stands behind the end of a text, and is never in one
+    marks = {'<|startoftext|>', '<|endoftext|>', *(pads - vocab.keys())}
+    more = [t for t in dict.fromkeys(found) if t not in marks]
+    if foreign := [t for t in more if t not in vocab]:
+        raise TinyclipError(
+            f'The tokenizer of {str(folder)!r} has tokens that are not of its BPE: '
+            f'{", ".join(map(repr, foreign[:5]))}{", ..." if len(foreign) > 5 else ""}. open_clip '
+            'would spell them out. Use the model in transformers, or take them out of the '
+            'tokenizer files if no text has them.'
+        )
+    if more:
+        warnings.warn(
+            f'The tokenizer of {str(folder)!r} marks {", ".join(map(repr, more[:5]))} as special; '
+            "here they are read as a part of the text, as CLIP's BPE was trained.",
+            stacklevel=2,
+        )
+
+
 def read_merges_of(
     folder: Path,  # A folder of transformers
     vocab_size: int,  # Rows of the model's token table
@@ -416,17 +495,17 @@ def read_merges_of(
     "Merges of a folder's tokenizer"
     if (path := folder / 'tokenizer.json').is_file():
         held = read_json(path).get('model')
-        vocab, merges = (
-            (held.get('vocab'), held.get('merges')) if isinstance(held, dict) else (None, None)
-        )
-        if not isinstance(merges, list):
+        held = held if isinstance(held, dict) else {}
+        vocab, merges = held.get('vocab'), held.get('merges')
+        if not isinstance(merges, list) or not isinstance(vocab, dict):
             raise TinyclipError(f'{str(path)!r} holds no byte pair encoding like that of CLIP.')
         merges = check_merges(map(_merge, merges))
     elif (path := folder / 'merges.txt').is_file() and (folder / 'vocab.json').is_file():
         vocab = read_json(folder / 'vocab.json')
         merges = read_merges(path)
     elif vocab_size >= BPE:
-        return None
+        merges = tuple(open_clip.SimpleTokenizer().bpe_ranks)
+        vocab = vocab_and_merges(merges)[0]
     else:
         raise TinyclipError(
             f'{str(folder)!r} has no tokenizer.json, and its {vocab_size} tokens are not the '
@@ -441,6 +520,7 @@ def read_merges_of(
             f'{str(path)!r} is not the tokenizer of CLIP nor a shortened one of {vocab_size} '
             'tokens, so its texts cannot be tokenised here.'
         )
+    check_added_tokens(folder, vocab)
     return None if own else merges
 
 # %% ../../nbs/zoo/07_from_transformers.ipynb #6cb48e37
@@ -485,13 +565,14 @@ def download_clip(
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(
-            snapshot_download(name, allow_patterns=['*.json', '*.txt', 'model*.safetensors'])
-        )
-        if not any(folder.glob('model*.safetensors')):
-            folder = Path(
-                snapshot_download(name, allow_patterns=['*.json', '*.txt', 'pytorch_model*.bin'])
-            )
+        for whole, shards in (
+            ('model.safetensors', 'model-*.safetensors'),
+            ('pytorch_model.bin', 'pytorch_model-*.bin'),
+        ):
+            patterns = ['*.json', '*.txt', whole, shards]
+            folder = Path(snapshot_download(name, allow_patterns=patterns))
+            if (folder / whole).is_file() or any(folder.glob(shards)):
+                break
     except Exception as e:  # the hub client has many kinds, all of them mean that nothing came
         raise TinyclipError(
             f'{name!r} could not be downloaded ({type(e).__name__}: '
@@ -523,16 +604,17 @@ def from_transformers(
     state = plain_names(weights_of(folder), source)
     if form == 'clip':
         state = unpack(state, d, source)
-    elif odd := next(
+    elif other := next(
         (k for k in state if not k.startswith(('visual.', 'text.')) and k != 'logit_scale'), None
     ):
         raise TinyclipError(
-            f'The weights in {source} do not fit its configuration: {odd} is not expected.'
+            f'The weights in {source} do not fit its configuration: {other} is not expected.'
         )
     else:
         state = {k.removeprefix('text.'): v for k, v in state.items()}
     loaded = finish(assemble(cfg, state, source), cfg, pre)
     if merges is None:
         return loaded
-    loaded.model.merges = merges
-    return loaded._replace(tokenizer=ShortTokenizer(merges, loaded.model.context_length))
+    model: Any = loaded.model
+    model.merges = merges
+    return loaded._replace(tokenizer=ShortTokenizer(merges, model.context_length))

@@ -171,22 +171,15 @@ def load_hub(
     repo = name.removeprefix('hf-hub:')
     try:
         ours = CONFIG in HfApi().list_repo_files(repo)
-        folder = snapshot_download(
-            repo,
-            allow_patterns=[
-                '*.json',
-                '*.txt',
-                '*.model',
-                *(['open_clip_*'] if ours else ['model.safetensors']),
-            ],
-        )
+        patterns = ['*.json', '*.txt', '*.model', 'open_clip_*']
+        folder = snapshot_download(repo, allow_patterns=patterns) if ours else None
     except Exception as e:  # the hub client has many kinds, all of them mean that nothing came
         raise TinyclipError(
             f'{name!r} could not be downloaded ({type(e).__name__}: '
             f'{str(e).splitlines()[0][:150]}). Check the name and the network, or give a '
             'model folder.'
         ) from e
-    return load_folder(folder) if ours else from_transformers(folder)
+    return load_folder(folder) if ours else from_transformers(name)
 
 # %% ../../nbs/zoo/09_loading.ipynb #1b4ef283
 def is_path(text: str) -> bool:

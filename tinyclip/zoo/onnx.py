@@ -15,15 +15,16 @@ import tempfile
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..core import Table, TinyclipError, evaluating, read_json, unknown, write_json
-from ..evaluate.cost import image_size
+from ..evaluate.cost import context_length, image_size
 from ..evaluate.zeroshot import check_finite, retrieval, zero_shot
-from .folders import preprocess_cfg, replacing
+from .folders import preprocess_cfg, replacing, tokenizer_cfg
 from .vocabulary import ShortTokenizer, tokenizer_of
 
 # %% ../../nbs/zoo/08_onnx.ipynb #a4732179
@@ -76,7 +77,8 @@ def float_copy(
     with evaluating(model):
         model.train()  # empties TinyViT's cache of position biases, which may be of another type
         new = copy.deepcopy(model)
-    for o in new.modules():
+    modules: list[Any] = list(new.modules())
+    for o in modules:
         if hasattr(o, 'grad_checkpointing'):
             o.grad_checkpointing = False
     return new.float().cpu().eval()
@@ -88,19 +90,20 @@ def sample_inputs(
 ) -> tuple:  # `(n,3,h,w)` noise; `(n,context)` tokens
     """Random images and tokens to compare with, where the user gives none
 
-    The texts have random lengths, end as the model expects, and are filled up with zeros.
+    The texts have random lengths, end as the model expects, and are padded as it expects, too.
     """
     g = torch.Generator().manual_seed(0)
-    text = getattr(model, 'text', model)
+    text: Any = getattr(model, 'text', model)
     pool, eos = (
         getattr(text, a, getattr(text, f'text_{a}', None)) for a in ('pool_type', 'eos_id')
     )
-    ids = torch.randint(1, text.vocab_size - 1, (n, model.context_length), generator=g)
-    end = torch.randint(1, model.context_length, (n, 1), generator=g)
-    at = torch.arange(model.context_length)
-    ids = ids.masked_fill(at > end, 0).masked_fill(
-        at == end, eos if pool == 'eos' else text.vocab_size - 1
-    )
+    context = context_length(model)
+    pad = getattr(getattr(text, 'config', None), 'pad_token_id', None) or 0
+    ids = torch.randint(1, text.vocab_size - 1, (n, context), generator=g)
+    end = torch.randint(1, context, (n, 1), generator=g)
+    at = torch.arange(context)
+    last: int = eos if pool == 'eos' and eos is not None else text.vocab_size - 1
+    ids = ids.masked_fill(at > end, pad).masked_fill(at == end, last)
     return torch.randn(n, 3, *image_size(model), generator=g), ids
 
 # %% ../../nbs/zoo/08_onnx.ipynb #9986d071
@@ -142,7 +145,7 @@ def export_tower(
     path, (inp, out) = Path(path), IO[kind]
     try:
         with quiet(), torch.no_grad():
-            proto = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 Tower(model, kind).eval(),
                 (torch.cat([x[:1]] * 2),),
                 dynamo=True,
@@ -151,7 +154,8 @@ def export_tower(
                 output_names=[out],
                 dynamic_shapes=({0: torch.export.Dim('batch')},),
                 opset_version=opset,
-            ).model_proto
+            )
+            proto = program.model_proto
     except Exception as e:  # the exporter has many kinds, and the reason stands in the cause
         why = (str(e.__cause__ or e).splitlines() or [''])[0]
         raise TinyclipError(
@@ -196,9 +200,9 @@ def session(
     "Open a file with onnxruntime, on as many threads as torch would use"
     (ort,) = need('onnxruntime')
     providers = ['CPUExecutionProvider'] if providers is None else list(providers)
-    odd = next((p for p in providers if p not in ort.get_available_providers()), None)
-    if odd:
-        raise unknown('provider of onnxruntime here', odd, ort.get_available_providers())
+    bad = next((p for p in providers if p not in ort.get_available_providers()), None)
+    if bad:
+        raise unknown('provider of onnxruntime here', bad, ort.get_available_providers())
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
@@ -354,19 +358,19 @@ def onnx_config(model, opset) -> dict:
     image, text = (dict(input=i, output=o) for i, o in IO.values())
     image |= preprocess_cfg(model) | dict(size=list(image_size(model)))
     text |= dict(
-        context_length=model.context_length, vocab_size=getattr(model, 'text', model).vocab_size
+        context_length=context_length(model), vocab_size=getattr(model, 'text', model).vocab_size
     )
 
-    def number(p):
-        return None if p is None else p.detach().float().reshape(-1)[0].item()
+    def number(p) -> float:
+        return p.detach().float().reshape(-1)[0].item()
 
-    bias = number(getattr(model, 'logit_bias', None))
+    bias = getattr(model, 'logit_bias', None)
     return dict(
         format=1,
         opset=opset,
         unit_rows=True,
         logit_scale=float(np.exp(number(model.logit_scale))),
-        logit_bias=bias,
+        logit_bias=None if bias is None else number(bias),
         image=image,
         text=text,
     )
@@ -376,16 +380,16 @@ def check_input(config, kind, x):
     "Refuse what a tower cannot read"
     c = config[kind]
     shape = (3, *c['size']) if kind == 'image' else (c['context_length'],)
-    said = (
+    needs = (
         f'{kind}s must be {"floats" if kind == "image" else "integers"} of shape (n, '
         f'{", ".join(map(str, shape))})'
     )
     if not hasattr(x, 'shape') or tuple(x.shape[1:]) != shape or not len(x):
         raise TinyclipError(
-            f'{said}, not {tuple(x.shape) if hasattr(x, "shape") else type(x).__name__}.'
+            f'{needs}, not {tuple(x.shape) if hasattr(x, "shape") else type(x).__name__}.'
         )
     if (kind == 'image') != ('float' in str(x.dtype)) or 'bool' in str(x.dtype):
-        raise TinyclipError(f'{said}, not {x.dtype}.')
+        raise TinyclipError(f'{needs}, not {x.dtype}.')
     if kind == 'text' and not 0 <= int(x.min()) <= int(x.max()) < c['vocab_size']:
         raise TinyclipError(
             f"Tokens must be numbers from 0 to {c['vocab_size'] - 1}, not {int(x.min())} to "
@@ -401,20 +405,17 @@ def parity(path, x, want) -> dict:
     return dict(file=path.name, **apart(got, np.concatenate([want[:1], want])), MB=size / 1e6)
 
 
-def save_tokenizer(model, tokenizer, folder) -> str | None:
-    "Write a tokenizer that is not CLIP's own; what it is"
+def save_tokenizer(model, tokenizer, folder) -> tuple:
+    "Write a tokenizer that is not CLIP's own; what it is, and its configuration"
     if getattr(model, 'merges', None) is not None or isinstance(tokenizer, ShortTokenizer):
-        tokenizer_of(model, tokenizer).save(folder / 'bpe.txt.gz')
-        return 'bpe.txt.gz'
-    if not getattr(model, 'tokenizer_cfg', None):
-        return None
-    if tokenizer is None:
-        raise TinyclipError(
-            'This model uses a Hugging Face tokenizer; pass it as to_onnx(..., '
-            'tokenizer=tokenizer), so that the folder is complete.'
-        )
+        merges = tokenizer_of(model, tokenizer).bpe_ranks
+        ShortTokenizer(merges).save(folder / 'bpe.txt.gz')
+        return 'bpe.txt.gz', {}
+    own = tokenizer_cfg(model, tokenizer)
+    if 'hf_tokenizer_name' not in own:
+        return None, own
     tokenizer.save_pretrained(str(folder))
-    return 'huggingface'
+    return 'huggingface', own
 
 # %% ../../nbs/zoo/08_onnx.ipynb #e6e14777
 TOLERANCE = 1e-4  # Largest relative difference between torch and a float32 file
@@ -473,8 +474,7 @@ def to_onnx(
                     config['text']['vocab_size'] if kind == 'text' else 0,
                 )
                 rows.append(parity(small, x, want) | dict(weights=weight_bits(small)))
-        config['tokenizer'] = save_tokenizer(model, tokenizer, tmp)
-        config['tokenizer_cfg'] = getattr(model, 'tokenizer_cfg', {})
+        config['tokenizer'], config['tokenizer_cfg'] = save_tokenizer(model, tokenizer, tmp)
         config['files'] = {p.name: p.stat().st_size for p in sorted(tmp.glob('*.onnx*'))}
         config['parity'] = {
             r['file']: {k: r[k] for k in ('difference', 'cosine', 'weights')} for r in rows
@@ -494,7 +494,7 @@ def read_onnx_config(
             'again with tinyclip.zoo.onnx.to_onnx.'
         )
     c = read_json(path, 'export again')
-    kinds = dict(image=dict, text=dict, logit_scale=float, files=dict)
+    kinds: dict[str, type] = dict(image=dict, text=dict, logit_scale=float, files=dict)
     lacking = next(
         (k for k, kind in kinds.items() if not isinstance(c.get(k), kind)),
         None,
@@ -516,7 +516,7 @@ def read_onnx_config(
             f'{str(path)!r} says nothing about {lacking!r}; it was not written by tinyclip, '
             'export again.'
         )
-    odd = next(
+    bad = next(
         (
             n
             for n, size in c['files'].items()
@@ -526,9 +526,9 @@ def read_onnx_config(
         ),
         None,
     )
-    if odd:
+    if bad:
         raise TinyclipError(
-            f'{str(folder / odd)!r} is missing or has another size than {ONNX_CONFIG} says; '
+            f'{str(folder / bad)!r} is missing or has another size than {ONNX_CONFIG} says; '
             'export again.'
         )
     return c
@@ -618,13 +618,13 @@ def onnx_report(
         plain = all(p.dtype == torch.float32 for p in model.parameters())
         rows.append(dict(model='torch', **ask(model if plain else float_copy(model))))
     for name, q in (('onnx', ''), ('onnx int8', '.int8')):
-        mine = [f'{k}{q}.onnx' for k in IO]
-        if mine[0] in sizes:
+        names = [f'{k}{q}.onnx' for k in IO]
+        if names[0] in sizes:
             rows.append(
                 dict(
                     model=name,
                     **ask(OnnxCLIP(folder, int8=bool(q))),
-                    MB=sum(sizes.get(n, 0) + sizes.get(f'{n}.data', 0) for n in mine) / 1e6,
+                    MB=sum(sizes.get(n, 0) + sizes.get(f'{n}.data', 0) for n in names) / 1e6,
                 )
             )
     return rows

@@ -114,7 +114,7 @@ def fit(
         (d for d in range(tower['head_dim'], width + 1) if width % d == 0 and width // d >= heads),
         None,
     )
-    return size and (width // size, size, max(1, *tower['ffn']))
+    return None if size is None else (width // size, size, max(1, *tower['ffn']))
 
 
 def obstacle(
@@ -132,15 +132,24 @@ def obstacle(
         return 'the text projection has a bias'
     if t['eos_id'] == 2:
         return 'texts end with token 2, to which CLIPModel gives another meaning'
-    odd = [k for k in ('vision', 'text') if fit(d[k]) is None]
+    bad = next((k for k in ('vision', 'text') if fit(d[k]) is None), None)
+    return '' if bad is None else _misfit(d[bad], bad)
+
+
+def _misfit(tower, kind) -> str:
+    "Sentence on a tower that no even layers hold"
     return (
-        (
-            f'{max(d[odd[0]]["heads"])} heads of {d[odd[0]]["head_dim"]} do not fit into the '
-            f'width {d[odd[0]]["width"]} of its {odd[0]} tower'
-        )
-        if odd
-        else ''
+        f'{max(tower["heads"])} heads of {tower["head_dim"]} do not fit into the '
+        f'width {tower["width"]} of its {kind} tower'
     )
+
+
+def _fitted(tower, kind) -> tuple:
+    "`fit` of a tower, refused where nothing fits"
+    even = fit(tower)
+    if even is None:
+        raise TinyclipError(f'This model cannot be a CLIPModel: {_misfit(tower, kind)}.')
+    return even
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #67b3290c
 TOP = {
@@ -229,12 +238,13 @@ def pack(
     new['logit_scale'] = new['logit_scale'].reshape(())
     for tower, (here, there) in BLOCKS.items():
         t = d[tower]
+        even = _fitted(t, tower)
         for i in range(len(t['heads'])):
             p = f'{here}.{i}.'
             block = {k[len(p) :]: v for k, v in state.items() if k.startswith(p)}
             new |= {
                 f'{there}.{i}.{k}': v
-                for k, v in pack_block(block, t['width'], t['head_dim'], fit(t)).items()
+                for k, v in pack_block(block, t['width'], t['head_dim'], even).items()
             }
     return new
 
@@ -297,7 +307,7 @@ def processor(
     vocab, merges = vocab_and_merges(tokenizer_of(model).bpe_ranks)
     tokenizer = tf.CLIPTokenizer(
         vocab=vocab,
-        merges=[tuple(m.split()) for m in merges],
+        merges=[tuple(m.split()) for m in merges],  # pyright: ignore[reportArgumentType] # as read
         model_max_length=model.context_length,
     )
     return tf.CLIPProcessor(
@@ -337,8 +347,9 @@ def flat_state(model, dtype=None) -> dict:
 def clip_config(d, logit_scale, dtype):
     "A `CLIPConfig`"
 
-    def tower(t, **more):
-        heads, _, ffn = fit(t)
+    def tower(kind, **more):
+        t = d[kind]
+        heads, _, ffn = _fitted(t, kind)
         return dict(
             hidden_size=t['width'],
             intermediate_size=ffn,
@@ -353,14 +364,14 @@ def clip_config(d, logit_scale, dtype):
     v, t = d['vision'], d['text']
     end = min(t['vocab_size'], BPE) - 1
     text = tower(
-        t,
+        'text',
         vocab_size=t['vocab_size'],
         max_position_embeddings=t['context_length'],
         bos_token_id=end - 1,
         eos_token_id=end if t['eos_id'] is None else t['eos_id'],
         pad_token_id=end,
     )
-    vision = tower(v, image_size=v['image_size'][0], patch_size=v['patch_size'][0])
+    vision = tower('vision', image_size=v['image_size'][0], patch_size=v['patch_size'][0])
     return transformers_or_why().CLIPConfig(
         vision_config=vision,
         text_config=text,

@@ -13,6 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -96,10 +97,10 @@ def check_merges(
             raise TinyclipError(
                 f'Merge {n} has {len(pair)} pieces where there must be two; this is not a BPE file.'
             )
-        odd = next((p for p in pair if p not in known), None)
-        if odd is not None:
+        bad = next((p for p in pair if p not in known), None)
+        if bad is not None:
             raise TinyclipError(
-                f'Merge {n} joins {odd[:40]!r}, which is no byte and which no merge before '
+                f'Merge {n} joins {bad[:40]!r}, which is no byte and which no merge before '
                 'it makes; keep merges in the order of their rank.'
             )
         if ''.join(pair) in known:
@@ -125,7 +126,8 @@ class ShortTokenizer(SimpleTokenizer):
     ):
         self.merges = check_merges(merges)
         super().__init__(
-            io.BytesIO(gzip.compress(bpe_text(self.merges))), context_length=context_length
+            io.BytesIO(gzip.compress(bpe_text(self.merges))),  # pyright: ignore[reportArgumentType] # gzip opens it
+            context_length=context_length,
         )
 
     def __repr__(self):
@@ -243,14 +245,14 @@ def select_rows(
             'texts. Start from the model with the longer one.'
         )
     rows = [ids[t] for t in short.encoder]
-    new = copy.deepcopy(model).requires_grad_(True).eval()
+    new: Any = copy.deepcopy(model).requires_grad_(True).eval()
     select_tokens(new, rows)
     new.merges = short.merges
     return new
 
 # %% ../../nbs/zoo/03_vocabulary.ipynb #a1eb3392
 def shorten(
-    model: nn.Module,  # A CLIP with CLIP's own tokenizer, or a student of one; left alone
+    model: Any,  # A CLIP with CLIP's own tokenizer, or a student of one; left alone
     texts: Iterable,  # All that it shall read as before, as in `merges_used`
     tokenizer=None,  # Its tokenizer, as in `tokenizer_of`
     least: int = 1,  # As in `merges_used`
@@ -291,7 +293,7 @@ def table_sizes(
 
     def row(name, model):
         p = parameters(model)
-        rows = token_table(model).num_embeddings
+        rows = getattr(token_table(model), 'num_embeddings', None)
         size = sum(t.numel() * t.element_size() for t in model.parameters())
         return {
             'model': name,
