@@ -73,7 +73,7 @@ def inherit(
     "Cut a student out of its teacher (TinyCLIP, section 3.2)"
     l = layout(teacher)
     if not isinstance(keep, Keep):
-        keep = keep_for_config(l, keep)
+        keep = keep_for_config(teacher, keep)
     _check_keep(keep, l)
     student = build(with_sizes(static_cfg(teacher), student_sizes(keep), l.families))
     _check_sizes(student, keep)

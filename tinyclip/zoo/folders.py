@@ -23,7 +23,7 @@ from torch import nn
 from ..core import TinyclipError, read_json, write_json
 from ..data.transforms import transforms
 from ..keep import Keep
-from ..towers.architecture import architecture
+from ..towers.architecture import TOKENIZER_KEYS, architecture, build
 from .vocabulary import ShortTokenizer, tokenizer_of
 from .weights import assemble, read_weights
 
@@ -134,9 +134,6 @@ def save(
     return Path(folder)
 
 # %% ../../nbs/zoo/04_folders.ipynb #d299ae23
-TOKENIZER_KEYS = ('hf_tokenizer_name', 'tokenizer_mode', 'tokenizer_kwargs')
-
-
 def clip_tokenizer(model):
     "CLIP's tokenizer for a model: the whole one, or its own shortened one"
     return (
