@@ -4,16 +4,33 @@ provenance, configurations, inputs of student and teacher, and the student's way
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 
+import open_clip
 import pytest
+import tokenizers
+import torch
+from transformers import PreTrainedTokenizerFast
 
 import tinyclip
+from tinyclip.cli.main import main
+from tinyclip.cli.train import from_config
+from tinyclip.comparison import Comparison, by_rule
 from tinyclip.core import TinyclipError, environment
+from tinyclip.data import open_pairs
+from tinyclip.data.cache import write_cache, write_shards
+from tinyclip.data.shapes import Shapes
+from tinyclip.data.transforms import transforms
+from tinyclip.distill import Distiller
 from tinyclip.inheritance import inherit
 from tinyclip.keep import choose
+from tinyclip.stages import Stage, Stages
 from tinyclip.towers.architecture import architecture, build
+from tinyclip.zoo import load
+from tinyclip.zoo.folders import finish
+from tinyclip.zoo.vocabulary import shorten
 
 TINY = dict(
     embed_dim=16,
@@ -172,3 +189,218 @@ def test_the_configuration_of_an_uneven_student():
     assert architecture(inherit(teacher, json.loads(json.dumps(architecture(first))))) == (
         architecture(first)
     )
+
+
+# what student, teacher and pairs expect of a batch
+
+
+def stated(model, **pre):
+    "The model, with constants of its own and CLIP's tokenizer"
+    return finish(model, architecture(model), pre).model
+
+
+def pairs_for(model, tokenizer=None):
+    tokenizer = tokenizer or open_clip.SimpleTokenizer(context_length=model.context_length)
+    return open_pairs(Shapes('train', n=16), transforms(model)[0], tokenizer, batch_size=8)
+
+
+SIGLIP = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    'pre,says',
+    [
+        (SIGLIP, r'mean of the pixels is \(0.4815, .* for the student and \(0.5, 0.5, 0.5\)'),
+        (dict(mean=[0, 0, 0], std=[1, 1, 1]), r'mean of the pixels .* \(0.0, 0.0, 0.0\)'),
+        (dict(std=(0.229, 0.224, 0.225)), r'deviation of the pixels .*0.229, 0.224, 0.225'),
+        (dict(interpolation='bilinear'), 'interpolation is bicubic for the student and bilinear'),
+    ],
+    ids=['siglip', 'mobileclip', 'imagenet', 'bilinear'],
+)
+def test_a_teacher_that_wants_other_pixels(tmp_path, pre, says):
+    student, teacher = stated(build(TINY)), stated(build(TINY), **pre)
+    with pytest.raises(TinyclipError, match=says):
+        Distiller(student, teacher, ())
+    if 'interpolation' not in pre:  # every crop for training is bicubic
+        with pytest.raises(TinyclipError, match='in the pairs'):
+            Distiller(build(TINY), teacher, pairs_for(student))
+        with pytest.raises(TinyclipError, match='from this transform'):
+            shards = write_shards(Shapes('train', n=4), tmp_path / 'data')
+            assert shards['samples'] == 4
+            source = str(tmp_path / 'data' / '00000.tar')
+            tokenizer = open_clip.SimpleTokenizer(context_length=12)
+            write_cache(source, teacher, transforms(student)[0], tokenizer, tmp_path / 'cache')
+    assert not (tmp_path / 'cache').exists()
+
+
+def test_a_teacher_that_wants_the_same_pixels_in_other_words():
+    student = stated(build(TINY), mean=[0.48145466, 0.4578275, 0.40821073])
+    teacher = stated(build(TINY), resize_mode='squash')  # of no crop for training
+    Distiller(student, teacher, pairs_for(student))
+    Distiller(build(TINY), teacher, pairs_for(student))  # a student that states nothing
+    Distiller(student, build(TINY), ())
+
+
+def test_a_teacher_with_another_tokenizer():
+    "Two BPEs of one size, and the same model read by either"
+    one, own = shorten(stated(build(TINY)), ['bird'])
+    for word, says in (('fish', 'first merge .* for the student'), ('dogs', "text 'Two dogs, ")):
+        other, _ = shorten(stated(build(TINY)), [word])
+        assert one.vocab_size == other.vocab_size
+        with pytest.raises(TinyclipError, match=says):
+            Distiller(one, other, ())
+    Distiller(one, inherit(one, choose(one, {'text.layers': 1})), pairs_for(one, own))
+    with pytest.raises(TinyclipError, match='in the pairs .* for the student. Open the pairs'):
+        Distiller(one, None, pairs_for(one), objective='contrastive')
+
+
+def test_stages_and_comparisons_refuse_before_their_first_step(tmp_path):
+    teacher = stated(build(TINY), **SIGLIP)
+    wrong = pairs_for(build(TINY))
+    with pytest.raises(TinyclipError, match='in the pairs .* for the student'):
+        Stages(teacher, wrong, [Stage(0.5, 1, 1)], tmp_path / 'stages')
+    job = Comparison(dict(rule=by_rule(0.5, 1)), teacher, lambda: wrong, tmp_path / 'c')
+    with pytest.raises(TinyclipError, match='in the pairs .* for the student'):
+        job.fit()
+    assert not list(tmp_path.rglob('events.jsonl'))
+
+
+def test_tokens_that_the_student_has_no_rows_for():
+    student = build(changed(TINY, text_cfg__vocab_size=600))
+    job = Distiller(student, None, pairs_for(student), objective='contrastive', progress=False)
+    with pytest.raises(TinyclipError, match='hold token 49407, and the student has 600 tokens'):
+        job.fit(1)
+
+
+# a student by its configuration, without a teacher
+
+
+def words_tokenizer(folder, n=600):
+    "A tokenizer of transformers: w0, w1, ... are tokens 2, 3, ..."
+    vocab = {w: i for i, w in enumerate(['[PAD]', '[UNK]', *(f'w{i}' for i in range(n - 2))])}
+    t = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token='[UNK]'))
+    t.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=t, pad_token='[PAD]', unk_token='[UNK]')
+    fast.save_pretrained(folder)
+    return str(folder)
+
+
+def distil(cfg, folder, *argv, out='out'):
+    "Exit code of `tinyclip distill --student FILE`"
+    file = folder / 'student.json'
+    file.write_text(json.dumps(cfg))
+    argv = ['--student', file, '--data', 'shapes', '--steps', 1, '--batch-size', 8, *argv]
+    argv += ['--device', 'cpu', '--json', '--out', folder / out]
+    return main(['distill', *map(str, argv)])
+
+
+def test_the_tokenizer_that_a_configuration_names(tmp_path):
+    name = words_tokenizer(tmp_path / 'tokenizer')
+    cfg = changed(TINY, text_cfg__vocab_size=600, text_cfg__hf_tokenizer_name=name)
+    assert distil(cfg, tmp_path) == 0
+    again = load(tmp_path / 'out' / 'student')
+    assert again.tokenizer(['w5 w6'])[0, :3].tolist() == [7, 8, 0]
+    # its own description beside its tokenizer, which may have moved
+    shutil.rmtree(tmp_path / 'tokenizer')
+    student = from_config(str(tmp_path / 'out' / 'student' / 'open_clip_config.json'))
+    assert student.tokenizer(['w5 w6'])[0, :3].tolist() == [7, 8, 0]
+
+
+def test_options_of_clips_own_tokenizer(tmp_path):
+    "They are part of the configuration, and a folder with them needs no files"
+    cfg = changed(TINY, text_cfg__tokenizer_kwargs=dict(clean='canonicalize'))
+    assert distil(cfg, tmp_path) == 0
+    clean = load(tmp_path / 'out' / 'student').tokenizer
+    plain = open_clip.SimpleTokenizer(context_length=12)
+    assert torch.equal(clean(['Dogs, cats!']), plain(['dogs cats']))
+    assert not torch.equal(plain(['Dogs, cats!']), plain(['dogs cats']))
+
+
+def test_constants_that_a_configuration_names(tmp_path):
+    cfg = dict(model_cfg=TINY, preprocess_cfg=dict(SIGLIP, resize_mode='squash'))
+    assert distil(cfg, tmp_path) == 0
+    saved = json.loads((tmp_path / 'out' / 'student' / 'open_clip_config.json').read_text())
+    assert saved['preprocess_cfg']['mean'] == [0.5] * 3
+    assert saved['preprocess_cfg']['resize_mode'] == 'squash'
+
+
+@pytest.mark.parametrize(
+    'cfg,says',
+    [
+        (changed(TINY, text_cfg__vocab_size=1000), 'vocab_size of 1000, and its tokenizer makes'),
+        (changed(TINY, text_cfg__hf_tokenizer_name='./nowhere'), 'tokenizer .* cannot be made'),
+        (changed(TINY, vision_cfg__attentional_pool=True), 'pools by attention'),
+        (changed(TINY, vision_cfg__pool_type='none'), 'does not pool'),
+        (changed(TINY, text_cfg__embed_cls=True), 'cannot be saved: positional_embedding'),
+        (changed(TINY, vision_cfg__qk_norm=True), 'cannot be cut'),
+    ],
+    ids=['vocabulary', 'tokenizer', 'attention', 'no pooling', 'class token', 'blocks'],
+)
+def test_a_student_that_cannot_be_kept_is_not_trained(tmp_path, capsys, cfg, says):
+    assert distil(cfg, tmp_path) == 2
+    assert re.search(says, capsys.readouterr().err)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_constants_beside_a_teacher(tmp_path, capsys):
+    cfg = dict(model_cfg=architecture(load('shapes-teacher').model), preprocess_cfg=SIGLIP)
+    assert distil(cfg, tmp_path, '--teacher', 'shapes-teacher') == 2
+    assert re.search(r'\(0.5, 0.5, 0.5\) in .* for the teacher', capsys.readouterr().err)
+    assert distil(cfg | dict(preprocess_cfg={}), tmp_path, '--teacher', 'shapes-teacher') == 0
+
+
+# what the end of a run needs
+
+
+def test_a_place_for_the_student(tmp_path, capsys):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'student').write_text('a note')
+    assert distil(TINY, tmp_path) == 2
+    assert "student' is a file" in capsys.readouterr().err
+    assert os.listdir(tmp_path / 'out') == ['student']
+
+
+@pytest.mark.parametrize(
+    'given,says',
+    [
+        (['--eval-data', 'pairs.csv'], 'Nothing usable'),
+        (['--eval-data', 'shapes', '--templates', 'opanai'], "Did you mean 'openai'"),
+    ],
+)
+def test_an_evaluation_that_would_fail_in_the_end(tmp_path, monkeypatch, capsys, given, says):
+    (tmp_path / 'pairs.csv').write_text('image,caption\ngone.jpg,a word\n')
+    monkeypatch.chdir(tmp_path)
+    assert distil(TINY, tmp_path, *given) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_an_evaluation_that_fails_in_the_end_leaves_the_steps(tmp_path):
+    def bad(model):
+        raise KeyError('top1')
+
+    student = build(TINY)
+    job = Distiller(
+        student, None, pairs_for(student), objective='contrastive', folder=tmp_path, evaluate=bad
+    )
+    with pytest.raises(KeyError):
+        job.fit(2)
+    assert (tmp_path / 'checkpoint-000002').is_dir()
+
+
+def test_stages_try_what_they_will_save(tmp_path):
+    teacher = build(TINY)
+    teacher.tokenizer_cfg = dict(hf_tokenizer_name='some/where')
+    for tokenizer in (None, open_clip.SimpleTokenizer(context_length=12)):
+        with pytest.raises(TinyclipError, match='Hugging Face tokenizer; pass it'):
+            Stages(teacher, (), [Stage(0.5, 1, 1)], tmp_path / 's', tokenizer=tokenizer)
+    (tmp_path / 's').write_text('a note')
+    with pytest.raises(TinyclipError, match="s' is a file"):
+        Stages(build(TINY), (), [Stage(0.5, 1, 1)], tmp_path / 's')
+
+
+def test_a_run_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    assert distil(TINY, tmp_path) == 0
+    first = json.loads((tmp_path / 'out' / 'events.jsonl').read_text().splitlines()[0])
+    assert first['environment']['commit'] is None

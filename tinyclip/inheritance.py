@@ -127,6 +127,8 @@ def _carry_over(teacher, student):
             setattr(student.visual, n, copy.deepcopy(getattr(teacher.visual, n)))
     if hasattr(teacher, 'tokenizer_cfg'):
         student.tokenizer_cfg = dict(teacher.tokenizer_cfg)
+    if hasattr(teacher, 'token_ids'):
+        student.token_ids = teacher.token_ids
     if hasattr(teacher, 'merges'):
         student.merges = teacher.merges  # a shortened vocabulary
     student.output_dict = teacher.output_dict

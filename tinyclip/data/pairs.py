@@ -23,6 +23,7 @@ from tinyclip.data.transforms import (
     caption_targets,
     collate,
     label_targets,
+    made_inputs,
     try_out,
 )
 
@@ -279,6 +280,7 @@ class Pairs:
         self.marks = deque(maxlen=64)
         self.recalled = None
         self.made = Batch
+        self.inputs = {}  # what transform and tokenizer make, see `made_inputs`
 
     @property
     def skipped(self):
@@ -371,6 +373,7 @@ def open_pairs(
         workers,
         shuffle,
     )
+    pairs.inputs = made_inputs(preprocess, tokenizer)
     if isinstance(source, IndexedSource) and not len(pairs):
         world = rank_and_world_size()[1]
         each = f' for each of {world} processes' if world > 1 else ''

@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 import open_clip
 import torch
+from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors.torch import save_file
 from torch import nn
 
 from ..core import TinyclipError, read_json, write_json
-from ..data.transforms import transforms
+from ..data.transforms import token_ids, transforms
 from ..keep import Keep
 from ..towers.architecture import TOKENIZER_KEYS, architecture, build
 from .vocabulary import ShortTokenizer, tokenizer_of
@@ -46,6 +47,17 @@ class Loaded(NamedTuple):
     tokenizer: object  # list of texts -> token ids `(n, context_length)`
 
 # %% ../../nbs/zoo/04_folders.ipynb #8129cb78
+def check_place(folder) -> Path:  # The folder
+    "Refuse a folder that cannot be made or written to"
+    folder = Path(folder)
+    stands = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not stands.is_dir():
+        raise TinyclipError(f'{str(stands)!r} is a file; a model needs a folder.')
+    if not os.access(stands, os.W_OK):
+        raise TinyclipError(f'{str(stands)!r} cannot be written to; give a model another folder.')
+    return folder
+
+
 @contextlib.contextmanager
 def replacing(
     folder,  # Made if absent
@@ -54,10 +66,7 @@ def replacing(
     files,
 ):  # Yields an empty folder on the same disk; its files move to `folder` in the end, or nowhere
     "Fill a folder so that it never holds half a model"
-    folder = Path(folder)
-    file = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
-    if file:
-        raise TinyclipError(f'{str(file)!r} is a file; a model needs a folder.')
+    folder = check_place(folder)
     # inside a folder that stands: it may be a link or a disk of its own
     place = folder if folder.exists() else folder.parent
     place.mkdir(parents=True, exist_ok=True)
@@ -105,16 +114,7 @@ def save(
 ) -> Path:  # The folder
     """Write a model folder that `load` reads back, and open_clip too where its schema can hold
     the student"""
-    cfg = architecture(model)
-    own = getattr(model, 'tokenizer_cfg', None)
-    if own:
-        if tokenizer is None:
-            raise TinyclipError(
-                'This model uses a Hugging Face tokenizer; pass it as save(..., '
-                'tokenizer=tokenizer), so that the folder is complete.'
-            )
-        cfg['text_cfg'] |= own
-    pre = {k: v for k, v in preprocess_cfg(model).items() if k != 'size'}
+    config = _config_to_save(model, tokenizer)
 
     def cast(t):
         return t.to(dtype) if dtype and t.is_floating_point() else t
@@ -128,10 +128,55 @@ def save(
             (tmp / KEEP).write_text(model.keep.to_json(), encoding='utf-8')
         if getattr(model, 'merges', None) is not None:
             tokenizer_of(model).save(tmp / BPE)
-        if own:
+        if _has_files(model):
             tokenizer.save_pretrained(str(tmp))
-        write_json(tmp / CONFIG, dict(model_cfg=cfg, preprocess_cfg=pre))
+        write_json(tmp / CONFIG, config)
     return Path(folder)
+
+
+def _has_files(model) -> bool:
+    "Whether the tokenizer of a model is one of transformers, with files of its own"
+    return bool(getattr(model, 'tokenizer_cfg', {}).get('hf_tokenizer_name'))
+
+
+def _config_to_save(model, tokenizer) -> dict:
+    "The configuration of a model folder; a model that it cannot describe is refused"
+    cfg = architecture(model)
+    if _has_files(model) and not hasattr(tokenizer, 'save_pretrained'):
+        raise TinyclipError(
+            'This model uses a Hugging Face tokenizer; pass it as save(..., '
+            'tokenizer=tokenizer), so that the folder is complete.'
+        )
+    cfg['text_cfg'] |= getattr(model, 'tokenizer_cfg', {})
+    pre = {k: v for k, v in preprocess_cfg(model).items() if k != 'size'}
+    return dict(model_cfg=cfg, preprocess_cfg=pre)
+
+# %% ../../nbs/zoo/04_folders.ipynb #f8a10012
+def try_saving(
+    model: nn.Module,  # As for `save`
+    folder,  # As for `save`; nothing is written there
+    tokenizer=None,
+):
+    "Rehearsal of `save` and `load`, without weights: what cannot be saved is refused at once"
+    check_place(folder)
+    cfg = _config_to_save(model, tokenizer)['model_cfg']
+    with torch.device('meta'):
+        again = build(_without_tokenizer(cfg))
+    here, there = ({k: tuple(t.shape) for k, t in m.state_dict().items()} for m in (model, again))
+    if odd := next((k for k in here | there if here.get(k) != there.get(k)), None):
+        raise TinyclipError(
+            f'This model cannot be saved: {odd} is {here.get(odd, "absent")} in it and '
+            f'{there.get(odd, "absent")} in what its configuration describes.'
+        )
+    if _has_files(model):
+        with tempfile.TemporaryDirectory() as d:
+            tokenizer.save_pretrained(d)
+
+
+def _without_tokenizer(cfg: dict) -> dict:
+    "A configuration that builds the model alone"
+    text = {k: v for k, v in cfg['text_cfg'].items() if k not in TOKENIZER_KEYS}
+    return {**cfg, 'text_cfg': text}
 
 # %% ../../nbs/zoo/04_folders.ipynb #d299ae23
 def clip_tokenizer(model):
@@ -147,6 +192,17 @@ def clip_tokenizer(model):
 def whole_tokenizer(context_length):
     "CLIP's tokenizer, unabridged"
     return open_clip.SimpleTokenizer(context_length=context_length)
+
+
+def named_tokenizer(own: dict, context_length: int, source: str = ''):
+    "The tokenizer that a text configuration names, from `source` where its files are there"
+    if source:
+        return open_clip.get_tokenizer(source, context_length=context_length)
+    options = own.get('tokenizer_kwargs') or {}
+    if name := own.get('hf_tokenizer_name'):
+        mode = own.get('tokenizer_mode')
+        return HFTokenizer(name, context_length, tokenizer_mode=mode, **options)
+    return open_clip.SimpleTokenizer(context_length=context_length, **options)
 
 
 def read_keep(path: Path) -> Keep:
@@ -166,7 +222,9 @@ def finish(
     model: nn.Module,  # With its weights in place
     model_cfg: dict,  # Its configuration: says which tokenizer
     preprocess: dict,  # Its `preprocess_cfg`; CLIP's own constants where it is silent
-    source: str = '',  # Where open_clip finds the tokenizer; empty for CLIP's own
+    # Where open_clip finds the tokenizer, `'local-dir:...'` or a name; empty for the one that
+    # `model_cfg` itself names
+    source: str = '',
     folder: Path | None = None,  # Where a keep and a shortened vocabulary may lie
 ) -> Loaded:
     "Add preprocessing, tokenizer and provenance to a bare model"
@@ -199,13 +257,10 @@ def finish(
     if folder and (folder / BPE).is_file():
         model.merges = ShortTokenizer.from_file(folder / BPE).merges
     try:
-        return Loaded(
-            model,
-            transforms(model)[1],
-            clip_tokenizer(model)
-            if not own
-            else open_clip.get_tokenizer(source, context_length=model.context_length),
-        )
+        tokenizer = named_tokenizer(own, model.context_length, source) if own else None
+        tokenizer = tokenizer or clip_tokenizer(model)
+        model.token_ids = token_ids(tokenizer)
+        return Loaded(model, transforms(model)[1], tokenizer)
     except TinyclipError:
         raise
     except (
@@ -266,12 +321,7 @@ def load_folder(
             f"{WEIGHTS}, or a name like 'ViT-B-32:laion2b_s34b_b79k'."
         )
     cfg = read_config(folder)
-    bare = {
-        **cfg['model_cfg'],
-        'text_cfg': {
-            k: v for k, v in cfg['model_cfg']['text_cfg'].items() if k not in TOKENIZER_KEYS
-        },
-    }
+    bare = _without_tokenizer(cfg['model_cfg'])
     model = assemble(bare, read_weights(weights_file(folder)), repr(str(folder)))
     return finish(
         model, cfg['model_cfg'], cfg.get('preprocess_cfg', {}), f'local-dir:{folder}', folder

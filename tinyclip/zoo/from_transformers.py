@@ -15,6 +15,7 @@ import open_clip
 import torch
 
 from ..core import TinyclipError, read_json
+from ..data.transforms import token_ids
 from ..towers import TEXT, VIT
 from ..towers.architecture import with_sizes
 from .folders import Loaded, finish
@@ -534,5 +535,7 @@ def from_transformers(
     loaded = finish(assemble(cfg, state, source), cfg, pre)
     if merges is None:
         return loaded
+    tokenizer = ShortTokenizer(merges, loaded.model.context_length)
     loaded.model.merges = merges
-    return loaded._replace(tokenizer=ShortTokenizer(merges, loaded.model.context_length))
+    loaded.model.token_ids = token_ids(tokenizer)
+    return loaded._replace(tokenizer=tokenizer)
