@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 # %% ../nbs/00_core.ipynb #16734acc
 if TYPE_CHECKING:  # torch takes seconds to import: functions that need it import it themselves
@@ -73,6 +73,10 @@ def check_choice(
         raise unknown(what, value, options, show)
 
 
+def _is_number(value, kind=numbers.Real) -> TypeGuard[float]:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def check_range(
     name: str,  # The argument, e.g. `'share'`
     value,  # What the user gave
@@ -84,8 +88,8 @@ def check_range(
     meaning: str = '',  # What it is, e.g. `'a share of the steps'`
 ):
     "Refuse what is not a number from `low` to `high`"
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if number and low <= value <= high and not (above and value == low or below and value == high):
+    inside = _is_number(value) and low <= value <= high
+    if inside and not (above and value == low or below and value == high):
         return
     limits = f'{"above" if above else "from"} {low:g} {"and below" if below else "to"} {high:g}'
     what = f' is {meaning}' if meaning else ''
@@ -100,9 +104,7 @@ def check_positive(
     meaning: str = '',  # What it is, e.g. `'a learning rate'`
 ):
     "Refuse what is not a number above zero, or with `whole` not a count of at least one"
-    kind = numbers.Integral if whole else numbers.Real
-    number = isinstance(value, kind) and not isinstance(value, bool)
-    if number and 0 < value < math.inf:
+    if _is_number(value, numbers.Integral if whole else numbers.Real) and 0 < value < math.inf:
         return
     what = f' is {meaning}' if meaning else ''
     wanted = 'a whole number, 1 or more' if whole else 'a positive number'
@@ -320,12 +322,12 @@ def atomic_path(
     "File or folder written all or nothing"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    place = dict(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
+    prefix = f'.{path.name}.'
     if folder:
         sweep(path.parent, path.name)
-        tmp = Path(tempfile.mkdtemp(**place))
+        tmp = Path(tempfile.mkdtemp('.tmp', prefix, path.parent))
     else:
-        fd, name = tempfile.mkstemp(**place)
+        fd, name = tempfile.mkstemp('.tmp', prefix, path.parent)
         os.close(fd)
         tmp = Path(name)
     try:
@@ -395,7 +397,7 @@ def names_in(
     "Names in a table of a module that is not imported for it"
     if loaded := sys.modules.get(f'tinyclip.{module}'):
         return list(getattr(loaded, table))  # with what was added since
-    package = Path(sys.modules['tinyclip'].__file__).parent
+    package = Path(sys.modules['tinyclip'].__path__[0])
     path = package.joinpath(*module.split('.')).with_suffix('.py')
     tree = ast.parse(path.read_text(encoding='utf-8'))
     values = {
@@ -407,7 +409,9 @@ def names_in(
     value = values[table]
     if isinstance(value, ast.Call):
         return [k.arg for k in value.keywords]
-    return list(map(ast.literal_eval, value.keys if isinstance(value, ast.Dict) else value.elts))
+    if isinstance(value, ast.Dict):
+        return [ast.literal_eval(k) for k in value.keys if k is not None]
+    return list(ast.literal_eval(value))
 
 # %% ../nbs/00_core.ipynb #dcded756
 class _Loader(importlib.abc.Loader):
@@ -421,7 +425,9 @@ class _Loader(importlib.abc.Loader):
         return self.own.create_module(spec)
 
     def exec_module(self, module):
-        module.__loader__ = module.__spec__.loader = self.own  # nobody else meets this class
+        module.__loader__ = self.own  # nobody else meets this class
+        if module.__spec__:
+            module.__spec__.loader = self.own
         self.own.exec_module(module)
         self.then(module)
 
@@ -458,22 +464,33 @@ def environment() -> dict:  # Commit, device and versions: no host names, no pat
     "Provenance of a recorded number: commit, device, versions"
     import torch
 
-    # the package; in the notebook, the current folder
-    here = Path(globals().get('__file__', 'core.py')).parent
-
-    def git(*a):
-        return subprocess.run(['git', *a], cwd=here, capture_output=True, text=True).stdout.strip()
-
-    commit = git('rev-parse', '--short', 'HEAD') or None
-    if commit and git('status', '--porcelain', '.'):
-        commit += '+changes'
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return dict(
-        commit=commit,
+        commit=_commit(),
         device=gpu or f'CPU, {os.cpu_count()} cores',
         torch=torch.__version__,
         python=platform.python_version(),
     )
+
+
+def _commit() -> str | None:  # None without git, and for an installed copy
+    "Commit of the package's own repository, never of another one that it stands in"
+    package = Path(sys.modules['tinyclip'].__path__[0]).resolve()
+    # a hook has these, and they would lead to its repository
+    env = {k: v for k, v in os.environ.items() if not k.startswith('GIT_')}
+
+    def git(*a: str) -> str:
+        try:
+            done = subprocess.run(['git', *a], cwd=package.parent, env=env, capture_output=True)
+        except OSError:  # there is no git here
+            return ''
+        return os.fsdecode(done.stdout).strip() if not done.returncode else ''
+
+    root, page = git('rev-parse', '--show-toplevel'), 'nbs/00_core.ipynb'
+    if not root or Path(root).resolve() != package.parent or not git('ls-files', page):
+        return None
+    commit = git('rev-parse', '--short', 'HEAD') or None
+    return f'{commit}+changes' if commit and git('status', '--porcelain', package.name) else commit
 
 # %% ../nbs/00_core.ipynb #6d56b7cc
 def record_run(

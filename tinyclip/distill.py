@@ -7,6 +7,7 @@ __all__ = ['ENDS', 'batches', 'check_models', 'check_batch', 'Terminated', 'defe
 
 # %% ../nbs/06_distill.ipynb #0404560b
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from .core import TinyclipError, environment, seed_everything
+from .data.transforms import differing_inputs, expected_inputs
 from .losses.mimicking import Objective
 from .train.checkpoint import latest_checkpoint, step_seed
 from .train.config import TrainConfig, takes_settings
@@ -67,6 +69,7 @@ def check_models(
 ):
     "Compatibility of student, teacher and objective; what cannot work is refused"
     cached = getattr(pairs, 'teacher', None)
+    _check_inputs(student, teacher, pairs)
     trained = [p for p in student.parameters() if p.requires_grad]
     if not trained:
         raise TinyclipError(
@@ -107,6 +110,26 @@ def check_models(
     if cached:
         pairs.check_teacher(teacher)
 
+
+def _check_inputs(student, teacher, pairs):
+    "Refuse models and pairs that state other pixels or another tokenizer than each other"
+    known = dict(student=student, teacher=teacher)
+    known = {k: expected_inputs(m) for k, m in known.items() if m is not None}
+    made = getattr(pairs, 'inputs', {})
+    if found := differing_inputs(known['student'], known.get('teacher', {})):
+        what, own, wanted = found
+        raise TinyclipError(
+            f'The {what} is {own} for the student and {wanted} for the teacher, and a batch can '
+            'serve only one of them. Take a student that was cut out of this teacher, or a teacher '
+            'with the inputs of this student.'
+        )
+    for who, wanted in known.items():
+        if found := differing_inputs(made, wanted):
+            raise TinyclipError(
+                f'The {found[0]} is {found[1]} in the pairs and {found[2]} for the {who}. Open the '
+                'pairs with the transform and the tokenizer of the student.'
+            )
+
 # %% ../nbs/06_distill.ipynb #6c610945
 def check_batch(
     batch,  # The first one
@@ -126,6 +149,11 @@ def check_batch(
         raise TinyclipError(
             f"The texts of a batch have shape {text}; the student takes (n, "
             f"{want.get('context length', 'context')}). Open the pairs with its own tokenizer."
+        )
+    if int(batch.text.max()) >= want.get('vocabulary', math.inf):
+        raise TinyclipError(
+            f'The texts of a batch hold token {int(batch.text.max())}, and the student has '
+            f"{want['vocabulary']} tokens. Open the pairs with its own tokenizer."
         )
     if len(image) == 4 and image[0] != text[0]:
         raise TinyclipError(

@@ -73,7 +73,7 @@ def inherit(
     "Cut a student out of its teacher (TinyCLIP, section 3.2)"
     l = layout(teacher)
     if not isinstance(keep, Keep):
-        keep = keep_for_config(l, keep)
+        keep = keep_for_config(teacher, keep)
     _check_keep(keep, l)
     student = build(with_sizes(static_cfg(teacher), student_sizes(keep), l.families))
     _check_sizes(student, keep)
@@ -127,6 +127,8 @@ def _carry_over(teacher, student):
             setattr(student.visual, n, copy.deepcopy(getattr(teacher.visual, n)))
     if hasattr(teacher, 'tokenizer_cfg'):
         student.tokenizer_cfg = dict(teacher.tokenizer_cfg)
+    if hasattr(teacher, 'token_ids'):
+        student.token_ids = teacher.token_ids
     if hasattr(teacher, 'merges'):
         student.merges = teacher.merges  # a shortened vocabulary
     student.output_dict = teacher.output_dict

@@ -11,6 +11,7 @@ import fnmatch
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ from torch import nn
 
 from .core import Table, TinyclipError, unknown
 from .towers import Layout, ParamCount, layout
-from .towers.architecture import config, create
+from .towers.architecture import TOKENIZER_KEYS, build, config, static_cfg
 
 # %% ../nbs/01_keep.ipynb #bdd1e01a
 def leading(
@@ -467,10 +468,11 @@ def keep_for_config(
     width_by='leading',  # Chooser for widths
     depth_by='evenly_spaced',  # Chooser for layers
 ) -> Keep:
-    "What to keep so that the student has the sizes of a configuration"
+    """What to keep so that the student has the sizes of a configuration. Its other settings must be
+    the teacher's, which a layout does not show"""
     cfg = config(student) if isinstance(student, str) else dict(student)
     with torch.device('meta'):
-        student = create(cfg)
+        student = build(cfg)
     l, other = layout(model), layout(student)
     kinds = [x.families['image'].name for x in (l, other)]
     if kinds[0] != kinds[1]:
@@ -479,6 +481,8 @@ def keep_for_config(
             'pass only between towers of one kind.'
         )
     _same_otherwise(l, other)
+    if isinstance(model, nn.Module):
+        _same_settings(cfg, student, model)
     counts = _counts_in_place(l.sizes, other.sizes)
     return by_counts(l, counts, width_by, depth_by, _scores(model, l, width_by, depth_by))
 
@@ -507,3 +511,52 @@ def _same_otherwise(l, other):
                     'image size, context length and vocabulary must agree, only widths and '
                     'depths can be cut.'
                 )
+
+
+_MEASURES = ('image_size', 'patch_size', 'context_length', 'vocab_size', 'head_dim')
+# what no module shows, with what the student will have
+_UNSEEN = {
+    'vision_cfg.pos_embed_type': 'learnable',
+    'vision_cfg.timm_drop': 0.0,
+    'vision_cfg.timm_drop_path': None,
+    'text_cfg.output_tokens': False,
+}
+
+
+def _flat(cfg) -> dict:
+    "A configuration in one level, `'text_cfg.context_length'` and so on"
+    parts = ('vision_cfg', 'text_cfg')
+    own = {f'{p}.{k}': v for p in parts for k, v in cfg[p].items()}
+    return {k: v for k, v in cfg.items() if k not in parts} | own
+
+
+def _same_settings(cfg, student, teacher):
+    "Refuse a configuration that contradicts the teacher; where it is silent, the teacher decides"
+    named, own, has = _flat(cfg), _flat(static_cfg(student)), _flat(static_cfg(teacher))
+    reads = getattr(teacher, 'tokenizer_cfg', {})
+    for k, value in {**_UNSEEN, **{f'text_cfg.{k}': reads.get(k) for k in TOKENIZER_KEYS}}.items():
+        if named.get(k) and named[k] != value:
+            own[k], has[k] = named[k], value
+    differ = [
+        k for k in own | has if own.get(k) != has.get(k) and not k.endswith('timm_model_name')
+    ]
+    asked = [k for k in differ if k in named or k.split('.')[-1] in _MEASURES]
+
+    def told(values, k):
+        name = k.replace('vision_cfg.head_dim', 'vision_cfg.head_width')
+        name = name.replace('text_cfg.head_dim', 'text_cfg.width/heads')
+        return f'{name}={values[k]!r}' if k in values else f"{name} at open_clip's default"
+
+    if asked:
+        each = '; '.join(f'{told(own | named, k)}, the teacher {told(has, k)}' for k in asked)
+        raise TinyclipError(
+            f'The configuration has {each}. No cut changes this: write it as the teacher has it, '
+            'see tinyclip.towers.architecture.architecture(teacher).'
+        )
+    if differ:
+        each = ', '.join(told(has, k) for k in differ)
+        warnings.warn(
+            f'The configuration is silent about what the teacher was trained with; the student '
+            f'has it, too: {each}.',
+            stacklevel=3,
+        )

@@ -30,7 +30,7 @@ from .train.config import TrainConfig, takes_settings
 from .train.events import Tagged, plain
 from .train.protocols import Pairs, Plan
 from .train.run import Result, scores
-from .zoo.folders import save
+from .zoo.folders import save, try_saving
 from .zoo.loading import load
 
 # %% ../nbs/07_stages.ipynb #d3387f00
@@ -249,6 +249,7 @@ class Stages:
                 'This teacher uses a Hugging Face tokenizer; pass it as tokenizer=, so that '
                 'the students of the way can be saved with it.'
             )
+        try_saving(teacher, self.folder, tokenizer)
         masked = self.masked(teacher)
         for s in self.stages:  # what cannot be had is refused now, not at the last stage
             Sparsity(masked, s.share, **masks)

@@ -22,7 +22,7 @@ from ..evaluate.cost import HOW, compare, macs, parameters, profile, weight_byte
 from ..evaluate.probe import linear_probe
 from ..evaluate.redundancy import drop_one, layer_features, similarity
 from ..evaluate.standard_sets import evaluate_on, standard, watched
-from ..evaluate.zeroshot import retrieval, zero_shot
+from ..evaluate.zeroshot import prompts, retrieval, zero_shot
 from ..lab.chart import chart, chart_kind, save_chart
 from ..lab.keep_map import layer_shares
 from ..zoo.folders import Loaded
@@ -71,6 +71,21 @@ def evaluation(
     if source.classnames:
         return zero_shot(model, tokenizer, bar(batches), source.classnames, templates, precision)
     return retrieval(model, bar(batches), precision)
+
+# %% ../../nbs/cli/02_eval.ipynb #f8a10021
+def try_evaluation(
+    preprocess,  # As in `evaluation`, like the next three
+    tokenizer,
+    source,
+    templates='simple',
+):
+    "Rehearsal of an evaluation on one batch: what it would refuse in the end is refused at once"
+    if source.classnames:
+        for name in source.classnames:
+            prompts(name, templates)
+        next(iter(labelled(source, preprocess, 128)))
+    else:
+        next(iter(captioned(source, preprocess, tokenizer, 128)))
 
 # %% ../../nbs/cli/02_eval.ipynb #61eff91b
 def check_eval(args):

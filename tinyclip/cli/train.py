@@ -13,8 +13,11 @@ import sys
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
-from .eval import evaluation, source_of
+from torch import nn
+
+from .eval import evaluation, source_of, try_evaluation
 from tinyclip.core import (
     Table,
     TinyclipError,
@@ -29,25 +32,25 @@ from ..data.cached import cached_pairs
 from ..data.inspect import check
 from ..data.pairs import open_pairs
 from ..data.sources import SyntheticSource
-from ..data.transforms import transforms
+from ..data.transforms import differing_inputs, expected_inputs, transforms
 from ..distill import Distiller, deferred_interrupt
 from ..inheritance import inherit, reinitialized
-from ..keep import keep_for_config, manual
+from ..keep import Keep, keep_for_config, manual
 from ..lab import demo
 from ..live.panels import write_replay
 from ..stages import SHORT, Stage, Stages
 from ..towers.architecture import build, config
 from ..train.config import from_options
 from ..train.engine import make_accelerator
-from ..zoo.folders import Loaded, finish, save
+from ..zoo.folders import CONFIG, Loaded, finish, save, try_saving
 from ..zoo.loading import load
 
 # %% ../../nbs/cli/04_train.ipynb #8b8498f3
-def read_cfg(name: str) -> dict:  # open_clip's `model_cfg`
+def read_cfg(name: str) -> dict:  # With `model_cfg`, and `preprocess_cfg` where a file has it
     "A configuration by name or from a JSON file"
     path = Path(name)
     if path.suffix != '.json':
-        return config(name)
+        return dict(model_cfg=config(name))
     try:
         cfg = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError) as e:
@@ -57,7 +60,37 @@ def read_cfg(name: str) -> dict:  # open_clip's `model_cfg`
             f'{name!r} holds a {type(cfg).__name__}, not a configuration; give an object '
             'with embed_dim, vision_cfg and text_cfg.'
         )
-    return cfg.get('model_cfg', cfg)
+    return cfg if 'model_cfg' in cfg else dict(model_cfg=cfg)
+
+
+def from_config(name: str) -> Loaded:
+    "A model with fresh weights, and the transform and tokenizer that its configuration names"
+    found, path = read_cfg(name), Path(name)
+    cfg = found['model_cfg']
+    model = build(cfg)
+    beside = path.name == CONFIG and any(path.parent.glob('tokenizer*'))
+    source = f'local-dir:{path.parent}' if beside else ''
+    loaded = finish(model, cfg, found.get('preprocess_cfg') or {}, source)
+    rows, most = getattr(model, 'vocab_size', None), max(model.token_ids)
+    if rows is not None and most >= rows:
+        raise TinyclipError(
+            f'{name!r} has a vocab_size of {rows}, and its tokenizer makes token {most}: name the '
+            'tokenizer that belongs to it as text_cfg.hf_tokenizer_name, or give every token a row.'
+        )
+    return loaded
+
+
+def keep_for_named(name: str, teacher: nn.Module, **by) -> Keep:
+    "What to keep for a configuration; one whose pixels are not the teacher's is refused"
+    cfg = read_cfg(name)
+    wanted = SimpleNamespace(visual=SimpleNamespace(preprocess_cfg=cfg.get('preprocess_cfg') or {}))
+    if found := differing_inputs(expected_inputs(wanted), expected_inputs(teacher)):
+        what, asked, has = found
+        raise TinyclipError(
+            f'The {what} is {asked} in {name!r} and {has} for the teacher, whose weights the '
+            'student inherits: leave preprocess_cfg out, or write it as the teacher has it.'
+        )
+    return keep_for_config(teacher, cfg['model_cfg'], **by)
 
 
 def make_student(
@@ -74,8 +107,7 @@ def make_student(
             )
         if Path(args.student).is_dir():
             return load(args.student)
-        cfg = read_cfg(args.student)
-        return finish(build(cfg), cfg, {}, '')
+        return from_config(args.student)
     by = dict(width_by=args.width_by, depth_by=args.depth_by)
     shares = {
         k: getattr(args, k) for k in ('image_width', 'image_depth', 'text_width', 'text_depth')
@@ -85,7 +117,7 @@ def make_student(
             'Give either --student or shares (--image-width, --text-depth, ...), not both.'
         )
     keep = (
-        keep_for_config(teacher.model, read_cfg(args.student), **by)
+        keep_for_named(args.student, teacher.model, **by)
         if args.student
         else manual(teacher.model, **shares, **by)
     )
@@ -272,6 +304,14 @@ def _settings(args, student: Loaded) -> dict:
     return settings
 
 
+def _rehearse(args, student: Loaded, settings: dict):
+    "What the run needs at its end, tried before its first step: a place, a folder, an evaluation"
+    try_saving(student.model, Path(args.out) / 'student', student.tokenizer)
+    if 'evaluate' in settings:
+        given = settings['evaluate'].keywords
+        try_evaluation(**{k: v for k, v in given.items() if k != 'workers'})
+
+
 def _train(args, student: Loaded, teacher: Loaded | None, pairs, settings: dict) -> tuple:
     "The trained student, and what to report of the run"
     if args.share:
@@ -298,6 +338,7 @@ def run_distill(args) -> dict:
     check_stages(args)
     pairs = _pairs(args, student)
     settings = _settings(args, student)
+    _rehearse(args, student, settings)
     if teacher and args.cache and not args.share:
         pairs.check_teacher(teacher.model)
         teacher = None  # the student has inherited, and the cache holds the rest

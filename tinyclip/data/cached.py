@@ -31,7 +31,7 @@ from tinyclip.data.cache import (
 )
 from .pairs import Pairs
 from .sources import Shards, Skip, read_shard
-from .transforms import Chunk, collate, drawn_caption, tokenise, try_out
+from .transforms import Chunk, collate, drawn_caption, made_inputs, tokenise, try_out
 
 # %% ../../nbs/data/08_cached.ipynb #40b83a43
 class CachedSample(NamedTuple):
@@ -284,6 +284,7 @@ def cached_pairs(
     )
     shards = CachedShards(source, folders)
     pairs = CachedPairs(shards, indexes, collate_fn, batch_size, seed, workers, shuffle)
+    pairs.inputs = made_inputs(preprocess, tokenizer)
     if teacher is not None:
         pairs.check_teacher(teacher)
     return pairs

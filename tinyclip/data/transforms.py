@@ -18,7 +18,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import nn
 from torch.utils.data import default_collate
-from torchvision.transforms import Compose
+from torchvision.transforms import Compose, Normalize
 
 from ..core import TinyclipError
 from .jpeg import opener
@@ -32,6 +32,70 @@ def transforms(
     without chance for evaluation"""
     cfg = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
     return image_transform_v2(cfg, is_train=True), image_transform_v2(cfg, is_train=False)
+
+# %% ../../nbs/data/04_transforms.ipynb #f8a10002
+PROBE = 'Two dogs, 12 cafés'
+
+
+def token_ids(
+    tokenizer,  # List of n strings -> int64 tensor (n, context)
+) -> tuple[int, ...]:
+    "Fingerprint of a tokenizer: the tokens of `PROBE`"
+    return tuple(tokenizer([PROBE])[0].tolist())
+
+
+def _inputs(mean, std, merges=None, **others) -> dict:
+    "Inputs in words, without what is not known"
+
+    def each(values):
+        values = values if hasattr(values, '__len__') else [values] * 3
+        return tuple(round(float(v), 4) for v in values)
+
+    pixels = {'mean of the pixels': mean, 'deviation of the pixels': std}
+    told = {k: each(v) for k, v in pixels.items() if v is not None}
+    others['merges'] = merges and tuple(map(tuple, merges))
+    return told | {k: v for k, v in others.items() if v is not None}
+
+
+def expected_inputs(
+    model,  # A CLIP
+) -> dict:  # By name, for `differing_inputs`
+    "Inputs that a model was trained with, as far as it states them"
+    visual = getattr(model, 'visual', None)
+    cfg = getattr(visual, 'preprocess_cfg', {})
+    mean, std = (cfg.get(k, getattr(visual, f'image_{k}', None)) for k in ('mean', 'std'))
+    ids = getattr(model, 'token_ids', None)
+    merges = getattr(model, 'merges', None)
+    return _inputs(mean, std, interpolation=cfg.get('interpolation'), tokens=ids, merges=merges)
+
+
+def made_inputs(
+    preprocess,  # PIL image -> float tensor (3,h,w)
+    tokenizer,  # List of n strings -> int64 tensor (n, context)
+) -> dict:  # As from `expected_inputs`
+    "Inputs that a transform and a tokenizer make, as far as they show it"
+    steps = getattr(preprocess, 'transforms', [])
+    last = next((s for s in steps if isinstance(s, Normalize)), None)
+    mean, std = getattr(last, 'mean', None), getattr(last, 'std', None)
+    merges = getattr(tokenizer, 'merges', None)
+    return _inputs(mean, std, tokens=token_ids(tokenizer), merges=merges)
+
+
+def differing_inputs(
+    one: dict,  # From `expected_inputs` or `made_inputs`
+    other: dict,
+) -> tuple | None:  # (what, that of `one`, that of `other`); None where nothing is known to differ
+    "First difference between two descriptions of inputs"
+    for k in [k for k in one if k in other and one[k] != other[k]]:
+        a, b = one[k], other[k]
+        if k == 'merges':  # of shortened vocabularies
+            rest = [next((''.join(m) for m in x if m not in y), None) for x, y in ((a, b), (b, a))]
+            return 'first merge that the other tokenizer lacks', *map(repr, rest)
+        if k != 'tokens':
+            return k, a, b
+        if len(a) == len(b):  # another context is another matter
+            return f'text {PROBE!r}', f'{a[:6]}...', f'{b[:6]}...'
+    return None
 
 # %% ../../nbs/data/04_transforms.ipynb #a7f4b9a3
 @contextlib.contextmanager

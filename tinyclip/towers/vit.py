@@ -69,6 +69,8 @@ class ViT(Transformer):
             cfg['no_ln_pre'] = True
         if tower.pool_type != 'tok':
             cfg['pool_type'] = tower.pool_type
+        if dropout := getattr(tower.patch_dropout, 'prob', 0):
+            cfg['patch_dropout'] = dropout
         for n in ('final_ln_after_pool', 'output_tokens'):
             if getattr(tower, n):
                 cfg[n] = True

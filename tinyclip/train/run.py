@@ -215,9 +215,14 @@ class Run:
         "Evaluate the student and report the numbers"
         if evaluate is None:
             return
-        with self.pause_timer(), self.engine.for_evaluation() as model:
-            if self.engine.accelerator.is_main_process:
-                self.result.evaluation = scores(evaluate, model)
+        try:
+            with self.pause_timer(), self.engine.for_evaluation() as model:
+                if self.engine.accelerator.is_main_process:
+                    self.result.evaluation = scores(evaluate, model)
+        except Exception:  # of the user's function: the steps before it are sound
+            if self.engine.accelerator.num_processes == 1:
+                self.save()
+            raise
         self.emit('evaluation', **{f'eval/{k}': v for k, v in self.result.evaluation.items()})
 
     def save(self):
@@ -277,8 +282,9 @@ class Run:
         self.position = position or tuple(state['places'][rank])
         self.seen = state['seen']
         self.saved = r.steps
-        if hasattr(self.data, 'recall'):  # passes over what came before, without decoding it
-            self.data.recall(None if position else state.get('marks', {rank: None})[rank])
+        recall = getattr(self.data, 'recall', None)
+        if recall:  # passes over what came before, without decoding it
+            recall(None if position else state.get('marks', {rank: None})[rank])
 
     def close(self):
         "Close the log, and give student and teacher back"

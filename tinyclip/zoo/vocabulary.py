@@ -21,6 +21,7 @@ from open_clip.tokenizer import SimpleTokenizer, bytes_to_unicode, get_clean_fn
 from torch import nn
 
 from ..core import Table, TinyclipError, atomic_path, human
+from ..data.transforms import token_ids
 from ..evaluate.cost import parameters
 from ..towers import select_tokens, token_table
 
@@ -248,6 +249,7 @@ def select_rows(
     new: Any = copy.deepcopy(model).requires_grad_(True).eval()
     select_tokens(new, rows)
     new.merges = short.merges
+    new.token_ids = token_ids(short)
     return new
 
 # %% ../../nbs/zoo/03_vocabulary.ipynb #a1eb3392
