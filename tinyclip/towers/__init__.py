@@ -1,5 +1,5 @@
 "What towers are made of: a page per family says it, and the registry finds the family of a model"
-from .family import Family, tower_of
+from .family import Branch, Family, LinearMap, tower_of
 from .layout import TOWERS, Dim, Layout, ParamCount
 from .registry import (
     FAMILIES,

@@ -30,6 +30,7 @@ class Text(Transformer):
 
     name = 'text transformer'
     tower = 'text'
+    projected_by = 'text_projection'
     table_name = 'token_embedding.weight'
 
     def recognises(self, tower):

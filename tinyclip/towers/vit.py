@@ -28,6 +28,7 @@ class ViT(Transformer):
 
     name = 'ViT'
     tower = 'image'
+    projected_by = 'proj'
 
     def recognises(self, tower):
         return isinstance(tower, VisionTransformer)
