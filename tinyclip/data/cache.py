@@ -51,7 +51,10 @@ from tinyclip.data.sources import (
 from tinyclip.data.transforms import (
     Chunk,
     check_inputs,
+    differing_inputs,
+    expected_inputs,
     image_dtype,
+    made_inputs,
     pictures,
     preserve_rng_state,
     tokenise,
@@ -546,6 +549,17 @@ def _check_settings(dtype, views, batch_size, preprocess, teacher):
     check_inputs(teacher, image_size=transform_fingerprint(preprocess)['size'][1:])
 
 
+def _check_inputs_of(teacher, preprocess, tokenizer):
+    "A teacher answers to what it is shown: pixels and tokens must be those that it knows"
+    if found := differing_inputs(made_inputs(preprocess, tokenizer), expected_inputs(teacher)):
+        what, made, wanted = found
+        raise TinyclipError(
+            f'The {what} is {made} from this transform and tokenizer, and the teacher was trained '
+            f'with {wanted}. Use what was loaded with it; a student can share its answers only '
+            'where it takes the same inputs.'
+        )
+
+
 def _teacher_facts(teacher):
     return dict(
         teacher=teacher_fingerprint(teacher),
@@ -576,6 +590,7 @@ def write_cache(
     source, began = shards_only(source), time.time()
     try_out(preprocess, tokenizer)
     _check_settings(dtype, views, batch_size, preprocess, teacher)
+    _check_inputs_of(teacher, preprocess, tokenizer)
     precision = resolve_precision(precision, next(teacher.parameters()).device)
     settings = dict(views=views, seed=seed, dtype=dtype, precision=precision, reduced=reduced)
     width = embedding_width(teacher, tokenizer)

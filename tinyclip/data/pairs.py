@@ -23,6 +23,7 @@ from tinyclip.data.transforms import (
     caption_targets,
     collate,
     label_targets,
+    made_inputs,
     try_out,
 )
 
@@ -292,6 +293,7 @@ class Pairs:
         self.marks = deque(maxlen=64)
         self.recalled = None
         self.made = Batch
+        self.inputs = {}  # what transform and tokenizer make, see `made_inputs`
 
     @property
     def skipped(self):
@@ -384,6 +386,7 @@ def open_pairs(
         workers,
         shuffle,
     )
+    pairs.inputs = made_inputs(preprocess, tokenizer)
     if isinstance(source, IndexedSource) and not len(source):
         raise pairs.tally.nothing_usable()
     if isinstance(source, IndexedSource) and not len(pairs):

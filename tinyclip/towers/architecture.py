@@ -136,8 +136,10 @@ def create(
 ) -> nn.Module:  # A randomly initialised open_clip model
     "Build a plain open_clip model from its configuration"
     cfg = json.loads(json.dumps(cfg))
-    custom = cfg.pop('custom_text', False)
-    make = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    text = cfg.get('text_cfg')
+    hugging = isinstance(text, dict) and 'hf_model_name' in text  # always apart, as in open_clip
+    apart = cfg.pop('custom_text', False) or hugging
+    make = open_clip.CustomTextCLIP if apart else open_clip.CLIP
     if 'multimodal_cfg' in cfg:
         make = CoCa
     try:

@@ -9,6 +9,7 @@ __all__ = ['FAMILIES', 'find_family', 'family_of', 'parts', 'layout', 'embed_dim
 # %% ../../nbs/towers/10_registry.ipynb #502b59cd
 from typing import Any
 
+from open_clip.hf_model import HFTextEncoder
 from torch import nn
 
 from ..core import TinyclipError
@@ -71,17 +72,16 @@ def parts(
     model: nn.Module,  # A CLIP
 ) -> dict:  # Parameter name -> `'image'`, `'text'`, `'token_table'` or `'head'`
     "The part of the model that each parameter belongs to; `'head'` is logit scale and bias"
-    _, path = tower_of(model, 'text')
-    tables = {path + f.table_name for f in FAMILIES if f.tower == 'text'}
+    table = token_table(model)
 
-    def part(name):
+    def part(name, p):
         if name.startswith('visual.'):
             return 'image'
-        if name in tables:
+        if table is not None and p is table.weight:
             return 'token_table'
         return 'head' if name.startswith('logit_') else 'text'
 
-    return {n: part(n) for n, _ in model.named_parameters()}
+    return {n: part(n, p) for n, p in model.named_parameters()}
 
 
 def layout(
@@ -125,8 +125,11 @@ def token_table(
     model: nn.Module,  # A CLIP or a student
 ) -> nn.Module | None:  # An `nn.Embedding`; None where the text tower has none of its own
     "The embedding that holds a row per token"
+    tower, _ = tower_of(model, 'text')
+    if isinstance(tower, HFTextEncoder):
+        return tower.transformer.get_input_embeddings()
     family = find_family(model, 'text')
-    return family and family.table(tower_of(model, 'text')[0])
+    return family and family.table(tower)
 
 
 def select_tokens(

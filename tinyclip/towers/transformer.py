@@ -6,9 +6,10 @@
 __all__ = ['SlimAttention', 'SlimBlock', 'Transformer']
 
 # %% ../../nbs/towers/03_transformer.ipynb #1f1c149d
+import contextlib
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import TinyclipError
-from .family import Family, tower_of
+from .family import Branch, Family, LinearMap, tower_of
 from .layout import Dim, Layout
 
 # %% ../../nbs/towers/03_transformer.ipynb #d4c269a3
@@ -178,6 +179,45 @@ class SlimBlock(nn.Module):
         )
         return x + self.ls_2(self.mlp(self.ln_2(x)) if has_mlp(self) else self.mlp())
 
+# %% ../../nbs/towers/03_transformer.ipynb #39008ac8
+def _attention_reader(attn) -> Callable:
+    "What stands between the two matrices of attention: softmax over the keys, head by head"
+
+    def read(qkv, mask):
+        q, k, v = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+        mask = None if mask is None else mask.to(q.dtype)
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return heads.transpose(1, 2).flatten(2)
+
+    return read
+
+
+def block_branches(
+    block,  # A residual block, standard or slim
+    path: str,  # Its path in the model
+) -> list:  # Two `Branch`es
+    "Attention and MLP of a residual block as matrices"
+
+    def branch(present, norm, first, second, between, scale):
+        last = LinearMap(f'{second}.weight' if present else '', f'{second}.bias', between)
+        before = [LinearMap(*first, lambda x, mask: getattr(block, norm)(x))] if present else []
+        return Branch((*before, last), getattr(scale, 'gamma', None))
+
+    qkv = f'{path}.attn.in_proj_weight', f'{path}.attn.in_proj_bias'
+    fc = f'{path}.mlp.c_fc.weight', f'{path}.mlp.c_fc.bias'
+    attention = _attention_reader(block.attn)
+    return [
+        branch(has_attention(block), 'ln_1', qkv, f'{path}.attn.out_proj', attention, block.ls_1),
+        branch(
+            has_mlp(block),
+            'ln_2',
+            fc,
+            f'{path}.mlp.c_proj',
+            lambda h, mask: block.mlp.gelu(h),
+            block.ls_2,
+        ),
+    ]
+
 # %% ../../nbs/towers/03_transformer.ipynb #b3e58db2
 def holds_ratio(
     width: int,  # Channels of the residual stream
@@ -292,11 +332,33 @@ def missing_branches(
     return absent, cut or not fills or any(len(r) > 1 for r in rows.values())
 
 # %% ../../nbs/towers/03_transformer.ipynb #563edaaf
+@contextlib.contextmanager
+def _with_forward(module, forward):
+    "Another `forward` for a module meanwhile"
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@contextlib.contextmanager
+def _without(module, name):
+    "A parameter or part of a module is None meanwhile"
+    part = getattr(module, name)
+    setattr(module, name, None)
+    try:
+        yield
+    finally:
+        setattr(module, name, part)
+
+
 class Transformer(Family):
     "What the families of residual transformers share"
 
     blocks = 'transformer.resblocks'
     unmaskable = ''
+    projected_by = ''  # The projection's name in the tower
 
     @property
     def key(self):
@@ -327,3 +389,34 @@ class Transformer(Family):
 
     def plain(self, width, ffn):
         return holds_ratio(width, ffn)
+
+    def branches(self, tower, path):
+        blocks = enumerate(tower.transformer.resblocks)
+        return [block_branches(b, f'{path}{self.blocks}.{i}') for i, b in blocks]
+
+    def stem(self, model, x):
+        seen = []
+
+        def catch(x, attn_mask=None):
+            seen.append((x, attn_mask))
+            return x
+
+        with _with_forward(tower_of(model, self.tower)[0].transformer, catch):
+            self._encode(model, x)
+        return seen[0]
+
+    def pooled(self, model, x, stream):
+        tower, _ = tower_of(model, self.tower)
+        through = _with_forward(tower.transformer, lambda x, attn_mask=None: stream)
+        with through, _without(tower, self.projected_by):
+            return self._encode(model, x)
+
+    def projection(self, tower, path):
+        name, p = path + self.projected_by, getattr(tower, self.projected_by)
+        if isinstance(p, nn.Linear):
+            return f'{name}.weight', '' if p.bias is None else f'{name}.bias', False
+        return name, '', True
+
+    def _encode(self, model, x):
+        out = model.encode_image(x) if self.tower == 'image' else model.encode_text(x)
+        return out[0] if isinstance(out, tuple) else out

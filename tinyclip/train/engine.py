@@ -26,16 +26,26 @@ from .config import TrainConfig, takes_settings
 from .protocols import Penalty
 from .sharding import Sharded, load_whole_state, whole_state
 from tinyclip.train.speed import (
+    INDUCTOR,
     channels_last,
+    check_compile,
     checkpointing,
     compiled,
     convolutional,
     half_precision_copy,
+    lay_out,
     on_device,
     restore_checkpointing,
     uncompile,
 )
-from .step import encode, split, step, step_in_chunks
+from tinyclip.train.step import (
+    encode,
+    frozen_batchnorms,
+    split,
+    step,
+    step_in_chunks,
+    unused_parameters,
+)
 
 # %% ../../nbs/train/09_engine.ipynb #91278cfb
 def parameter_groups(
@@ -49,10 +59,7 @@ def parameter_groups(
         return f'{prefix}.{name}'.lstrip('.')
 
     spared = {
-        own(m, n)
-        for m, o in model.named_modules()
-        if hasattr(o, 'no_weight_decay')
-        for n in o.no_weight_decay()
+        own(m, n) for m, o in model.named_modules() for n in getattr(o, 'no_weight_decay', tuple)()
     }
     spared |= {own(m, 'weight') for m, o in model.named_modules() if isinstance(o, nn.Embedding)}
     apart = {id(p) for p in apart}
@@ -72,16 +79,38 @@ def learning_rate(
     step: int,  # Steps done before this one
     steps: int,  # Steps of the run
     peak: float,  # The highest rate
-    warmup: float = 0.05,  # Share of the steps that climb to it
+    warmup: int = 0,  # Steps that climb to it
     schedule: str = 'cosine',  # After the warm-up: `'cosine'`, or `'constant'` at the highest rate
 ) -> float:
     "Linear warm-up, then a cosine that ends at zero, or a plateau"
-    climb = math.ceil(warmup * steps)
-    if step < climb:
-        return peak * (step + 1) / climb
-    if schedule == 'constant':
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == 'constant' or step == warmup:
         return peak
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - climb) / (steps - climb)))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+# %% ../../nbs/train/09_engine.ipynb #c80d5f12
+def extension_note(
+    done: int,  # Steps done
+    before: int,  # Steps of the run as it was planned
+    steps: int,  # Steps of the longer run
+    peak: float,  # As for `learning_rate`
+    warmup: int,  # As for `learning_rate`; stays what it was
+    schedule: str,  # As for `learning_rate`
+) -> str:
+    "What changes when a run is made longer, in words"
+    first = (
+        f'This run was planned for {before} steps, has done {done}, and goes on to {steps} with '
+        f'the same warm-up of {warmup}'
+    )
+    if schedule == 'constant' or done <= warmup:
+        return f'{first}: it ends as if it had been planned so.'
+    was, now = (learning_rate(done, n, peak, warmup, schedule) for n in (before, steps))
+    return (
+        f'{first}. From here on the learning rate follows the longer cosine: it is {now:.2g} '
+        f'where the shorter one had come to {was:.2g}. Weights, optimiser and data go on as '
+        'they were.'
+    )
 
 # %% ../../nbs/train/09_engine.ipynb #497d3299
 class LossMeter:
@@ -180,8 +209,7 @@ def prepare_teacher(
     dtype = PRECISIONS.get(accelerator.mixed_precision)
     copy = half_precision_copy(teacher, getattr(torch, dtype)) if dtype else teacher
     t = copy.to(accelerator.device).eval()
-    if convolutional(t):
-        channels_last(t)
+    lay_out(t, accelerator.device)
     return compiled(t, compile) if compile else t
 
 # %% ../../nbs/train/09_engine.ipynb #a7bd6cf9
@@ -204,26 +232,33 @@ class Engine:
         self.penalty = penalty
         self.config = config
         device = accelerator.device
+        if config.compile:
+            check_compile(config.compile, device)
         self.live = student.train()
+        self.frozen = frozen_batchnorms(student)  # their statistics stay, as their weights do
+        for m in self.frozen.values():
+            m.eval()
         self.trainable = {n: p.requires_grad for n, p in student.named_parameters()}
         self.forward = vars(student).get('forward')
-        self.flags = checkpointing(student) if config.grad_checkpointing else []
-        self.images_last = convolutional(student)
-        if self.images_last:
-            channels_last(student)
+        self.images_last = lay_out(student, device)
         self.scale, bias = [getattr(student, n, None) for n in ('logit_scale', 'logit_bias')]
         # a bias has no effect on a softmax
         for p, fixed in ((self.scale, config.scale == 'fixed'), (bias, True)):
             if p is not None and fixed:
                 p.requires_grad_(False)
         student.to(device)
+        self.apart = [p for g in penalty.groups() for p in g['params']] if penalty else []
         self.sharded = None
         if wants_shards(accelerator, config.shard):
-            apart = [p for g in penalty.groups() for p in g['params']] if penalty else ()
-            self.sharded = Sharded(student, device, apart)
+            self.sharded = Sharded(student, device, self.apart)
+        self.parallel = not self.sharded and accelerator.distributed_type != DistributedType.NO
+        self.unused = self._own(unused_parameters(student)) if self.parallel else []
+        self.flags = checkpointing(student) if config.grad_checkpointing else []
         if config.compile:
             compiled(student, config.compile)
         self.adamw = make_optimizer(student, config.weight_decay, config.betas, penalty)
+        for name in self.unused:  # data-parallel training would wait for their gradients
+            student.get_parameter(name).requires_grad_(False)
         self.fused = device.type in ('cpu', 'cuda')
         self.student, self.optimizer = (
             (student, self.adamw) if self.sharded else accelerator.prepare(student, self.adamw)
@@ -232,7 +267,10 @@ class Engine:
         self.teacher = teacher and prepare_teacher(teacher, accelerator, config.compile)
         self.answers = teacher
         self.stats = [
-            b for m in student.modules() if isinstance(m, _BatchNorm) for b in m.buffers()
+            b
+            for m in student.modules()
+            if isinstance(m, _BatchNorm) and m.training
+            for b in m.buffers()
         ]
         self.stats_before = []
         self.tally = LossMeter(device)
@@ -248,7 +286,7 @@ class Engine:
         self.stats_before = [b.clone() for b in self.stats]
         with (
             getattr(self.live, 'one_draw', contextlib.nullcontext)(),
-            fused_tiles(bool(self.config.compile)),
+            fused_tiles(self.config.compile in INDUCTOR),
         ):
             penalty = self.penalty(done) if self.penalty else None
             if size and len(batch.image) > size:
@@ -274,6 +312,16 @@ class Engine:
             out |= dict(penalty=penalty.detach(), loss=out['loss'] + penalty.detach())
         return out
 
+    def _own(self, names: list[str]) -> list[str]:
+        "Those of the student's parameters that no penalty takes care of"
+        apart = {id(p) for p in self.apart}
+        return [n for n, p in self.live.named_parameters() if n in names and id(p) not in apart]
+
+    def without_gradient(self) -> list[str]:
+        "Names of trainable parameters that the last backward pass has not reached"
+        named = self.live.named_parameters()
+        return self._own([n for n, p in named if p.requires_grad and p.grad is None])
+
     def update(
         self,
         out: dict,  # What `backward` returned
@@ -288,7 +336,7 @@ class Engine:
         if self.penalty:
             self.penalty.before_step(ok)
         if self.fused:
-            self.adamw.found_inf = (~ok).float()
+            vars(self.adamw)['found_inf'] = (~ok).float()
         if self.fused or ok:
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -313,11 +361,9 @@ class Engine:
     def clip(self, params) -> torch.Tensor:  # The norm before
         "Gradient norm, limited to `clip_norm`"
         limit = self.config.clip_norm or math.inf
-        return (
-            self.sharded.clip(params, limit)
-            if self.sharded
-            else self.accelerator.clip_grad_norm_(params, limit)
-        )
+        if self.sharded:
+            return self.sharded.clip(params, limit)
+        return torch.as_tensor(self.accelerator.clip_grad_norm_(params, limit))
 
     def collect(self) -> nn.Module:  # `plain`: the same in all processes
         "The whole student as it stands"
@@ -350,9 +396,9 @@ class Engine:
             self.sharded.hand_out()
         load_whole_state(self.adamw, state['optimizer'])
         self.tally.skipped = state['skipped'].to(self.accelerator.device)
-        if state['penalty']:
+        if self.penalty and state['penalty']:
             self.penalty.load_state_dict(state['penalty'])
-        if state['scaler']:
+        if self.accelerator.scaler and state['scaler']:
             self.accelerator.scaler.load_state_dict(state['scaler'])
 
     def release(self):
@@ -407,7 +453,7 @@ def make_accelerator(
     cpu = device is not None and pick_device(device).type == 'cpu'
     if AcceleratorState._shared_state:
         AcceleratorState._reset_state(reset_partial_state=True)
-    found = PartialState(cpu=cpu).device
+    found: torch.device = PartialState(cpu=cpu).device  # pyright: ignore[reportAssignmentType]
     atexit.unregister(_leave_processes)
     atexit.register(_leave_processes)
     if device is not None and torch.device(device).type != found.type:

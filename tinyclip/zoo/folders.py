@@ -16,15 +16,16 @@ from typing import Any, NamedTuple
 
 import open_clip
 import torch
-from open_clip.tokenizer import HFTokenizer
+from open_clip.hf_model import HFTextEncoder
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, get_clean_fn
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors.torch import save_file
 from torch import nn
 
 from ..core import TinyclipError, read_json, write_json
-from ..data.transforms import transforms
+from ..data.transforms import token_ids, transforms
 from ..keep import Keep
-from ..towers.architecture import architecture
+from ..towers.architecture import TOKENIZER_KEYS, architecture, build
 from .vocabulary import ShortTokenizer, tokenizer_of
 from .weights import assemble, plain_names, read_weights
 
@@ -47,6 +48,17 @@ class Loaded(NamedTuple):
     tokenizer: Any  # list of texts -> token ids `(n, context_length)`
 
 # %% ../../nbs/zoo/04_folders.ipynb #8129cb78
+def check_place(folder) -> Path:  # The folder
+    "Refuse a folder that cannot be made or written to"
+    folder = Path(folder)
+    stands = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not stands.is_dir():
+        raise TinyclipError(f'{str(stands)!r} is a file; a model needs a folder.')
+    if not os.access(stands, os.W_OK):
+        raise TinyclipError(f'{str(stands)!r} cannot be written to; give a model another folder.')
+    return folder
+
+
 @contextlib.contextmanager
 def replacing(
     folder,  # Made if absent
@@ -55,14 +67,11 @@ def replacing(
     files,
 ):  # Yields an empty folder on the same disk; its files move to `folder` in the end, or nowhere
     "Fill a folder so that it never holds half a model"
-    folder = Path(folder)
-    file = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
-    if file:
-        raise TinyclipError(f'{str(file)!r} is a file; a model needs a folder.')
+    folder = check_place(folder)
     # inside a folder that stands: it may be a link or a disk of its own
-    place = folder if folder.exists() else folder.parent
-    place.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=place, prefix=f'.{folder.name}.', suffix='.tmp'))
+    parent = folder if folder.exists() else folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(dir=parent, prefix=f'.{folder.name}.', suffix='.tmp'))
     try:
         yield tmp
         tmp.chmod(0o755)
@@ -86,7 +95,7 @@ def replacing(
 
 # %% ../../nbs/zoo/04_folders.ipynb #df6bdba7
 def preprocess_cfg(
-    model: nn.Module,  # A CLIP
+    model: Any,  # A CLIP
 ) -> dict:  # Size, mean, std, interpolation and resize mode
     "Preprocessing configuration of a model; CLIP's own constants where it has none"
     cfg = vars(PreprocessCfg()).copy()
@@ -97,25 +106,45 @@ def preprocess_cfg(
     return cfg | dict(size=model.visual.image_size)
 
 # %% ../../nbs/zoo/04_folders.ipynb #7b541b11
-def save(
+CLEANING = ('whitespace', 'lower', 'canonicalize')  # Of open_clip's `get_clean_fn`
+
+
+def tokenizer_cfg(
     model: nn.Module,  # A CLIP or a student
+    tokenizer=None,  # The one that it is used with; None for CLIP's own
+) -> dict:  # Part of `text_cfg`, as in `TOKENIZER_KEYS`; empty for CLIP's own
+    "The configuration of a model's tokenizer: what the model came with, else what is given"
+    own = getattr(model, 'tokenizer_cfg', None) or {}
+    name = own.get('hf_tokenizer_name')
+    needed = name or isinstance(getattr(model, 'text', None), HFTextEncoder)
+    if needed and not hasattr(tokenizer, 'save_pretrained'):
+        raise TinyclipError(
+            'This model uses a Hugging Face tokenizer; pass it as tokenizer=tokenizer, so that '
+            'the folder is complete.'
+        )
+    if own or tokenizer is None or isinstance(tokenizer, SimpleTokenizer):
+        return own
+    if not isinstance(tokenizer, HFTokenizer):
+        raise TinyclipError(
+            f'The tokenizer is a {type(tokenizer).__name__}, and a folder can hold '
+            "open_clip's SimpleTokenizer and HFTokenizer; pass one from open_clip.get_tokenizer."
+        )
+    cleaning = next(n for n in CLEANING if get_clean_fn(n) is tokenizer.clean_fn)
+    options = dict(clean=cleaning, strip_sep_token=tokenizer.strip_sep_token)
+    own = dict(hf_tokenizer_name=tokenizer.tokenizer.name_or_path, tokenizer_kwargs=options)
+    return own | (dict(tokenizer_mode=mode) if (mode := tokenizer.tokenizer_mode) else {})
+
+# %% ../../nbs/zoo/04_folders.ipynb #7629547f
+def save(
+    model: Any,  # A CLIP or a student
     folder,  # Made if absent; an older model in it is replaced
     # Store weights in this type (`torch.float16` halves the file); None for as they are
     dtype: torch.dtype | None = None,
-    tokenizer=None,
+    tokenizer: Any = None,  # Needed for models with a Hugging Face tokenizer
 ) -> Path:  # The folder
     """Write a model folder that `load` reads back, and open_clip too where its schema can hold
     the student"""
-    cfg = architecture(model)
-    own = getattr(model, 'tokenizer_cfg', None)
-    if own:
-        if tokenizer is None:
-            raise TinyclipError(
-                'This model uses a Hugging Face tokenizer; pass it as save(..., '
-                'tokenizer=tokenizer), so that the folder is complete.'
-            )
-        cfg['text_cfg'] |= own
-    pre = {k: v for k, v in preprocess_cfg(model).items() if k != 'size'}
+    config = _config_to_save(model, tokenizer)
 
     def cast(t):
         return t.to(dtype) if dtype and t.is_floating_point() else t
@@ -128,16 +157,48 @@ def save(
         if isinstance(getattr(model, 'keep', None), Keep):
             (tmp / KEEP).write_text(model.keep.to_json(), encoding='utf-8')
         if getattr(model, 'merges', None) is not None:
-            tokenizer_of(model).save(tmp / BPE)
-        if own:
+            ShortTokenizer(tokenizer_of(model).bpe_ranks).save(tmp / BPE)
+        if 'hf_tokenizer_name' in config['model_cfg']['text_cfg']:
             tokenizer.save_pretrained(str(tmp))
-        write_json(tmp / CONFIG, dict(model_cfg=cfg, preprocess_cfg=pre))
+        write_json(tmp / CONFIG, config)
     return Path(folder)
 
+
+def _config_to_save(model, tokenizer) -> dict:
+    "The configuration of a model folder; a model that it cannot describe is refused"
+    cfg = architecture(model)
+    cfg['text_cfg'] |= tokenizer_cfg(model, tokenizer)
+    pre = {k: v for k, v in preprocess_cfg(model).items() if k != 'size'}
+    return dict(model_cfg=cfg, preprocess_cfg=pre)
+
+# %% ../../nbs/zoo/04_folders.ipynb #f8a10012
+def try_saving(
+    model: nn.Module,  # As for `save`
+    folder,  # As for `save`; nothing is written there
+    tokenizer=None,
+):
+    "Rehearsal of `save` and `load`, without weights: what cannot be saved is refused at once"
+    check_place(folder)
+    cfg = _config_to_save(model, tokenizer)['model_cfg']
+    with torch.device('meta'):
+        again = build(_without_tokenizer(cfg))
+    here, there = ({k: tuple(t.shape) for k, t in m.state_dict().items()} for m in (model, again))
+    if differing := next((k for k in here | there if here.get(k) != there.get(k)), None):
+        raise TinyclipError(
+            f'This model cannot be saved: {differing} is {here.get(differing, "absent")} in it and '
+            f'{there.get(differing, "absent")} in what its configuration describes.'
+        )
+    if 'hf_tokenizer_name' in cfg['text_cfg']:
+        with tempfile.TemporaryDirectory() as d:
+            tokenizer.save_pretrained(d)
+
+
+def _without_tokenizer(cfg: dict) -> dict:
+    "A configuration that builds the model alone"
+    text = {k: v for k, v in cfg['text_cfg'].items() if k not in TOKENIZER_KEYS}
+    return {**cfg, 'text_cfg': text}
+
 # %% ../../nbs/zoo/04_folders.ipynb #d299ae23
-TOKENIZER_KEYS = ('hf_tokenizer_name', 'tokenizer_mode', 'tokenizer_kwargs')
-
-
 def clip_tokenizer(model):
     "CLIP's tokenizer for a model: the whole one, or its own shortened one"
     return (
@@ -153,19 +214,15 @@ def whole_tokenizer(context_length):
     return open_clip.SimpleTokenizer(context_length=context_length)
 
 
-def own_tokenizer(
-    own: dict,  # Of `TOKENIZER_KEYS`
-    source: str,  # Where open_clip finds it; empty for where the configuration says
-    context_length: int,
-):
-    "The tokenizer that a configuration names"
+def named_tokenizer(own: dict, context_length: int, source: str = ''):
+    "The tokenizer that a text configuration names, from `source` where its files are there"
     if source:
         return open_clip.get_tokenizer(source, context_length=context_length)
-    options = dict(own.get('tokenizer_kwargs') or {}, context_length=context_length)
-    if not own.get('hf_tokenizer_name'):
-        return open_clip.SimpleTokenizer(**options)
-    mode = own.get('tokenizer_mode')
-    return HFTokenizer(own['hf_tokenizer_name'], tokenizer_mode=mode, **options)
+    options = own.get('tokenizer_kwargs') or {}
+    if name := own.get('hf_tokenizer_name'):
+        mode = own.get('tokenizer_mode')
+        return HFTokenizer(name, context_length, tokenizer_mode=mode, **options)
+    return open_clip.SimpleTokenizer(context_length=context_length, **options)
 
 
 def read_keep(path: Path) -> Keep:
@@ -182,21 +239,23 @@ def read_keep(path: Path) -> Keep:
 
 # %% ../../nbs/zoo/04_folders.ipynb #de92c5a9
 def finish(
-    model: nn.Module,  # With its weights in place
+    model: Any,  # With its weights in place
     model_cfg: dict,  # Its configuration: says which tokenizer
     preprocess: dict,  # Its `preprocess_cfg`; CLIP's own constants where it is silent
-    source: str = '',  # Where open_clip finds the tokenizer; empty for CLIP's own
+    # Where open_clip finds the tokenizer, `'local-dir:...'` or a name; empty for the one that
+    # `model_cfg` itself names
+    source: str = '',
     folder: Path | None = None,  # Where a keep and a shortened vocabulary may lie
 ) -> Loaded:
     "Add preprocessing, tokenizer and provenance to a bare model"
-    odd = (
+    unknown = (
         {k for k in preprocess if k not in vars(PreprocessCfg())}
         if isinstance(preprocess, dict)
         else {type(preprocess).__name__}
     )
-    if odd:
+    if unknown:
         raise TinyclipError(
-            f'preprocess_cfg holds {sorted(odd)[0]!r}, which open_clip does not know; it '
+            f'preprocess_cfg holds {sorted(unknown)[0]!r}, which open_clip does not know; it '
             f'knows {", ".join(vars(PreprocessCfg()))}.'
         )
     model.visual.preprocess_cfg = merge_preprocess_dict(
@@ -205,7 +264,10 @@ def finish(
     model.visual.image_mean, model.visual.image_std = (
         model.visual.preprocess_cfg[k] for k in ('mean', 'std')
     )
-    own = {k: v for k, v in model_cfg['text_cfg'].items() if k in TOKENIZER_KEYS and v}
+    text = model_cfg['text_cfg']
+    if 'hf_model_name' in text:  # the tower itself knows only how many positions it has
+        model.context_length = text.get('context_length', 77)
+    own = {k: v for k, v in text.items() if k in TOKENIZER_KEYS and v}
     if own:
         model.tokenizer_cfg = own
     if 'trust_remote_code' in str(own):
@@ -218,11 +280,10 @@ def finish(
     if folder and (folder / BPE).is_file():
         model.merges = ShortTokenizer.from_file(folder / BPE).merges
     try:
-        return Loaded(
-            model,
-            transforms(model)[1],
-            clip_tokenizer(model) if not own else own_tokenizer(own, source, model.context_length),
-        )
+        tokenizer = named_tokenizer(own, model.context_length, source) if own else None
+        tokenizer = tokenizer or clip_tokenizer(model)
+        model.token_ids = token_ids(tokenizer)
+        return Loaded(model, transforms(model)[1], tokenizer)
     except TinyclipError:
         raise
     except (
@@ -283,12 +344,7 @@ def load_folder(
             f"{WEIGHTS}, or a name like 'ViT-B-32:laion2b_s34b_b79k'."
         )
     cfg = read_config(folder)
-    bare = {
-        **cfg['model_cfg'],
-        'text_cfg': {
-            k: v for k, v in cfg['model_cfg']['text_cfg'].items() if k not in TOKENIZER_KEYS
-        },
-    }
+    bare = _without_tokenizer(cfg['model_cfg'])
     state = plain_names(read_weights(weights_file(folder)), repr(str(folder)))
     model = assemble(bare, state, repr(str(folder)))
     return finish(

@@ -17,6 +17,7 @@ import open_clip
 import torch
 
 from ..core import TinyclipError, read_json
+from ..data.transforms import token_ids
 from ..towers import TEXT, VIT
 from ..towers.architecture import with_sizes
 from .folders import Loaded, finish
@@ -616,5 +617,7 @@ def from_transformers(
     if merges is None:
         return loaded
     model: Any = loaded.model
+    tokenizer = ShortTokenizer(merges, model.context_length)
     model.merges = merges
-    return loaded._replace(tokenizer=ShortTokenizer(merges, model.context_length))
+    model.token_ids = token_ids(tokenizer)
+    return loaded._replace(tokenizer=tokenizer)

@@ -13,9 +13,8 @@ from torch import nn
 
 import tinyclip
 from ..core import Table, TinyclipError, check_choice
-from ..towers.architecture import cfg_from_state, config
+from ..towers.architecture import TOKENIZER_KEYS, cfg_from_state, config
 from .download import cache_folder, download
-from .folders import TOKENIZER_KEYS
 from tinyclip.zoo.weights import (
     OPENAI,
     assemble,
