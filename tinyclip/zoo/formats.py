@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..core import TinyclipError, human, names_in, pick_device
 
-if TYPE_CHECKING:
+# %% ../../nbs/zoo/10_formats.ipynb #2c97cf95
+if TYPE_CHECKING:  # torch takes seconds to import
     from tinyclip.zoo.folders import Loaded
 
 # %% ../../nbs/zoo/10_formats.ipynb #4ea449ba
