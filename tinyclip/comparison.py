@@ -8,6 +8,7 @@ __all__ = ['by_rule', 'by_masks', 'Comparison']
 # %% ../nbs/08_comparison.ipynb #cf1a7e63
 import threading
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -39,8 +40,7 @@ def by_rule(
             teacher,
             pairs,
             folder=folder,
-            seed=seed,
-            **settings,
+            **settings | dict(seed=seed),
         ), steps
 
     return make
@@ -60,10 +60,12 @@ def by_masks(
     ]
 
     def make(teacher, pairs, folder, seed, **settings):
-        return Stages(teacher, pairs, plan, folder, seed=seed, masks=masks, **settings), None
+        settings |= dict(seed=seed, masks=masks)
+        return Stages(teacher, pairs, plan, folder, **settings), None
 
-    make.plan = plan
-    return make
+    method: Any = make
+    method.plan = plan
+    return method
 
 
 def _divide(steps, stages, i, mask_steps=None) -> tuple:  # (mask steps, steps)

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +25,7 @@ from .train.checkpoint import latest_checkpoint, step_seed
 from .train.config import TrainConfig, takes_settings
 from .train.engine import Engine, learning_rate, make_accelerator
 from .train.events import Events, Progress, Trackers, plain, rewind
-from .train.protocols import Pairs, Penalty, Plan
+from .train.protocols import Listener, Pairs, Penalty, Plan
 from .train.run import Result, Run
 
 # %% ../nbs/06_distill.ipynb #9a6a418f
@@ -107,8 +108,9 @@ def check_models(
                 f'The {k} is {s[k]} for the student and {t[k]} for the teacher, and a batch '
                 'can serve only one of them.'
             )
-    if cached:
-        pairs.check_teacher(teacher)
+    check = getattr(pairs, 'check_teacher', None)
+    if cached and check:
+        check(teacher)
 
 
 def _check_inputs(student, teacher, pairs):
@@ -242,7 +244,8 @@ def until_stopped(
         if r.steps < steps and r.steps % every:
             return False
         own = heard[0] if heard else int(stopping.is_set())
-        most = a.gather(torch.tensor([own], device=a.device)).max().item()
+        votes: Any = a.gather(torch.tensor([own], device=a.device))
+        most = votes.max().item()
         if most in ENDS and not heard:
             heard.append(most)  # another one heard it
         return most > 0
@@ -481,7 +484,7 @@ class Distiller:
         step = int(last.name.rpartition('-')[2]) if last else 0
         if self.folder and (self.folder / 'events.jsonl').exists():
             rewind(self.folder, step if last else -1)
-        listeners = [Progress(run.recipe['steps'])] if self.progress else []
+        listeners: list[Listener] = [Progress(run.recipe['steps'])] if self.progress else []
         if a.log_with:
             listeners.append(Trackers(a, run.recipe))
         events = Events(self.folder, [*listeners, *self.listeners])
@@ -502,7 +505,8 @@ class Distiller:
     @property
     def target(self) -> float | None:
         "Kept share that the masks aim at; None without masks"
-        return None if self.penalty is None else smallest_share(self.penalty.goal.asked)
+        goal = getattr(self.penalty, 'goal', None)
+        return None if goal is None else smallest_share(goal.asked)
 
     def plan(self) -> Plan:
         "Curves and pictures that a run will report"

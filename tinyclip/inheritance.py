@@ -8,6 +8,7 @@ __all__ = ['cut_state', 'inherit', 'reinitialized']
 # %% ../nbs/02_inheritance.ipynb #36292d09
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ def inherit(
     if not isinstance(keep, Keep):
         keep = keep_for_config(teacher, keep)
     _check_keep(keep, l)
-    student = build(with_sizes(static_cfg(teacher), student_sizes(keep), l.families))
+    student: Any = build(with_sizes(static_cfg(teacher), student_sizes(keep), l.families))
     _check_sizes(student, keep)
     p = next(teacher.parameters())
     student = student.to(p.device, p.dtype)

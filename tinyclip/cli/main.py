@@ -36,7 +36,7 @@ def main(
         if not isinstance(e, Terminated):
             raise
         print(f'tinyclip: {e}; run the command again with --resume', file=sys.stderr)
-        return e.code
+        return e.code if isinstance(e.code, int) else 1
     if args.json and result:
         print(json.dumps(result, default=str))
     return 0

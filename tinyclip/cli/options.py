@@ -7,6 +7,7 @@ __all__ = ['parser']
 
 # %% ../../nbs/cli/01_options.ipynb #c7e45277
 import argparse
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ..core import PRECISIONS, names_in
@@ -317,7 +318,7 @@ class Command(NamedTuple):
     "A command of `tinyclip`"
 
     run: str  # Module below `tinyclip.cli` and function, imported when the command runs
-    options: object  # Adds the options to a parser
+    options: Callable[[argparse.ArgumentParser], None]  # Adds the options to a parser
     help: str  # One sentence
 
 

@@ -28,11 +28,11 @@ from tinyclip.core import (
     write_json,
 )
 from ..data.cache import cache_size, embedding_width, write_cache
-from ..data.cached import cached_pairs
+from ..data.cached import CachedPairs, cached_pairs
 from ..data.inspect import check
 from ..data.pairs import open_pairs
 from ..data.sources import SyntheticSource
-from ..data.transforms import differing_inputs, expected_inputs, transforms
+from ..data.transforms import differing_inputs, expected_inputs, token_ids, transforms
 from ..distill import Distiller, deferred_interrupt
 from ..inheritance import inherit, reinitialized
 from ..keep import Keep, keep_for_config, manual
@@ -71,7 +71,7 @@ def from_config(name: str) -> Loaded:
     beside = path.name == CONFIG and any(path.parent.glob('tokenizer*'))
     source = f'local-dir:{path.parent}' if beside else ''
     loaded = finish(model, cfg, found.get('preprocess_cfg') or {}, source)
-    rows, most = getattr(model, 'vocab_size', None), max(model.token_ids)
+    rows, most = getattr(model, 'vocab_size', None), max(token_ids(loaded.tokenizer))
     if rows is not None and most >= rows:
         raise TinyclipError(
             f'{name!r} has a vocab_size of {rows}, and its tokenizer makes token {most}: name the '
@@ -187,6 +187,7 @@ def run_cache(args) -> dict:
         workers=args.workers,
         on_shard=lambda r: tell(f"{r['shard']}: {r['samples']} samples, {human(r['bytes'])}B"),
     )
+    skipped = result['skipped']
     if device:
         result = dict(process=rank, of=world) | result
     if not args.json:
@@ -194,7 +195,7 @@ def run_cache(args) -> dict:
             Table(
                 [
                     {k: v for k, v in result.items() if k != 'skipped'}
-                    | {f'skipped: {k}': v for k, v in result['skipped'].items()}
+                    | {f'skipped: {k}': v for k, v in skipped.items()}
                 ]
             )
         )
@@ -314,7 +315,7 @@ def _rehearse(args, student: Loaded, settings: dict):
 
 def _train(args, student: Loaded, teacher: Loaded | None, pairs, settings: dict) -> tuple:
     "The trained student, and what to report of the run"
-    if args.share:
+    if args.share and teacher:
         return in_stages(args, teacher.model, pairs, student.tokenizer, settings)
     r = Distiller(
         student.model, teacher and teacher.model, pairs, folder=Path(args.out), **settings
@@ -334,12 +335,12 @@ def run_distill(args) -> dict:
     out = Path(args.out)
     _join(args)
     teacher = load(args.teacher) if args.teacher else None
-    student = teacher if args.share else make_student(args, teacher)
     check_stages(args)
+    student = teacher if args.share and teacher else make_student(args, teacher)
     pairs = _pairs(args, student)
     settings = _settings(args, student)
     _rehearse(args, student, settings)
-    if teacher and args.cache and not args.share:
+    if teacher and isinstance(pairs, CachedPairs) and not args.share:
         pairs.check_teacher(teacher.model)
         teacher = None  # the student has inherited, and the cache holds the rest
     with deferred_interrupt():  # until the student is saved
