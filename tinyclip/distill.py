@@ -277,6 +277,25 @@ def unused_note(
         'requires_grad_(False) says so.'
     )
 
+
+def notes(
+    run: Run,  # About to take its first step here
+) -> list[str]:
+    "What is worth saying before the first step"
+    frozen, unused = [*run.engine.frozen], run.engine.unused
+    found = [frozen_note(frozen) if frozen else '', unused_note(unused) if unused else '']
+    return [n for n in (run.extended, run.resharded, *found) if n]
+
+
+def check_gradients(
+    run: Run,  # After its first backward pass
+):
+    "Name the parameters that got no gradient; data-parallel training cannot go on with them"
+    if names := run.engine.without_gradient():
+        if run.engine.parallel:
+            raise TinyclipError(unused_note(names))
+        run.warn(unused_note(names), stacklevel=4)
+
 # %% ../nbs/06_distill.ipynb #d049eadc
 class Distiller:
     "Trainer of a student that learns to match image-text pairs as its teacher does"
@@ -341,7 +360,7 @@ class Distiller:
                 run.result.finished = True  # nothing left to do
                 return run.result
             run.events = self._open_events(run, last)
-            for note in self._notes(run):
+            for note in notes(run):
                 run.warn(note, stacklevel=2)
             with (
                 until_stopped(run, self.stopping, self.config.log_every) as must_stop,
@@ -388,10 +407,8 @@ class Distiller:
 
         watch = r.steps == 1 or due(c.log_every)
         out = engine.backward(batch, watch, done)
-        if first and (unused := engine.without_gradient()):
-            if engine.parallel:
-                raise TinyclipError(unused_note(unused))
-            run.warn(unused_note(unused), stacklevel=3)
+        if first:
+            check_gradients(run)
         engine.update(out, lr)
         run.position = (epoch, taken)
         run.pairs += len(batch.image) * a.num_processes
@@ -417,14 +434,6 @@ class Distiller:
         recipe = self._recipe(steps, a)
         run = Run(engine, Events(), recipe, self.folder, self.config.max_skipped, self.pairs)
         return run, last
-
-    def _notes(self, run: Run) -> list[str]:
-        "What is worth saying before the first step"
-        frozen, unused = run.engine.frozen, run.engine.unused
-        notes = [run.extended, run.resharded]
-        notes.append(frozen_note([*frozen]) if frozen else '')
-        notes.append(unused_note(unused) if unused else '')
-        return [n for n in notes if n]
 
     def _recipe(self, steps: int, a: Accelerator) -> dict:
         "What makes this run this run, for checkpoints and the log"
