@@ -288,10 +288,11 @@ def notes(
 
 
 def check_gradients(
-    run: Run,  # After its first backward pass
+    run: Run,  # After a backward pass; looked at after the first one
 ):
     "Name the parameters that got no gradient; data-parallel training cannot go on with them"
-    if names := run.engine.without_gradient():
+    names = run.engine.without_gradient() if run.result.steps == 1 else []
+    if names:
         if run.engine.parallel:
             raise TinyclipError(unused_note(names))
         run.warn(unused_note(names), stacklevel=4)
@@ -399,7 +400,7 @@ class Distiller:
             check_batch(batch, engine.plain)
         seed_everything(step_seed(c.seed, r.steps, a.process_index))
         lr = learning_rate(r.steps, steps, c.lr, run.warmup, c.schedule)
-        done, first = r.steps / steps, r.steps == 0
+        done = r.steps / steps
         r.steps += 1
 
         def due(every):
@@ -407,8 +408,7 @@ class Distiller:
 
         watch = r.steps == 1 or due(c.log_every)
         out = engine.backward(batch, watch, done)
-        if first:
-            check_gradients(run)
+        check_gradients(run)
         engine.update(out, lr)
         run.position = (epoch, taken)
         run.pairs += len(batch.image) * a.num_processes
@@ -432,8 +432,7 @@ class Distiller:
             self.student, self.teacher, self.objective, a, self.penalty, config=self.config
         )
         recipe = self._recipe(steps, a)
-        run = Run(engine, Events(), recipe, self.folder, self.config.max_skipped, self.pairs)
-        return run, last
+        return Run(engine, Events(), recipe, self.folder, self.config.max_skipped, self.pairs), last
 
     def _recipe(self, steps: int, a: Accelerator) -> dict:
         "What makes this run this run, for checkpoints and the log"
