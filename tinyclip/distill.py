@@ -308,6 +308,26 @@ def unused_note(
         'requires_grad_(False) says so.'
     )
 
+
+def notes(
+    run: Run,  # About to take its first step here
+) -> list[str]:
+    "What is worth saying before the first step"
+    frozen, unused = [*run.engine.frozen], run.engine.unused
+    found = [frozen_note(frozen) if frozen else '', unused_note(unused) if unused else '']
+    return [n for n in (run.extended, run.resharded, *found) if n]
+
+
+def check_gradients(
+    run: Run,  # After a backward pass; looked at after the first one
+):
+    "Name the parameters that got no gradient; data-parallel training cannot go on with them"
+    names = run.engine.without_gradient() if run.result.steps == 1 else []
+    if names:
+        if run.engine.parallel:
+            raise TinyclipError(unused_note(names))
+        run.warn(unused_note(names), stacklevel=4)
+
 # %% ../nbs/06_distill.ipynb #d049eadc
 class Distiller:
     "Trainer of a student that learns to match image-text pairs as its teacher does"
@@ -372,7 +392,7 @@ class Distiller:
                 run.result.finished = True  # nothing left to do
                 return run.result
             run.events = self._open_events(run, last)
-            for note in self._notes(run):
+            for note in notes(run):
                 run.warn(note, stacklevel=2)
             with (
                 until_stopped(run, self.stopping, self.config.log_every) as must_stop,
@@ -411,7 +431,7 @@ class Distiller:
             check_batch(batch, engine.plain)
         seed_everything(step_seed(c.seed, r.steps, a.process_index))
         lr = learning_rate(r.steps, steps, c.lr, run.warmup, c.schedule)
-        done, first = r.steps / steps, r.steps == 0
+        done = r.steps / steps
         r.steps += 1
 
         def due(every):
@@ -419,10 +439,7 @@ class Distiller:
 
         watch = r.steps == 1 or due(c.log_every)
         out = engine.backward(batch, watch, done)
-        if first and (unused := engine.without_gradient()):
-            if engine.parallel:
-                raise TinyclipError(unused_note(unused))
-            run.warn(unused_note(unused), stacklevel=3)
+        check_gradients(run)
         engine.update(out, lr)
         run.position = (epoch, taken)
         run.pairs += len(batch.image) * a.num_processes
@@ -446,16 +463,7 @@ class Distiller:
             self.student, self.teacher, self.objective, a, self.penalty, config=self.config
         )
         recipe = self._recipe(steps, a)
-        run = Run(engine, Events(), recipe, self.folder, self.config.max_skipped, self.pairs)
-        return run, last
-
-    def _notes(self, run: Run) -> list[str]:
-        "What is worth saying before the first step"
-        frozen, unused = run.engine.frozen, run.engine.unused
-        notes = [run.extended, run.resharded]
-        notes.append(frozen_note([*frozen]) if frozen else '')
-        notes.append(unused_note(unused) if unused else '')
-        return [n for n in notes if n]
+        return Run(engine, Events(), recipe, self.folder, self.config.max_skipped, self.pairs), last
 
     def _recipe(self, steps: int, a: Accelerator) -> dict:
         "What makes this run this run, for checkpoints and the log"

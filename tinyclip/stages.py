@@ -199,6 +199,12 @@ def _check_folder(folder: Path, recipe: dict, resume: bool):
         write_json(file, recipe)
 
 
+def _distilled(path: Path, stage: Stage) -> bool:
+    "Whether the student of a stage has had all its steps"
+    file = path / 'student' / 'stage.json'
+    return file.exists() and json.loads(file.read_text())['steps'] == stage.steps
+
+
 _DEFAULTS = dict(objective='affinity', precision='auto', **TrainConfig().part('recipe'))
 
 # %% ../nbs/07_stages.ipynb #ddaaa641
@@ -274,7 +280,7 @@ class Stages:
                     path = self.folder / f'stage-{i}'
                     if not (path / 'cut').exists() and not self.mask_and_cut(i, resume):
                         break
-                    if not self._distilled(i) and not self.distil(i, resume):
+                    if not _distilled(path, self.stages[i - 1]) and not self.distil(i, resume):
                         break
                 return report(self.folder)
         finally:
@@ -350,13 +356,6 @@ class Stages:
             config=replace(self.config, seed=seed, progress=self.progress),
             **settings,
         )
-
-    def _distilled(self, number: int) -> bool:
-        "Whether the student of a stage has had all its steps"
-        file = self.folder / f'stage-{number}' / 'student' / 'stage.json'
-        if not file.exists():
-            return False
-        return json.loads(file.read_text())['steps'] == self.stages[number - 1].steps
 
     def _run(self, phase: Distiller, steps: int, resume: bool) -> Result:
         "Train one phase; `finished` is False where it was stopped before its end"

@@ -232,12 +232,10 @@ class Engine:
         self.penalty = penalty
         self.config = config
         device = accelerator.device
-        if config.compile:
-            check_compile(config.compile, device)
+        check_compile(config.compile, device)
         self.live = student.train()
         self.frozen = frozen_batchnorms(student)  # their statistics stay, as their weights do
-        for m in self.frozen.values():
-            m.eval()
+        nn.ModuleList(self.frozen.values()).eval()
         self.trainable = {n: p.requires_grad for n, p in student.named_parameters()}
         self.forward = vars(student).get('forward')
         self.images_last = lay_out(student, device)
@@ -252,7 +250,7 @@ class Engine:
         if wants_shards(accelerator, config.shard):
             self.sharded = Sharded(student, device, self.apart)
         self.parallel = not self.sharded and accelerator.distributed_type != DistributedType.NO
-        self.unused = self._own(unused_parameters(student)) if self.parallel else []
+        self.unused = unused_parameters(student, self.apart) if self.parallel else []
         self.flags = checkpointing(student) if config.grad_checkpointing else []
         if config.compile:
             compiled(student, config.compile)
@@ -267,12 +265,8 @@ class Engine:
         self.teacher = teacher and prepare_teacher(teacher, accelerator, config.compile)
         self.answers = teacher
         self.stats = [
-            b
-            for m in student.modules()
-            if isinstance(m, _BatchNorm) and m.training
-            for b in m.buffers()
+            b for m in student.modules() if isinstance(m, _BatchNorm) for b in m.buffers()
         ]
-        self.stats_before = []
         self.tally = LossMeter(device)
 
     def backward(
@@ -312,15 +306,10 @@ class Engine:
             out |= dict(penalty=penalty.detach(), loss=out['loss'] + penalty.detach())
         return out
 
-    def _own(self, names: list[str]) -> list[str]:
-        "Those of the student's parameters that no penalty takes care of"
-        apart = {id(p) for p in self.apart}
-        return [n for n, p in self.live.named_parameters() if n in names and id(p) not in apart]
-
     def without_gradient(self) -> list[str]:
         "Names of trainable parameters that the last backward pass has not reached"
-        named = self.live.named_parameters()
-        return self._own([n for n, p in named if p.requires_grad and p.grad is None])
+        named, apart = self.live.named_parameters(), {id(p) for p in self.apart}
+        return [n for n, p in named if p.requires_grad and p.grad is None and id(p) not in apart]
 
     def update(
         self,

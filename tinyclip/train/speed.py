@@ -156,6 +156,8 @@ def check_compile(
     device: torch.device,  # Where the models will be
 ):
     "Refuse `torch.compile` where it cannot work: tried on two numbers, before a run begins"
+    if not backend:
+        return
     if isinstance(backend, str) and backend not in (known := [*torch.compiler.list_backends(None)]):
         raise TinyclipError(f"compile='{backend}': torch.compile knows {', '.join(known)}.")
     how: dict[str, Any] = {} if backend is True else dict(backend=backend)

@@ -179,6 +179,7 @@ def frozen_batchnorms(
 # %% ../../nbs/train/06_step.ipynb #a91c3d14
 def unused_parameters(
     model: nn.Module,  # A CLIP in training mode; left as it is
+    apart=(),  # Parameters that others take care of
 ) -> list[str]:  # Names; empty where the model does not say which inputs it takes
     "Parameters that the features of a CLIP do not depend on"
     size = getattr(getattr(model, 'visual', None), 'image_size', None)
@@ -186,7 +187,8 @@ def unused_parameters(
     if size is None or length is None:
         return []
     size = (size, size) if isinstance(size, int) else tuple(size)
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    others = {id(p) for p in apart}
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in others}
     device = next(model.parameters()).device
     image = torch.zeros(2, 3, *size, device=device)
     text = torch.zeros(2, length, dtype=torch.long, device=device)
