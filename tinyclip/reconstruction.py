@@ -10,6 +10,7 @@ import copy
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -156,8 +157,8 @@ class TowerPair:
 
     def __init__(
         self,
-        student: nn.Module,  # Changed in place
-        teacher: nn.Module,  # What it was cut from
+        student: Any,  # A CLIP with its `keep`; changed in place
+        teacher: Any,  # What it was cut from
         tower: str,  # `'image'` or `'text'`
         l: Layout,  # Of the teacher
         streams: Streams,  # Empty
@@ -167,7 +168,7 @@ class TowerPair:
         self.family = l.families[tower]
         self.weights, self.whole = (dict(m.named_parameters()) for m in (student, teacher))
         self.blocks, self.teacher_blocks = (
-            self.family.branches(*tower_of(m, tower)) for m in (student, teacher)
+            self.family.branches(*tower_of(m, tower)) or [] for m in (student, teacher)
         )
         self.seen = 0
 
@@ -274,7 +275,7 @@ class TowerPair:
 
     def _sums(self, rows, name) -> list:
         "Sums over all batches and processes: of three samples in four, and of the others"
-        sums = None
+        sums: list[Sums] = []
         for batch in self.streams:
             x, y = rows(batch)
             sums = sums or [Sums(x.shape[-1], y.shape[-1], x.device) for _ in range(2)]
@@ -309,7 +310,7 @@ class TowerPair:
 
 # %% ../nbs/09_reconstruction.ipynb #d70d90f4
 def reconstruct(
-    student: nn.Module,  # From `inherit` or a masked model's `cut()`; it stays as it is
+    student: Any,  # From `inherit` or a masked model's `cut()`; it stays as it is
     teacher: nn.Module,  # What it was cut from
     pairs: Iterable,  # From `open_pairs`, or batches `(images (n, 3, h, w), texts (n, context))`
     samples: int = 1000,  # Pairs to calibrate on, at most, over all processes
@@ -385,16 +386,17 @@ def _check_student(student, teacher, l):
 def _check_inputs(image, text, model):
     "Calibration pairs must be what the model reads"
     size, table = model.visual.image_size, token_table(model)
+    tokens = 0 if table is None else table.num_embeddings
     want = (size, size) if isinstance(size, int) else tuple(size)
     if tuple(image.shape[-2:]) != want:
         raise TinyclipError(
             f'The calibration images are {tuple(image.shape[-2:])} and the teacher reads {want}: '
             'open the pairs with the transforms of this teacher.'
         )
-    if text.shape[1] > model.context_length or text.max() >= table.num_embeddings:
+    if text.shape[1] > model.context_length or text.max() >= tokens:
         raise TinyclipError(
             f'The calibration texts have {text.shape[1]} tokens up to number {text.max()}; the '
-            f'teacher reads {model.context_length} of {table.num_embeddings}: open the pairs '
+            f'teacher reads {model.context_length} of {tokens}: open the pairs '
             'with the tokenizer of this teacher.'
         )
 

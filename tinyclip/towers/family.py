@@ -160,18 +160,18 @@ class Family(ABC):
         "Whether open_clip's configuration can hold so many neurons at this width"
         return False
 
-    def branches(self, tower: nn.Module, path: str) -> list | None:  # None: not known
+    def branches(self, tower: Any, path: str) -> list | None:  # None: not known
         "The residual blocks as lists of `Branch`, their names beginning with `path`"
         return None
 
-    def stem(self, model: nn.Module, x: Tensor) -> tuple:
+    def stem(self, model: Any, x: Tensor) -> tuple:
         "The stream that enters the first block `(n, length, width)`, and the attention mask"
         raise NotImplementedError
 
-    def pooled(self, model: nn.Module, x: Tensor, stream: Tensor) -> Tensor:
+    def pooled(self, model: Any, x: Tensor, stream: Tensor) -> Tensor:
         "What the projection of the tower multiplies `(n, width)`, from what the last block gives"
         raise NotImplementedError
 
-    def projection(self, tower: nn.Module, path: str) -> tuple:
+    def projection(self, tower: Any, path: str) -> tuple:
         "Names of its weight and of its bias ('' for none), and whether it is kept transposed"
         raise NotImplementedError

@@ -200,8 +200,8 @@ def block_branches(
 
     def branch(present, norm, first, second, between, scale):
         last = LinearMap(f'{second}.weight' if present else '', f'{second}.bias', between)
-        before = [LinearMap(*first, lambda x, mask: getattr(block, norm)(x))] if present else []
-        return Branch((*before, last), getattr(scale, 'gamma', None))
+        before = [LinearMap(first[0], first[1], lambda x, mask: getattr(block, norm)(x))]
+        return Branch((*before, last) if present else (last,), getattr(scale, 'gamma', None))
 
     qkv = f'{path}.attn.in_proj_weight', f'{path}.attn.in_proj_bias'
     fc = f'{path}.mlp.c_fc.weight', f'{path}.mlp.c_fc.bias'

@@ -175,7 +175,7 @@ def _config_to_save(model, tokenizer) -> dict:
 def try_saving(
     model: nn.Module,  # As for `save`
     folder,  # As for `save`; nothing is written there
-    tokenizer=None,
+    tokenizer: Any = None,
 ):
     "Rehearsal of `save` and `load`, without weights: what cannot be saved is refused at once"
     check_place(folder)
