@@ -357,7 +357,7 @@ class Distiller:
         self.objective = objective if isinstance(objective, Objective) else Objective(objective)
         self.folder = folder and Path(folder)
         self.evaluate = evaluate
-        self.penalty = penalty
+        self.penalty: Any = penalty
         self.listeners = listeners
         self.config = config
         self.progress = config.progress
@@ -513,8 +513,7 @@ class Distiller:
     @property
     def target(self) -> float | None:
         "Kept share that the masks aim at; None without masks"
-        goal = getattr(self.penalty, 'goal', None)
-        return None if goal is None else smallest_share(goal.asked)
+        return None if self.penalty is None else smallest_share(self.penalty.goal.asked)
 
     def plan(self) -> Plan:
         "Curves and pictures that a run will report"
