@@ -15,6 +15,7 @@ if _typing.TYPE_CHECKING:
     from .keep import Keep, manual
     from .live import watch
     from .masking import MaskedCLIP
+    from .reconstruction import reconstruct
     from .stages import Stage, Stages
     from .zoo import load, save
 
@@ -28,6 +29,7 @@ __all__ = [
     'load',
     'manual',
     'open_pairs',
+    'reconstruct',
     'save',
     'watch',
 ]
@@ -43,6 +45,7 @@ _HOMES = dict(
     load='zoo',
     manual='keep',
     open_pairs='data',
+    reconstruct='reconstruction',
     save='zoo',
     watch='live',
 )
