@@ -42,7 +42,9 @@ def batches(n=64, size=16, seed=0):
 
 
 def refitted(student, teacher, pairs=None, **settings):
-    return reconstruct(student, teacher, pairs or batches(), progress=False, **settings)
+    return reconstruct(
+        student, teacher, batches() if pairs is None else pairs, progress=False, **settings
+    )
 
 
 def features(model, pairs=None):
@@ -137,8 +139,7 @@ def test_any_cut_is_closer_on_what_was_seen(data):
     student = inherit(teacher, random_keep(data.draw, teacher))
     new = refitted(student, teacher)
     assert layout(new).sizes == layout(student).sizes
-    held = [r for r in new.reconstruction if r['damping'] is not None and r['damping'] > 0]
-    assert all(r['after'] <= r['before'] + 1e-9 for r in held)
+    assert all(r['after'] <= r['before'] for r in new.reconstruction)
     assert all(f.isfinite().all() for f in features(new))
 
 
@@ -148,8 +149,8 @@ def test_a_masked_cut(soft):
     teacher = clip()
     masked = MaskedCLIP(teacher, ['heads', 'ffn', 'width']).eval()
     g = torch.Generator().manual_seed(0)
-    scale = 0.5 if soft else 20.0
-    masked.log_alpha.data.copy_(scale * torch.randn(masked.log_alpha.shape, generator=g))
+    alpha = torch.randn(masked.log_alpha.shape, generator=g)
+    masked.log_alpha.data.copy_(0.5 * alpha if soft else 50 * alpha.sign())
     student = masked.cut()
     assert bool(student.keep.values) is soft
     data = batches(512, 64)
@@ -234,7 +235,8 @@ def test_few_rows_and_many_columns_do_no_harm():
     for sums, n in ((fit, 9), (held, 1000)):
         x = torch.randn(n, 50)
         sums.add(x, x @ w.T.float() + 0.5 * torch.randn(n, 4))
-    new, b, damping = refit(fit, held, w, torch.zeros(4).double())
+    new, b, report = refit(fit, held, w, torch.zeros(4).double())
+    assert report['after'] <= report['before']
     assert held.error(new, b) <= held.error(w, torch.zeros(4).double()) * 1.001
 
 

@@ -332,7 +332,7 @@ def test_constants_that_a_configuration_names(tmp_path):
         (changed(TINY, vision_cfg__attentional_pool=True), 'pools by attention'),
         (changed(TINY, vision_cfg__pool_type='none'), 'does not pool'),
         (changed(TINY, text_cfg__embed_cls=True), 'cannot be saved: positional_embedding'),
-        (changed(TINY, vision_cfg__qk_norm=True), 'cannot be cut'),
+        (changed(TINY, vision_cfg__qk_norm=True), 'neither cut nor saved'),
     ],
     ids=['vocabulary', 'tokenizer', 'attention', 'no pooling', 'class token', 'blocks'],
 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import TinyclipError
-from .keep import Keep, keep_for_config, student_sizes
+from .keep import Keep, keep_of_config, student_sizes
 from .towers import Layout, layout
 from .towers.architecture import architecture, build, static_cfg, with_sizes
 
@@ -74,7 +74,7 @@ def inherit(
     "Cut a student out of its teacher (TinyCLIP, section 3.2)"
     l = layout(teacher)
     if not isinstance(keep, Keep):
-        keep = keep_for_config(teacher, keep)
+        keep = keep_of_config(l, teacher, keep)
     _check_keep(keep, l)
     student: Any = build(with_sizes(static_cfg(teacher), student_sizes(keep), l.families))
     _check_sizes(student, keep)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHOOSERS', 'leading', 'evenly_spaced', 'by_magnitude', 'magnitudes', 'Keep', 'is_depth', 'keep_table', 'manual',
-           'keep_for_size', 'choose', 'keep_for_config']
+           'keep_for_size', 'choose', 'keep_for_config', 'keep_of_config']
 
 # %% ../nbs/01_keep.ipynb #7a8ece06
 import fnmatch
@@ -470,10 +470,15 @@ def keep_for_config(
 ) -> Keep:
     """What to keep so that the student has the sizes of a configuration. Its other settings must be
     the teacher's, which a layout does not show"""
+    return keep_of_config(layout(model), model, student, width_by, depth_by)
+
+
+def keep_of_config(l: Layout, model, student, width_by='leading', depth_by='evenly_spaced') -> Keep:
+    "The same for whoever has the teacher's layout already"
     cfg = config(student) if isinstance(student, str) else dict(student)
     with torch.device('meta'):
         student = build(cfg)
-    l, other = layout(model), layout(student)
+    other = layout(student)
     kinds = [x.families['image'].name for x in (l, other)]
     if kinds[0] != kinds[1]:
         raise TinyclipError(

@@ -69,6 +69,12 @@ class Sums:
         fitted = ((v @ self.xx) * v).sum() - 2 * (v * self.xy.T).sum()
         return (self.yy.sum() + fitted).item()
 
+    def scale(self, xx: Tensor) -> Tensor:
+        "Mean square of the inputs, as in `xx`; inputs that never change count as a little"
+        if not len(xx):
+            return xx.new_ones(())
+        return torch.maximum(xx.diagonal().mean(), 1e-10 * self.xx.diagonal().mean())
+
     def spread(self) -> float:
         "Sum of squares of `y` around its mean"
         return (self.yy.sum() - (self.xy[-1] ** 2).sum() / self.xx[-1, -1]).item()
@@ -76,13 +82,13 @@ class Sums:
     def moments(
         self,
         bias: bool,  # Whether means may be taken off
-    ) -> tuple:  # (products of x, products of x and y, mean of x, mean of y)
+    ) -> tuple:  # (products of x, products of x and y), (mean of x, mean of y)
         "Products around the means; with zeros for means where there is no bias"
         n, x, y = self.xx[-1, -1], self.xx[-1, :-1], self.xy[-1]
         if not bias:
-            return self.xx[:-1, :-1], self.xy[:-1], torch.zeros_like(x), torch.zeros_like(y)
+            return (self.xx[:-1, :-1], self.xy[:-1]), (torch.zeros_like(x), torch.zeros_like(y))
         xx, xy = self.xx[:-1, :-1] - torch.outer(x, x) / n, self.xy[:-1] - torch.outer(x, y) / n
-        return xx, xy, x / n, y / n
+        return (xx, xy), (x / n, y / n)
 
 # %% ../nbs/09_reconstruction.ipynb #cba68cb1
 DAMPING = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the inputs' mean square
@@ -93,30 +99,31 @@ def refit(
     held: Sums,  # The others
     w: Tensor,  # Inherited weights `(outputs, inputs)`, float64
     b: Tensor | None,  # Inherited bias, float64; None where there is none
-) -> tuple:  # (weights, bias, damping or None where nothing was changed)
-    "Ridge regression around inherited weights, the damping chosen on held-out samples"
+) -> tuple:  # (weights, bias, report)
+    """Ridge regression around inherited weights, the damping chosen on held-out samples. The report
+    has the error on those, as a share of the spread of y, `before` and `after` a fit that did not
+    see them, and the damping, None where nothing was changed."""
     bias, b = b is not None, w.new_zeros(len(w)) if b is None else b
-    xx, xy, x, y = fit.moments(bias)
+    (xx, xy), (x, y) = fit.moments(bias)
     values, vectors = torch.linalg.eigh(xx)
     rest = vectors.T @ (xy - xx @ w.T)
 
-    def damped(share):
-        return values.clamp(min=0)[:, None] + share * xx.diagonal().mean().clamp(min=1e-30)
-
     def held_error(share):
-        new = w + (vectors @ (rest / damped(share))).T
+        damped = values.clamp(min=0)[:, None] + share * fit.scale(xx)
+        new = w + (vectors @ (rest / damped)).T
         return held.error(new, y - new @ x)
 
-    before = held.error(w, b)
-    if not len(x):  # a bias alone
-        return w, (fit + held).moments(True)[3], 0.0
-    error, best = min((held_error(s), s) for s in DAMPING)
-    if before - error <= 1e-9 * held.yy.sum().item():
-        return w, b, None
-    xx, xy, x, y = (fit + held).moments(bias)
-    ridge = best * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-    w = w + torch.linalg.solve(xx + ridge, xy - xx @ w.T).T
-    return w, y - w @ x, best
+    before, whole = held.error(w, b), fit + held
+    after, damping = min((held_error(s), s) for s in DAMPING)
+    if before - after <= 1e-9 * held.yy.sum().item():
+        after, damping = before, None
+    else:
+        (xx, xy), (x, y) = whole.moments(bias)
+        ridge = damping * whole.scale(xx) * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+        w = w + torch.linalg.solve(xx + ridge, xy - xx @ w.T).T
+        b = y - w @ x
+    spread = max(held.spread(), 1e-30)
+    return w, b, dict(before=before / spread, after=after / spread, damping=damping)
 
 # %% ../nbs/09_reconstruction.ipynb #67d74292
 class Streams:
@@ -264,14 +271,12 @@ class TowerPair:
             w0 = self._inherited(target).to(w0)
             w0 = w0.T if transposed else w0
         b0 = self._inherited(target_bias).to(w0) if bias else None
-        w, b, damping = refit(fit, held, w0, b0)
+        w, b, report = refit(fit, held, w0, b0)
         if weight:
             self.weights[weight].copy_(w.T if transposed else w)
         if bias:
             self.weights[bias].copy_(b)
-        none = w.new_zeros(len(w))
-        left = [held.error(*p) / held.spread() for p in ((w0, none if b0 is None else b0), (w, b))]
-        return dict(matrix=name, before=left[0], after=left[1], damping=damping)
+        return dict(matrix=name, **report)
 
     def _sums(self, rows, name) -> list:
         "Sums over all batches and processes: of three samples in four, and of the others"
@@ -319,7 +324,7 @@ def reconstruct(
     """Reconstruction of a pruned CLIP: every matrix refitted in closed form from calibration pairs,
     to give what the teacher gives. It starts from the *inherited* weights: reconstruct before you
     train."""
-    check_positive('samples', samples)
+    check_positive('samples', samples, whole=True)
     l = layout(teacher)
     _check_student(student, teacher, l)
     original, student = student, copy.deepcopy(student)

@@ -352,7 +352,8 @@ class Engine:
         limit = self.config.clip_norm or math.inf
         if self.sharded:
             return self.sharded.clip(params, limit)
-        return torch.as_tensor(self.accelerator.clip_grad_norm_(params, limit))
+        norm = self.accelerator.clip_grad_norm_(params, limit)
+        return norm  # pyright: ignore[reportReturnType]  None only under XLA
 
     def collect(self) -> nn.Module:  # `plain`: the same in all processes
         "The whole student as it stands"

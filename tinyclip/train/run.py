@@ -155,9 +155,8 @@ class Run:
         tally = e.tally.read()
         now = time.perf_counter()
         rate = self.pairs / (now - self.mark)
-        self.seen = self.seen + self.pairs
+        self.seen, self.pairs = self.seen + self.pairs, 0
         r.seconds = r.seconds + now - self.mark
-        self.pairs = 0
         self.mark = now
         r.losses = tally['losses']
         r.skipped = tally['skipped']

@@ -7,13 +7,9 @@ __all__ = ['FORMATS', 'Format', 'OpenClip', 'Transformers', 'Onnx', 'open_model'
 
 # %% ../../nbs/zoo/10_formats.ipynb #7573e1a3
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core import TinyclipError, human, names_in, pick_device
-
-# %% ../../nbs/zoo/10_formats.ipynb #2c97cf95
-if TYPE_CHECKING:  # torch takes seconds to import
-    from tinyclip.zoo.folders import Loaded
 
 # %% ../../nbs/zoo/10_formats.ipynb #4ea449ba
 class Format:
@@ -60,7 +56,7 @@ class Format:
         folder,  # As `write` left it
         form: str,  # Of `files`
         device: Any = 'cpu',  # Where the model shall be
-    ) -> 'Loaded':  # In eval mode
+    ) -> Any:  # A `zoo.folders.Loaded`, in eval mode
         "Open an export as its reader would"
         raise NotImplementedError
 
@@ -221,7 +217,7 @@ FORMATS = dict(open_clip=OpenClip(), transformers=Transformers(), onnx=Onnx())
 def open_model(
     name,  # As in `zoo.load`; or an export that a format finds, e.g. `'FOLDER:int8'` of ONNX files
     device=None,  # As in `core.pick_device`
-) -> 'Loaded':  # In eval mode
+) -> Any:  # A `zoo.folders.Loaded`, in eval mode
     "Open a model by name, or an export by its folder"
     from tinyclip.zoo.loading import load
 
