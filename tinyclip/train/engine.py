@@ -352,8 +352,7 @@ class Engine:
         limit = self.config.clip_norm or math.inf
         if self.sharded:
             return self.sharded.clip(params, limit)
-        norm = self.accelerator.clip_grad_norm_(params, limit)
-        return norm  # pyright: ignore[reportReturnType]  None only under XLA
+        return self.accelerator.clip_grad_norm_(params, limit)  # pyright: ignore[reportReturnType]
 
     def collect(self) -> nn.Module:  # `plain`: the same in all processes
         "The whole student as it stands"
