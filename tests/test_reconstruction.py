@@ -1,6 +1,7 @@
 "Closed-form reconstruction: what it leaves alone, what it restores, and what it refuses"
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -79,6 +80,19 @@ def test_twice_is_once():
     teacher = clip()
     once = refitted(inherit(teacher, manual(teacher, 0.5, text_depth=0.6)), teacher)
     assert equal(refitted(once, teacher), once)
+
+
+def test_what_was_learnt_is_not_lost_in_silence():
+    teacher = clip()
+    student = inherit(teacher, manual(teacher, 0.5, text_depth=0.6))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        once = refitted(student, teacher)
+        refitted(once, teacher)
+        refitted(copy.deepcopy(student).half().float(), teacher)  # rounding is no learning
+    torch.nn.init.normal_(student.transformer.resblocks[0].mlp.c_fc.weight)
+    with pytest.warns(UserWarning, match='c_fc.weight .* is replaced: reconstruct first'):
+        refitted(student, teacher)
 
 
 def test_the_inputs_stay_as_they_are():
@@ -213,6 +227,27 @@ def test_two_processes_add_their_sums(tmp_path):
     alone = refitted(student, teacher, [(x, t)])
     student.load_state_dict(a)
     assert off(student, alone) < 1e-3
+
+
+def too_few_in_one_process(rank, world, port, folder):
+    started(rank, world, port)
+    teacher = clip()
+    student = inherit(teacher, manual(teacher, 0.5))
+    with pytest.raises(TinyclipError, match='8 for each'):
+        refitted(student, teacher, batches(64, 16)[: 4 * rank])
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_no_process_waits_for_one_without_pairs(tmp_path):
+    run(too_few_in_one_process, 2, tmp_path)
+
+
+def test_a_closed_layer_scale():
+    teacher = clip(vision_cfg=dict(CFG['vision_cfg'], ls_init_value=0.1))
+    teacher.visual.transformer.resblocks[1].ls_2.gamma.data[:5] = 0
+    student = inherit(teacher, manual(teacher, 0.5))
+    assert all(f.isfinite().all() for f in features(refitted(student, teacher)))
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])

@@ -474,7 +474,7 @@ def keep_for_config(
 
 
 def keep_of_config(l: Layout, model, student, width_by='leading', depth_by='evenly_spaced') -> Keep:
-    "The same for whoever has the teacher's layout already"
+    "Keep for a configuration, as `keep_for_config`, where the layout of the teacher is at hand"
     cfg = config(student) if isinstance(student, str) else dict(student)
     with torch.device('meta'):
         student = build(cfg)

@@ -8,6 +8,7 @@ __all__ = ['reconstruct']
 # %% ../nbs/09_reconstruction.ipynb #a3328833
 import copy
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .core import Table, TinyclipError, check_positive, evaluating, rank_and_world_size
-from .inheritance import cut_tensor
+from .inheritance import cut_state, cut_tensor
 from .keep import student_sizes
 from .towers import TOWERS, Branch, Layout, layout, token_table, tower_of
 
@@ -238,8 +239,8 @@ class TowerPair:
         def outer(batch):
             x, mask = batch['stream'], batch.get('mask')
             y = batch['teacher_stream'][..., channels] * values.to(x.dtype) - x
-            if own.scale is not None:
-                y = y / own.scale
+            if own.scale is not None:  # where a layer scale is 0, any weights do
+                y = y / own.scale.where(own.scale != 0, 1)
             before = own.run(self.weights, x, mask, len(own.maps) - 1)
             return m.read(before, mask) if m.weight else x[..., :0], y
 
@@ -327,23 +328,19 @@ def reconstruct(
     check_positive('samples', samples, whole=True)
     l = layout(teacher)
     _check_student(student, teacher, l)
-    original, student = student, copy.deepcopy(student)
-    student.keep = original.keep
-    report = Table()
-    with evaluating(teacher), evaluating(student), tempfile.TemporaryDirectory() as folder:
+    student, report = copy.deepcopy(student).eval(), Table()
+    with evaluating(teacher), tempfile.TemporaryDirectory() as folder:
         towers = [_tower_pair(student, teacher, t, l, Path(folder) / t) for t in TOWERS]
         for batch in _batches(pairs, samples, teacher):
             for tower, x in zip(towers, batch):
                 tower.add(x)
-        _check_count(towers[0].seen)
-        bar = tqdm(total=sum(map(len, towers)), desc='reconstruct', disable=not progress)
-        with bar:
-            for tower in towers:
-                for row in tower.refits():
-                    report.append(row)
-                    bar.update()
+        _check_count(towers[0].seen, next(teacher.parameters()).device)
+        total = sum(map(len, towers))
+        rows = (row for tower in towers for row in tower.refits())
+        for row in tqdm(rows, 'reconstruct', total, disable=not progress):
+            report.append(row)
     student.reconstruction = report
-    return student.eval()
+    return student
 
 
 def _tower_pair(student, teacher, tower, l, folder):
@@ -358,12 +355,11 @@ def _batches(pairs, samples, teacher) -> Iterator[tuple]:
     device, dtype = (getattr(next(teacher.parameters()), n) for n in ('device', 'dtype'))
     for batch in pairs.epoch(0) if hasattr(pairs, 'epoch') else pairs:
         image, text = (batch[i][:left] for i in range(2))
-        _check_inputs(image, text, teacher)
-        if len(image):
-            yield image.to(device, dtype), text.to(device)
-        left -= len(image)
-        if left <= 0:
+        if not len(image):
             return
+        _check_inputs(image, text, teacher)
+        yield image.to(device, dtype), text.to(device)
+        left -= len(image)
 
 
 def _check_student(student, teacher, l):
@@ -386,6 +382,22 @@ def _check_student(student, teacher, l):
             'This student is no cut of this teacher: its keep belongs to a teacher with other '
             'sizes. Give the teacher that it was cut from.'
         )
+    if not hasattr(student, 'reconstruction') and (name := _learnt(student, teacher, l)):
+        warnings.warn(
+            f'{name} of this student is no longer what it inherited. What was learnt since then in '
+            'the matrices is replaced: reconstruct first, and train afterwards.',
+            stacklevel=3,
+        )
+
+
+def _learnt(student, teacher, l) -> str:
+    "The first parameter further from the inherited one than rounding explains; empty for none"
+    own = dict(student.named_parameters())
+    for n, t in cut_state(dict(teacher.named_parameters()), l, student.keep).items():
+        a, b = own[n].detach().float(), t.detach().float()
+        if not n.startswith('logit_') and (a - b).norm() > 0.01 * b.norm() + 1e-6:
+            return n
+    return ''
 
 
 def _check_inputs(image, text, model):
@@ -406,11 +418,13 @@ def _check_inputs(image, text, model):
         )
 
 
-def _check_count(seen):
-    total = torch.tensor(seen)
+def _check_count(seen, device):
+    "Refuse too few pairs; in every process, so that none waits for another"
+    least = torch.tensor(seen, device=device)
     if rank_and_world_size()[1] > 1:
-        dist.all_reduce(total)
-    if total < 8:
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+    if least < 8:
         raise TinyclipError(
-            f'{total} calibration pairs are too few: some hundred are good, 8 the least.'
+            f'{least} calibration pairs are too few: some hundred are good, 8 the least, and in '
+            'several processes 8 for each.'
         )
