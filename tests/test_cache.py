@@ -169,36 +169,33 @@ with open(Path({folder!r}) / name, 'w') as f, contextlib.redirect_stdout(f):
 '''
 
 
-def test_two_processes_write_what_one_writes(data, tmp_path, capsys):
-    """As `torchrun -m tinyclip cache` does: each takes its share, and together the files are
-    those of one process"""
+def argv(data, out):
+    return [
+        'cache',
+        '--data',
+        data,
+        '--teacher',
+        'shapes-teacher',
+        '--out',
+        str(out),
+        '--views',
+        '2',
+        '--device',
+        'cpu',
+        '--precision',
+        'fp32',
+        '--dtype',
+        'float32',
+        '--json',
+    ]
 
-    def argv(out):
-        return [
-            'cache',
-            '--data',
-            data,
-            '--teacher',
-            'shapes-teacher',
-            '--out',
-            str(tmp_path / out),
-            '--views',
-            '2',
-            '--device',
-            'cpu',
-            '--precision',
-            'fp32',
-            '--dtype',
-            'float32',
-            '--json',
-        ]
 
-    assert main(argv('one')) == 0
-    alone = json.loads(capsys.readouterr().out)
+def in_two_processes(tmp_path, argv):
+    "`tinyclip` under torchrun; each process prints into a file of its own"
     (tmp_path / 'worker.py').write_text(
-        WORKER.format(here=str(Path(__file__).parent), folder=str(tmp_path), argv=argv('two'))
+        WORKER.format(here=str(Path(__file__).parent), folder=str(tmp_path), argv=argv)
     )
-    out = subprocess.run(
+    return subprocess.run(
         [
             sys.executable,
             '-m',
@@ -212,6 +209,15 @@ def test_two_processes_write_what_one_writes(data, tmp_path, capsys):
         env=os.environ | dict(OMP_NUM_THREADS='1'),
         timeout=900,
     )
+
+
+def test_two_processes_write_what_one_writes(data, tmp_path, capsys):
+    """As `torchrun -m tinyclip cache` does: each takes its share, and together the files are
+    those of one process"""
+
+    assert main(argv(data, tmp_path / 'one')) == 0
+    alone = json.loads(capsys.readouterr().out)
+    out = in_two_processes(tmp_path, argv(data, tmp_path / 'two'))
     assert out.returncode == 0, out.stderr[-3000:]
     results = [json.loads((tmp_path / f'printed-{r}.json').read_text()) for r in (0, 1)]
     assert [(s['process'], s['of'], s['shards'], s['found']) for s in results] == [

@@ -167,28 +167,17 @@ CUT = {  # what becomes of a tar whose fifth sample begins at o
 }
 
 
-def plant(folder):
-    """Shards with every kind of damage; returns the captions of the sound samples, and how many
-    others there are of each kind"""
-    sound = []
-    bad = Counter(
-        {k: len(v) for k, v in SPOILED.items()}
-        | {
-            'doubled name': 3,
-            'truncated shard': 2,
-            'damaged shard': 2,
-            'empty shard': 4,
-            'unreadable shard': 2,
-        }
-    )
+BAD = {k: len(v) for k, v in SPOILED.items()} | {  # what `plant` makes
+    'doubled name': 3,
+    'truncated shard': 2,
+    'damaged shard': 2,
+    'empty shard': 4,
+    'unreadable shard': 2,
+}
 
-    def fine(**image):
-        sound.append(f'sound {len(sound)}')
-        return [
-            (f's{len(sound):04}.{e}', d.encode() if isinstance(d, str) else d)
-            for e, d in ((image or dict(jpg=picture(len(sound)))) | dict(txt=sound[-1])).items()
-        ]
 
+def mixed(fine):
+    "Files of a tar in which sound samples, from `fine`, stand between bad ones"
     files = [f for o in ODD for f in fine(**o)]
     for i, fields in enumerate(f for fs in SPOILED.values() for f in fs):
         files += [
@@ -203,15 +192,23 @@ def plant(folder):
     ]
     (image, text), again = fine(), fine()
     # the first counts
-    files += [
-        image,
-        text,
-        (image[0], picture(9)),
-        (text[0], b'other words'),
-        (text[0], b'and others'),
-        *again,
-    ]
-    tar(folder / 'mixed.tar', files)
+    doubles = [(image[0], picture(9)), (text[0], b'other words'), (text[0], b'and others')]
+    return [*files, image, text, *doubles, *again]
+
+
+def plant(folder):
+    """Shards with every kind of damage; returns the captions of the sound samples, and how many
+    others there are of each kind"""
+    sound = []
+
+    def fine(**image):
+        sound.append(f'sound {len(sound)}')
+        return [
+            (f's{len(sound):04}.{e}', d.encode() if isinstance(d, str) else d)
+            for e, d in ((image or dict(jpg=picture(len(sound)))) | dict(txt=sound[-1])).items()
+        ]
+
+    tar(folder / 'mixed.tar', mixed(fine))
     for name, (_, spoil) in CUT.items():
         seven = [fine() for _ in range(7)]
         path = tar(folder / f'{name}.tar', sum(seven, []))
@@ -229,7 +226,7 @@ def plant(folder):
         (folder / f'{name}.tar').write_bytes(data)
     tar(folder / 'hollow.tar', [])
     tar(folder / 'folders.tar', [('a', None)])
-    return sound, bad
+    return sound, Counter(BAD)
 
 
 class Overheard:

@@ -34,7 +34,20 @@ def setting(
         ),
     )
 
+# %% ../../nbs/train/01_config.ipynb #99a51d42
+def _describe(settings) -> str:
+    "Every setting in a line: name, default, meaning"
+    lines = [f"  {f.name} = {f.default!r}: {f.metadata['help']}" for f in fields(settings)]
+    return '\n'.join(['Training settings (fields of `TrainConfig`):', *lines])
+
+
+def _documented(settings):
+    "Decorator: a dataclass with its settings in the docstring"
+    settings.__doc__ = f'{settings.__doc__}\n\n{_describe(settings)}'
+    return settings
+
 # %% ../../nbs/train/01_config.ipynb #deb2c61a
+@_documented
 @dataclass(frozen=True)
 class TrainConfig:
     "Training settings of `Distiller`, `Engine`, `Stages` and `tinyclip distill`"
@@ -176,17 +189,8 @@ def takes_settings(
             for f in fields(TrainConfig)
         ]
     )
-    wrapper.__doc__ = '\n'.join(filter(None, [function.__doc__, _describe()]))
+    wrapper.__doc__ = '\n'.join(filter(None, [function.__doc__, _describe(TrainConfig)]))
     return wrapper
-
-# %% ../../nbs/train/01_config.ipynb #99a51d42
-def _describe() -> str:
-    "Every setting in a line: name, default, meaning"
-    lines = [f"  {f.name} = {f.default!r}: {f.metadata['help']}" for f in fields(TrainConfig)]
-    return '\n'.join(['Training settings (fields of `TrainConfig`):', *lines])
-
-
-TrainConfig.__doc__ = f'{TrainConfig.__doc__}\n\n{_describe()}'
 
 # %% ../../nbs/train/01_config.ipynb #bed8ef75
 def add_options(
