@@ -371,6 +371,7 @@ class Distiller:
     "Trainer of a student that learns to match image-text pairs as its teacher does"
 
     total_steps = None  # `fit` is given them
+    calibrated = False  # Whether it reconstructs the student itself
 
     @takes_settings
     def __init__(
@@ -397,7 +398,7 @@ class Distiller:
         self.evaluate = evaluate
         self.penalty: Any = penalty
         self.listeners = listeners
-        self.config = config
+        self.config = config.with_rate(self.calibrated or hasattr(student, 'reconstruction'))
         self.progress = config.progress
         self.stopping = threading.Event()
         self.result = None
@@ -570,6 +571,8 @@ class Distiller:
 # %% ../nbs/08_distill.ipynb #a5fd26a8
 class CalibratedDistiller(Distiller):
     "Trainer of an inherited student that is reconstructed before its first step"
+
+    calibrated = True
 
     def __init__(
         self,

@@ -35,10 +35,12 @@ from .inheritance import inherit
 from .losses.mimicking import Objective
 from .masking import MaskedCLIP
 from .reconstruction import check_calibration
+from .scores import scored, unit_scores
 from .sparsity import Sparsity
 from .towers import ParamCount, layout
 from .train.checkpoint import atomic_folder, differences, step_seed
 from .train.config import TrainConfig, takes_settings
+from .train.engine import make_accelerator
 from .train.events import Tagged, plain
 from .train.protocols import Pairs, Plan
 from .train.run import Result, scores
@@ -75,8 +77,8 @@ class Stage:
     "Compression to a share of the teacher, in so many steps"
 
     share: float | dict  # Kept share of the *original* teacher's towers, as in `sparsity.Goal`
-    mask_steps: int  # Steps in which masks and weights learn together
-    steps: int  # Steps of distillation after the cut; 0 for none
+    mask_steps: int = 0  # Steps in which masks and weights learn together; 0: scores choose
+    steps: int = 0  # Steps of distillation after the cut; 0 for none
 
     def __post_init__(self):
         for s in self.share.values() if isinstance(self.share, dict) else [self.share]:
@@ -85,12 +87,10 @@ class Stage:
                     f'A share of {s!r} for a stage is no share: give a number above 0 and at '
                     'most 1, or one per tower, dict(image=.4, text=.6).'
                 )
-        for n, least in (('mask_steps', 1), ('steps', 0)):
+        for n in ('mask_steps', 'steps'):
             v = getattr(self, n)
-            if not isinstance(v, int) or v < least:
-                raise TinyclipError(
-                    f'{n}={v} of a stage: give a whole number of steps, {least} or more.'
-                )
+            if not isinstance(v, int) or v < 0:
+                raise TinyclipError(f'{n}={v} of a stage: give a whole number of steps, 0 or more.')
 
     @property
     def total_steps(self) -> int:
@@ -137,13 +137,18 @@ def report(
             dict(
                 stage=done['stage'],
                 asked=done['asked'],
-                masks_reached=cut['masks_reached']['towers'],
+                **_masks_column(cut),
                 kept=round(done['share']['towers'], 4),
                 **_calibration_columns(cut),
                 **scores,
             )
         )
     return rows
+
+
+def _masks_column(cut) -> dict:
+    "Where the masks stood, where there were any"
+    return {'masks_reached': cut['masks_reached']['towers']} if 'masks_reached' in cut else {}
 
 
 def _calibration_columns(cut) -> dict:
@@ -168,6 +173,88 @@ def recut(
         samples=samples,
         progress=progress and _first_process(),
     )
+
+
+CALIBRATION = 1000  # pairs
+
+
+def own_share(
+    share,  # Of the first teacher, as in `sparsity.Goal`
+    student: nn.Module,  # Of a stage
+    whole: Mapping,  # Parameters of the first teacher's towers
+    masks: Mapping,  # Of which `towers` counts
+):  # Of the student; all of it where it has less already
+    "Share of a student that is a share of the first teacher"
+    own = ParamCount(layout(student)).whole
+    if masks.get('towers') == 'both':
+        return min(share * sum(whole.values()) / sum(own.values()), 1.0)
+    shares = share if isinstance(share, Mapping) else dict.fromkeys(whole, share)
+    return {t: min(s * whole[t] / own[t], 1.0) for t, s in shares.items()}
+
+
+def _refits(student) -> dict:
+    "What the reconstruction of a student came to, where there was one"
+    refits = getattr(student, 'reconstruction', None)
+    return {} if refits is None else dict(reconstruction=refits.summary())
+
+
+def calibrated(stage: Stage, calibrate: int | None) -> int:
+    "Pairs that the cut of a stage is reconstructed on; 0 where it is not"
+    if calibrate is None:
+        return 0 if stage.mask_steps else CALIBRATION
+    return calibrate
+
+
+def keep_student(path: Path, model: nn.Module, tokenizer, facts: dict):
+    "Folder of a student, with `facts` beside it; one process writes, the others wait"
+    if _first_process():
+        with atomic_folder(path) as tmp:
+            save(model, tmp, tokenizer=tokenizer)
+            write_json(tmp / 'stage.json', facts)
+            if path.exists():
+                shutil.rmtree(path)  # of fewer steps; its last checkpoint has it
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+def begun(
+    teacher: nn.Module,  # The first one
+    folder: Path,  # Of the compression
+    number: int,  # Of a stage, from 1
+) -> nn.Module:
+    "What a stage begins with: the student of the stage before, or the teacher"
+    return load(folder / f'stage-{number - 1}' / 'student').model if number > 1 else teacher
+
+
+def check_stage(stage: Stage, teacher, masked: MaskedCLIP, masks: Mapping, samples: int):
+    "Refuse a stage that masks, or scores, cannot choose for"
+    if stage.mask_steps:
+        Sparsity(masked, stage.share, **masks)
+        return
+    if not samples:
+        raise TinyclipError(
+            'A stage without mask steps is chosen by scores, which look at calibration pairs: '
+            'leave calibrate=0 out, or give the stage mask_steps=.'
+        )
+    if masks.get('uniform'):
+        raise TinyclipError('uniform=True belongs to masks that learn: give the stage mask_steps=.')
+    # these need no pairs, and refuse what all do
+    unit_scores(teacher, by='magnitude').keep(stage.share, masks.get('towers', 'each'))
+
+
+def scored_cut(
+    model: nn.Module,  # The student of the stage before, or the teacher
+    pairs: Pairs,  # Of the stage
+    share,  # Of this model, as in `Scores.keep`
+    samples: int,  # Pairs to calibrate on
+    towers: str,  # `'each'` or `'both'`, as in `Scores.keep`
+    progress: bool,  # Show progress bars, in the first process?
+) -> Any:  # Reconstructed against `model`
+    "Student chosen by scores"
+    pairs, progress = calibration_pairs(pairs), progress and _first_process()
+    how = dict(samples=samples, progress=progress)
+    keep = scored(model, pairs, share, towers=towers, **how)
+    return inherit(model, keep, calibrate=pairs, **how)
 
 
 def check_teacher(teacher, folder, tokenizer, calibrate):
@@ -251,8 +338,36 @@ _DEFAULTS = dict(
     objective='affinity', precision='auto', calibrate=0, **TrainConfig().part('recipe')
 )
 
+# %% ../nbs/09_stages.ipynb #305ac246
+class Phases:
+    "Phases of training, one after another, that are stopped together"
+
+    def __init__(self):
+        self.stopping = threading.Event()
+        self.running: Distiller | None = None
+
+    def stop(self):
+        "From any thread: end after this step; `fit(resume=True)` goes on"
+        self.stopping.set()
+        if self.running:
+            self.running.stop()
+
+    def current(self) -> Distiller | None:  # None between two phases
+        "The distillation at work"
+        return self.running
+
+    def _run(self, phase: Distiller, steps: int, resume: bool) -> Result:
+        "Train one phase; `finished` is False where it was stopped before its end"
+        self.running = phase
+        if self.stopping.is_set():
+            phase.stop()
+        try:
+            return phase.fit(steps, resume)
+        finally:
+            self.running = None
+
 # %% ../nbs/09_stages.ipynb #fe466a7b
-class Stages:
+class Stages(Phases):
     "Progressive compression: for each stage learn masks, cut, distil (TinyCLIP, section 3.3)"
 
     @takes_settings
@@ -268,13 +383,16 @@ class Stages:
         # Settings of `MaskedCLIP` (`kinds`, `start`, `hard`) and `Sparsity` (`towers`, `uniform`,
         # `form`, `lr`, ...), and `weights_lr`, the weights' rate in mask phases
         masks: dict = SHORT,
-        calibrate: int = 0,  # Pairs to reconstruct every cut on; 0 for the paper's cut
+        # Pairs to reconstruct every cut on; 0 for the paper's cut; None for that after mask phases,
+        # and `CALIBRATION` where scores choose
+        calibrate: int | None = None,
         tokenizer=None,  # Needed only for teachers with a Hugging Face tokenizer, as by `zoo.save`
         objective='affinity',  # As for `Distiller`
         evaluate=None,  # As for `Distiller`; called after each cut, too
         listeners=(),  # Called with every event of every phase, with `stage` and `phase` added
         config: TrainConfig,  # Settings of every `Distiller`; each phase derives a seed from `seed`
     ):
+        super().__init__()
         self.teacher = teacher
         self.pairs = pairs
         self.stages = check_plan(stages)
@@ -290,13 +408,12 @@ class Stages:
         self.weights = {'lr': masks.pop('weights_lr')} if 'weights_lr' in masks else {}
         self.clip_settings = {k: masks.pop(k) for k in ('kinds', 'start', 'hard') if k in masks}
         self.masks = masks
-        self.stopping = threading.Event()
-        self.running = None
         self.whole = ParamCount(layout(teacher)).whole
-        check_teacher(teacher, self.folder, tokenizer, calibrate)
+        most = max(calibrated(s, calibrate) for s in self.stages)
+        check_teacher(teacher, self.folder, tokenizer, most)
         masked = self.masked(teacher)
         for s in self.stages:  # what cannot be had is refused now, not at the last stage
-            Sparsity(masked, s.share, **masks)
+            check_stage(s, teacher, masked, masks, calibrated(s, calibrate))
         Distiller(masked, teacher, pairs, objective=objective, config=config)
 
     def fit(
@@ -317,7 +434,8 @@ class Stages:
             with deferred_interrupt():
                 for i in range(1, len(self.stages) + 1):
                     path = self.folder / f'stage-{i}'
-                    if not (path / 'cut').exists() and not self.mask_and_cut(i, resume):
+                    cut = self.mask_and_cut if self.stages[i - 1].mask_steps else self.score_and_cut
+                    if not (path / 'cut').exists() and not cut(i, resume):
                         break
                     if not _distilled(path, self.stages[i - 1]) and not self.distil(i, resume):
                         break
@@ -331,10 +449,8 @@ class Stages:
         resume: bool = False,  # Go on with a phase that was stopped
     ) -> bool:  # False where it was stopped
         "Learn masks on the student of the stage before, and leave the cut student in `cut`"
-        stage, before = self.stages[number - 1], self.teacher
-        if number > 1:
-            before = load(self.folder / f'stage-{number - 1}' / 'student').model
-        masked, share = self.masked(before), stage.share
+        stage = self.stages[number - 1]
+        masked, share = self.masked(begun(self.teacher, self.folder, number)), stage.share
         if number > 1:
             share = attainable_share(masked, share, self.masks.get('towers') == 'both')
         sparsity = Sparsity(masked, share, **self.masks)
@@ -345,11 +461,35 @@ class Stages:
             return False
         reached = {t: round(1 - s, 4) for t, s in masked.sparsity().items()}
         student, facts = sparsity.cut(), {'masks_reached': reached}
-        if self.calibrate:
-            student = recut(student, self.teacher, phase.pairs, self.calibrate, self.progress)
-            facts['reconstruction'] = student.reconstruction.summary()
+        if n := calibrated(stage, self.calibrate):
+            student = recut(student, self.teacher, phase.pairs, n, self.progress)
+        return self._cut(number, student, **facts)
+
+    def score_and_cut(
+        self,
+        number: int,  # Of the stage, from 1
+        resume: bool = False,  # Not asked: it is begun anew
+    ) -> bool:  # False where it was stopped
+        "Score the student of the stage before, and leave the cut student, reconstructed, in `cut`"
+        if self.stopping.is_set():
+            return False
+        stage = self.stages[number - 1]
+        a = make_accelerator(**self.config.part('place'), folder=self.folder)
+        before = begun(self.teacher, self.folder, number)
+        student = scored_cut(
+            copy.deepcopy(before).float().to(a.device),
+            LaterEpochs(self.pairs, EPOCHS * 2 * (number - 1)),
+            own_share(stage.share, before, self.whole, self.masks),
+            calibrated(stage, self.calibrate),
+            self.masks.get('towers', 'each'),
+            self.progress,
+        )
+        return self._cut(number, student)
+
+    def _cut(self, number, student, **facts) -> bool:
+        "Keep a cut student, with its evaluation and what its reconstruction came to"
         numbers = scores(self.evaluate, student) if self.evaluate and _first_process() else {}
-        self._snapshot(number, 'cut', student, **facts, evaluation=numbers)
+        self._snapshot(number, 'cut', student, **facts, **_refits(student), evaluation=numbers)
         return True
 
     def distil(
@@ -359,21 +499,16 @@ class Stages:
     ) -> bool:  # False where it was stopped
         "Train the cut student, and leave it in `student`"
         path, steps = self.folder / f'stage-{number}' / 'cut', self.stages[number - 1].steps
-        student = load(path).model
-        numbers = json.loads((path / 'stage.json').read_text())['evaluation']
+        student, facts = load(path).model, json.loads((path / 'stage.json').read_text())
+        numbers = facts['evaluation']
         if steps:
-            result = self._run(self.phase(number, 'distil', student), steps, resume)
+            lr = self.config.with_rate('reconstruction' in facts).lr
+            result = self._run(self.phase(number, 'distil', student, lr=lr), steps, resume)
             if not result.finished:
                 return False
             numbers = result.evaluation
         self._snapshot(number, 'student', student, evaluation=numbers)
         return True
-
-    def stop(self):
-        "From any thread: end after this step; `fit(resume=True)` goes on"
-        self.stopping.set()
-        if self.running:
-            self.running.stop()
 
     def masked(self, clip) -> MaskedCLIP:  # In float32, whatever the teacher is stored in
         "A CLIP with masks, whose shares count from the first teacher"
@@ -403,29 +538,11 @@ class Stages:
             **settings,
         )
 
-    def _run(self, phase: Distiller, steps: int, resume: bool) -> Result:
-        "Train one phase; `finished` is False where it was stopped before its end"
-        self.running = phase
-        if self.stopping.is_set():
-            phase.stop()
-        try:
-            return phase.fit(steps, resume)
-        finally:
-            self.running = None
-
     def _snapshot(self, number: int, name: str, model: nn.Module, **facts):
-        "Keep a student, with `facts` and exact shares; one process writes, the others wait"
-        if _first_process():
-            s, share = self.stages[number - 1], shares_of(model, self.whole)
-            path = self.folder / f'stage-{number}' / name
-            facts = dict(stage=number, asked=s.share, steps=s.steps, **facts, share=share)
-            with atomic_folder(path) as tmp:
-                save(model, tmp, tokenizer=self.tokenizer)
-                write_json(tmp / 'stage.json', facts)
-                if path.exists():
-                    shutil.rmtree(path)  # of fewer steps; its last checkpoint has it
-        if dist.is_available() and dist.is_initialized():
-            dist.barrier()
+        "Keep a student, with `facts` and exact shares"
+        s, path = self.stages[number - 1], self.folder / f'stage-{number}' / name
+        facts = dict(stage=number, asked=s.share, steps=s.steps, **facts)
+        keep_student(path, model, self.tokenizer, facts | dict(share=shares_of(model, self.whole)))
 
     @property
     def total_steps(self) -> int:
@@ -440,11 +557,10 @@ class Stages:
     def plan(self) -> Plan:
         "Curves and pictures that a compression will report"
         o = self.objective if isinstance(self.objective, Objective) else Objective(self.objective)
-        return Plan(parts=loss_parts(o, self.masks.get('form') != 'projected'), masks=True)
-
-    def current(self) -> Distiller | None:  # None between two phases
-        "The distillation at work"
-        return self.running
+        masks = any(s.mask_steps for s in self.stages)
+        return Plan(
+            parts=loss_parts(o, masks and self.masks.get('form') != 'projected'), masks=masks
+        )
 
     def trained(self) -> nn.Module | None:  # None where it is not there yet
         "Student of the last stage"
