@@ -20,7 +20,9 @@ from tinyclip.data import open_pairs
 from tinyclip.data.cache import encode_views, write_cache
 from tinyclip.data.cached import CachedBatch, cached_pairs
 from tinyclip.data.sources import as_source, mix
-from tinyclip.distill import Distiller
+from tinyclip.distill import CalibratedDistiller, Distiller
+from tinyclip.inheritance import inherit
+from tinyclip.keep import manual
 from tinyclip.losses import Features, Objective
 from tinyclip.train.step import step
 from tinyclip.zoo import load as load_model
@@ -345,3 +347,19 @@ def test_a_teacher_that_answered_is_let_go(tmp_path, monkeypatch):
     )
     assert alive == [True, False]
     assert json.loads((tmp_path / 'cached' / 'result.json').read_text())['losses']['affinity'] > 0
+
+
+def test_stored_features_and_a_calibration(data, tmp_path):
+    "The teacher is there for the calibration, and not while the student trains"
+    teacher = clip()
+    written(data, tmp_path / 'cache', teacher)
+    job = CalibratedDistiller(
+        inherit(teacher, manual(teacher, 0.5)),
+        teacher,
+        opened(data, tmp_path / 'cache'),
+        calibrate=16,
+        device='cpu',
+        progress=False,
+    )
+    assert job.teacher is None
+    assert job.fit(2).finished and job.reconstruction['samples'] == 16
