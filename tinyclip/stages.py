@@ -21,7 +21,7 @@ from torch import nn
 from .core import Table, TinyclipError, write_json
 from .distill import Distiller, deferred_interrupt, loss_parts, smallest_share
 from .evaluate.cost import parameters
-from .losses.mimicking import Objective
+from .losses.objective import Objective
 from .masking import MaskedCLIP
 from .sparsity import Sparsity
 from .towers import ParamCount, layout
