@@ -171,10 +171,11 @@ class Objective:
         """Copy for one run from its beginning, with a learned projection where losses compare
         features of unequal widths"""
         own = copy.copy(self)
-        known = None not in (student_width, teacher_width)
-        wanted = self.equal_widths and known and student_width != teacher_width
-        own.projection = Projection(student_width, teacher_width, seed) if wanted else None
+        own.projection = None
         own.done = 0.0
+        if self.equal_widths and student_width and teacher_width:
+            if student_width != teacher_width:
+                own.projection = Projection(student_width, teacher_width, seed)
         return own
 
     def parameters(self) -> list[nn.Parameter]:
