@@ -474,7 +474,7 @@ class Distiller:
         last = latest_checkpoint(self.folder, resume)
         a.wait_for_everyone()  # everybody has looked into the folder before anybody writes to it
         widths = embedding_widths(self.objective, self.student, self.teacher, self.pairs)
-        objective = self.objective.for_run(*widths, self.config.seed)
+        objective = self.objective.for_run(*widths, seed=self.config.seed)
         engine = Engine(self.student, self.teacher, objective, a, self.penalty, config=self.config)
         recipe = self._recipe(steps, a)
         return Run(engine, Events(), recipe, self.folder, self.config.max_skipped, self.pairs), last

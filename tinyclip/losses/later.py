@@ -34,9 +34,9 @@ class Projection(nn.Module):
         seed: int = 0,  # Of the rotation that both maps begin with
     ):
         super().__init__()
-        # `skip_init` draws nothing from the common generator
-        self.image = nn.utils.skip_init(nn.Linear, width, teacher_width)
-        self.text = nn.utils.skip_init(nn.Linear, width, teacher_width)
+        # made without weights, which would be drawn from the common generator
+        self.image = nn.Linear(width, teacher_width, device='meta').to_empty(device='cpu')
+        self.text = nn.Linear(width, teacher_width, device='meta').to_empty(device='cpu')
         for layer in (self.image, self.text):
             drawn = torch.Generator().manual_seed(seed)
             nn.init.orthogonal_(layer.weight, generator=drawn)

@@ -91,7 +91,8 @@ def _cross_relational(s, t, scale, _, **how):
 
 
 def _repulsive(s, t, *scales, done, **how):
-    return repulsive(s.image, s.text, t.image, t.text, *scales, repulsive_weight(done), **how)
+    how |= dict(weight=repulsive_weight(done))
+    return repulsive(s.image, s.text, t.image, t.text, *scales, **how)
 
 
 LOSSES = dict(
@@ -173,9 +174,9 @@ class Objective:
         own = copy.copy(self)
         own.projection = None
         own.done = 0.0
-        if self.equal_widths and student_width and teacher_width:
-            if student_width != teacher_width:
-                own.projection = Projection(student_width, teacher_width, seed)
+        a, b = student_width, teacher_width
+        if self.equal_widths and a and b and a != b:
+            own.projection = Projection(a, b, seed)
         return own
 
     def parameters(self) -> list[nn.Parameter]:

@@ -224,6 +224,30 @@ def prepare_teacher(
     lay_out(t, accelerator.device)
     return compiled(t, compile) if compile else t
 
+# %% ../../nbs/train/09_engine.ipynb #b907cac2
+def unwrap(
+    accelerator: Accelerator,  # Has prepared the student
+    student: nn.Module,  # As it was given back then
+    forward,  # The `forward` that the student's instance had before, if it had one
+):
+    "Undo what accelerate has written to a student"
+    own = vars(accelerator.unwrap_model(student, keep_fp32_wrapper=False))
+    for name in ('forward', '_is_accelerate_prepared'):
+        own.pop(name, None)
+    if forward:
+        own['forward'] = forward
+
+
+def lay_out_as_before(
+    model: nn.Module,  # A student or a teacher, after a run
+    compile: bool | str = False,  # Whether it was compiled
+):
+    "Undo what a run did to a model's layout in memory, and its compilation"
+    if convolutional(model):
+        channels_last(model, False)
+    if compile:
+        uncompile(model)
+
 # %% ../../nbs/train/09_engine.ipynb #a7bd6cf9
 class Engine:
     "Student, teacher, optimiser and precision of a run: gradients of a batch, and the update"
@@ -414,25 +438,15 @@ class Engine:
 
     def release(self):
         "Give student and teacher back as they came, the student trained: unwrapped, in eval mode"
-        own = vars(self.live)
         if self.sharded:
             self.sharded.restore()
         else:
-            self.accelerator.unwrap_model(self.student, keep_fp32_wrapper=False)
-            for name in ('forward', '_is_accelerate_prepared'):
-                own.pop(name, None)  # accelerate writes to the instance
-            if self.forward:
-                own['forward'] = self.forward
+            unwrap(self.accelerator, self.student, self.forward)
         for n, p in self.live.named_parameters():
             p.requires_grad_(self.trainable[n])
         restore_checkpointing(self.flags)
-        for m in (self.live, self.answers):
-            if m is None:
-                continue
-            if convolutional(m):
-                channels_last(m, False)
-            if self.config.compile:
-                uncompile(m)
+        for m in filter(None, (self.live, self.answers)):
+            lay_out_as_before(m, self.config.compile)
         self.live.eval()
 
 # %% ../../nbs/train/09_engine.ipynb #c218fb4d
