@@ -198,12 +198,11 @@ def test_a_run_with_several_teachers_resumes_to_the_bit(data, tmp_path):
     )
     with pytest.raises(TinyclipError, match='belongs to another run: cache is'):
         job(opened(data, tmp_path / 'a'), folder=tmp_path / 'run').fit(8, resume=True)
-    with pytest.raises(
-        TinyclipError,
-        match="'feature' compares features of the student .width 16. with features of the teacher "
-        ".width 40.",
-    ):
-        job(both(), objective='feature').fit(1)
+    # features are compared through a projection to the widths of all teachers together
+    compared = job(both(), folder=tmp_path / 'feature', objective='feature')
+    assert compared.fit(1).finished
+    state = torch.load(tmp_path / 'feature/checkpoint-000001/trainer.pt', weights_only=True)
+    assert state['projection']['image.weight'].shape == (40, 16)
 
 
 # --- training
