@@ -23,6 +23,7 @@ from ..core import PRECISIONS, TinyclipError, pick_device, resolve_precision, un
 from ..losses.distributed import average_gradients
 from ..losses.objective import Objective
 from ..losses.tiled import fused_tiles
+from ..towers.short_texts import accept_short, refuse_short, shorten_texts
 from .config import TrainConfig, takes_settings
 from .protocols import Penalty
 from .sharding import Sharded, load_whole_state, whole_state
@@ -271,6 +272,7 @@ class Engine:
         device = accelerator.device
         check_compile(config.compile, device)
         self.live = student.train()
+        self.opened = [m for m in (student, teacher) if m is not None and accept_short(m)]
         self.frozen = frozen_batchnorms(student)  # their statistics stay, as their weights do
         nn.ModuleList(self.frozen.values()).eval()
         self.trainable = {n: p.requires_grad for n, p in student.named_parameters()}
@@ -380,7 +382,9 @@ class Engine:
         self.tally.add({k: v for k, v in out.items() if k not in ('r1', 'chance')}, ok)
 
     def move(self, batch):
-        "Batch on the device of the models"
+        "Batch on the device of the models, its texts no longer than they need them"
+        readers = [m for m in (self.live, self.teacher) if m is not None]
+        batch = batch._replace(text=shorten_texts(batch.text, *readers))
         return on_device(batch, self.accelerator.device, self.images_last)
 
     def ask(self, model, chunk):
@@ -445,6 +449,8 @@ class Engine:
         for n, p in self.live.named_parameters():
             p.requires_grad_(self.trainable[n])
         restore_checkpointing(self.flags)
+        for m in self.opened:
+            refuse_short(m)
         for m in filter(None, (self.live, self.answers)):
             lay_out_as_before(m, self.config.compile)
         self.live.eval()
