@@ -29,7 +29,7 @@ from tinyclip.core import (
     write_json,
 )
 from .data.transforms import differing_inputs, expected_inputs
-from .losses.mimicking import Objective
+from .losses.objective import Objective
 from .reconstruction import check_calibration, reconstruct
 from .train.checkpoint import atomic_folder, latest_checkpoint, step_seed
 from .train.config import TrainConfig, takes_settings
@@ -37,6 +37,7 @@ from .train.engine import Engine, learning_rate, make_accelerator
 from .train.events import Events, Progress, Trackers, plain, rewind
 from .train.protocols import Listener, Pairs, Penalty, Plan
 from .train.run import Result, Run, scores
+from .train.step import output_width
 
 # %% ../nbs/08_distill.ipynb #9a6a418f
 def batches(
@@ -317,6 +318,19 @@ def smallest_share(
     "Smallest kept share of a target"
     return min(share.values()) if isinstance(share, dict) else share
 
+# %% ../nbs/08_distill.ipynb #ef5ed77f
+def embedding_widths(
+    objective: Objective,  # What is minimised
+    student: nn.Module,  # To be trained
+    teacher: nn.Module | None,  # To be learned from; None where pairs bring its features
+    pairs: Pairs,  # May say how wide those are
+) -> tuple:  # Of student and teacher; None for what is not known or does not matter
+    "Widths of the embeddings that an objective for a run asks for"
+    if not objective.equal_widths:
+        return None, None
+    stored = getattr(pairs, 'width', None)
+    return output_width(student), output_width(teacher) if teacher else stored
+
 # %% ../nbs/08_distill.ipynb #e5a17b41
 def listed(
     names: list[str],  # At least one
@@ -498,9 +512,9 @@ class Distiller:
         a = make_accelerator(**self.config.part('place'), folder=self.folder)
         last = latest_checkpoint(self.folder, resume)
         a.wait_for_everyone()  # everybody has looked into the folder before anybody writes to it
-        engine = Engine(
-            self.student, self.teacher, self.objective, a, self.penalty, config=self.config
-        )
+        widths = embedding_widths(self.objective, self.student, self.teacher, self.pairs)
+        objective = self.objective.for_run(*widths, seed=self.config.seed)
+        engine = Engine(self.student, self.teacher, objective, a, self.penalty, config=self.config)
         recipe = self._recipe(steps, a)
         return Run(engine, Events(), recipe, self.folder, self.config.max_skipped, self.pairs), last
 

@@ -32,7 +32,7 @@ from tinyclip.distill import (
 )
 from .evaluate.cost import parameters
 from .inheritance import inherit
-from .losses.mimicking import Objective
+from .losses.objective import Objective
 from .masking import MaskedCLIP
 from .reconstruction import check_calibration
 from .scores import scored, unit_scores

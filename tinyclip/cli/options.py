@@ -247,7 +247,7 @@ def training_options(p: argparse.ArgumentParser):
     p.add_argument(
         '--objective',
         action='append',
-        choices=names_in('losses.mimicking', 'LOSSES'),
+        choices=names_in('losses.objective', 'LOSSES'),
         help="loss; repeat to add several (default: affinity, without a teacher contrastive)",
     )
     p.add_argument(
