@@ -239,11 +239,19 @@ def unwrap(
         own['forward'] = forward
 
 
+def running_statistics(model: nn.Module) -> list[torch.Tensor]:
+    "Buffers of the batch norms"
+    return [b for m in model.modules() if isinstance(m, _BatchNorm) for b in m.buffers()]
+
+
 def lay_out_as_before(
     model: nn.Module,  # A student or a teacher, after a run
     compile: bool | str = False,  # Whether it was compiled
+    opened: bool = False,  # Whether it was made to take short texts
 ):
-    "Undo what a run did to a model's layout in memory, and its compilation"
+    "Undo what a run did to a model: its layout in memory, its compilation, its short texts"
+    if opened:
+        refuse_short(model)
     if convolutional(model):
         channels_last(model, False)
     if compile:
@@ -305,9 +313,7 @@ class Engine:
         self.plain = self.sharded.whole if self.sharded else student  # what others may look at
         self.teacher = teacher and prepare_teacher(teacher, accelerator, config.compile)
         self.answers = teacher
-        self.stats = [
-            b for m in student.modules() if isinstance(m, _BatchNorm) for b in m.buffers()
-        ]
+        self.stats = running_statistics(student)
         self.tally = LossMeter(device)
 
     def backward(
@@ -383,9 +389,8 @@ class Engine:
 
     def move(self, batch):
         "Batch on the device of the models, its texts no longer than they need them"
-        readers = [m for m in (self.live, self.teacher) if m is not None]
-        batch = batch._replace(text=shorten_texts(batch.text, *readers))
-        return on_device(batch, self.accelerator.device, self.images_last)
+        text = shorten_texts(batch.text, *filter(None, (self.live, self.teacher)))
+        return on_device(batch._replace(text=text), self.accelerator.device, self.images_last)
 
     def ask(self, model, chunk):
         "Features of a chunk that may still be elsewhere"
@@ -449,10 +454,8 @@ class Engine:
         for n, p in self.live.named_parameters():
             p.requires_grad_(self.trainable[n])
         restore_checkpointing(self.flags)
-        for m in self.opened:
-            refuse_short(m)
         for m in filter(None, (self.live, self.answers)):
-            lay_out_as_before(m, self.config.compile)
+            lay_out_as_before(m, self.config.compile, m in self.opened)
         self.live.eval()
 
 # %% ../../nbs/train/09_engine.ipynb #c218fb4d
