@@ -454,9 +454,8 @@ class Stages(Phases):
         if number > 1:
             share = attainable_share(masked, share, self.masks.get('towers') == 'both')
         sparsity = Sparsity(masked, share, **self.masks)
-        phase = self.phase(
-            number, 'masks', masked, penalty=sparsity, schedule='constant', **self.weights
-        )
+        how = dict(penalty=sparsity, schedule='constant', **self.weights)
+        phase = self.phase(number, 'masks', masked, **how)
         if not self._run(phase, stage.mask_steps, resume).finished:
             return False
         reached = {t: round(1 - s, 4) for t, s in masked.sparsity().items()}
