@@ -168,7 +168,7 @@ def grouped(t: Tensor | None, m: LinearMap) -> Tensor | None:
     return t if t is None or groups_of(m) == 1 else t.unflatten(0, (groups_of(m), -1))
 
 
-def rows_of(
+def regression_rows(
     m: LinearMap,
     x: Tensor,  # What it multiplies, `(n, ..., channels)`
     y: Tensor,  # What it should give, `(n, ..., channels)`
@@ -179,15 +179,16 @@ def rows_of(
     if x.ndim == 4:
         x = x if m.conv is None else m.patches(x)
         each = min(y[0, ..., 0].numel(), PLACES) * x[0, 0, 0].numel()
-        some = torch.arange(len(x), device=x.device).split(max(1, 2**22 // each))
+        step = max(1, 2**22 // each)
+        some = [slice(i, i + step) for i in range(0, len(x), step)]
     for part in some:
-        a, b, held, counted = x[part], y[part], batch['held'][part], batch.get('counted')
+        a, b, counted = x[part], y[part], batch.get('counted')
         if x.ndim > 3:
             n = torch.arange(len(a), device=x.device)[:, None]
             at = n, *places(*b.shape[1:3], batch['number'][part])
             a, b = a[at].flatten(2), b[at]
         for h in range(2):
-            chosen = held == bool(h)
+            chosen = batch['held'][part] == bool(h)
             if a.ndim == 3 and counted is not None:
                 chosen = chosen[:, None] & counted
             rows = (t[chosen].flatten(0, -2) for t in (a, b))
@@ -267,9 +268,8 @@ class Inherited:
         w, b, *norm = (self.tensor(t).to(like) if t else None for t in target.names)
         w = w.T if transposed else w.flatten(1)
         if norm:
-            mean, var, gain, shift = norm
-            gain = gain / (var + m.eps).sqrt()
-            w, b = gain[:, None] * w, shift + gain * ((0 if b is None else b) - mean)
+            gain = norm[2] / (norm[1] + m.eps).sqrt()
+            w, b = gain[:, None] * w, norm[3] + gain * ((0 if b is None else b) - norm[0])
         return tuple(grouped(t, m) for t in (w, b))
 
     def taken_apart(
@@ -450,7 +450,8 @@ class TowerPair:
         "Refit one linear map; `rows` gives inputs and targets of a batch"
         fit, held = self._sums(m, rows)
         w, b, report = refit(fit, held, *self.inherited.map(m, target, fit.xx, transposed))
-        if report['damping'] is None:
+        nothing_wrong = report['before'] < 1e-9
+        if report['damping'] is None and (nothing_wrong or not m.norm):
             new = self.inherited.tensors(m, target)
         elif m.norm:
             new = self.inherited.taken_apart(m, target, w, b, fit + held)
@@ -465,7 +466,7 @@ class TowerPair:
         "Sums over all batches and processes: of three samples in four, and of the others"
         sums: list[Sums] = []
         for batch in self.streams:
-            for x, y, held in rows_of(m, *rows(batch), batch):
+            for x, y, held in regression_rows(m, *rows(batch), batch):
                 one = x.shape[-1], y.shape[-1], x.device, groups_of(m)
                 sums = sums or [Sums(*one) for _ in range(2)]
                 sums[held].add(x, y)
@@ -487,9 +488,10 @@ def reconstruct(
     samples: int = 1000,  # Pairs to calibrate on, at most, over all processes
     progress: bool = True,  # Show a progress bar?
 ) -> nn.Module:  # A new student in eval mode; its `reconstruction` is the report, a row per matrix
-    """Reconstruction of a pruned CLIP: every matrix refitted in closed form from calibration pairs,
-    to give what the teacher gives. It starts from the *inherited* weights: reconstruct before you
-    train."""
+    """Reconstruction of a pruned CLIP: every matrix and convolution refitted in closed form from
+    calibration pairs, to give what the teacher gives. It starts from the *inherited* weights:
+    reconstruct before you train. Of a map with more than 256 places every image gives 256, always
+    the same."""
     check_positive('samples', samples, whole=True)
     l = layout(teacher)
     _check_student(student, teacher, l)
