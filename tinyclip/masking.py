@@ -23,6 +23,7 @@ from .inheritance import inherit
 from .keep import Keep
 from .masks import eval_masks, expected_zeros, hard_concrete, keep_prob
 from .towers import TOWERS, Layout, ParamCount, layout
+from .towers.short_texts import accept_short
 
 # %% ../nbs/06_masking.ipynb #6e4d63d2
 class Fill(torch.autograd.Function):
@@ -221,6 +222,7 @@ def prepare(
     """A copy whose norms, token table and blocks take masks. All of it is trained, also where a
     teacher was frozen."""
     new = copy.deepcopy(clip).requires_grad_(True)
+    accept_short(new)
     norms = {p: a for p, a in l.norms.items() if a in axes}
     for path in norms:
         replace_module(new, path, OpenNorm.of)
