@@ -501,7 +501,8 @@ def _check_least(params, size, towers, units):
 def _divided(budgets, params) -> dict:
     "The division of a budget between two towers that loses least"
     image, text = (budgets[t] for t in TOWERS)
-    own = np.linspace(0, params, 1001)
+    low, high = params - text.size.whole['text'], image.size.whole['image']
+    own = np.linspace(max(low, 0), min(high, params), 1001)
     loss = image.losses(own).min(0) + text.losses(params - own).min(0)
     best = own[loss.argmin()]
     return dict(zip(TOWERS, (best, params - best)))
