@@ -7,13 +7,14 @@ __all__ = ['by_rule', 'by_masks', 'Comparison']
 
 # %% ../nbs/10_comparison.ipynb #cf1a7e63
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .core import Table, TinyclipError, seed_everything
-from .distill import Distiller
+from .distill import CalibratedDistiller, Distiller
 from .evaluate.cost import macs, pace, parameters, speeds
 from .inheritance import inherit, reinitialized
 from .keep import keep_for_size
@@ -29,13 +30,21 @@ def by_rule(
     share: float,  # Kept share of the towers
     steps: int,  # Of distillation
     random: bool = False,  # The same shape with fresh weights
+    calibrate: int = 0,  # Pairs to reconstruct the student on before its first step; 0 for none
 ):
     "Manual inheritance: the paper's rule says what stays, then the student distils"
+
+    if random and calibrate:
+        raise TinyclipError(
+            'A student with random weights has nothing to reconstruct: leave out random=True or '
+            'calibrate=.'
+        )
+    kind = partial(CalibratedDistiller, calibrate=calibrate) if calibrate else Distiller
 
     def make(teacher, pairs, folder, seed, **settings):
         student = inherit(teacher, keep_for_size(teacher, share)).float()
         seed_everything(seed)
-        return Distiller(
+        return kind(
             reinitialized(student) if random else student,
             teacher,
             pairs,
@@ -52,15 +61,19 @@ def by_masks(
     mask_steps: int | None = None,  # None for a fifth
     stages: int = 1,  # On the way, in even steps of the share; steps are divided evenly
     masks: dict = SHORT,  # As in `Stages`
+    calibrate: int = 0,  # Pairs to reconstruct every cut on; 0 for the paper's cut
 ):
     "Automatic inheritance: masks learn what stays, in one leap or several"
     plan = [
-        Stage(1 - (1 - share) * i / stages, *_divide(steps, stages, i, mask_steps))
+        Stage(
+            1 - (1 - share) * i / stages,
+            *_divide(steps, stages, i, mask_steps, calibrate),
+        )
         for i in range(1, stages + 1)
     ]
 
     def make(teacher, pairs, folder, seed, **settings):
-        settings |= dict(seed=seed, masks=masks)
+        settings |= dict(seed=seed, masks=masks, calibrate=calibrate)
         return Stages(teacher, pairs, plan, folder, **settings), None
 
     method: Any = make
@@ -68,11 +81,11 @@ def by_masks(
     return method
 
 
-def _divide(steps, stages, i, mask_steps=None) -> tuple:  # (mask steps, steps)
+def _divide(steps, stages, i, mask_steps=None, calibrate=0) -> tuple:  # (mask steps, steps)
     "The part of stage `i` (from 1) in a budget"
     own = steps * i // stages - steps * (i - 1) // stages
     masks = max(1, (steps // 5 if mask_steps is None else mask_steps) // stages)
-    if masks >= own:
+    if masks > own or masks == own and not calibrate:
         raise TinyclipError(
             f'{steps} steps for {stages} stages leave {own} for one, and {masks} of them '
             'are for its masks: give more steps, or fewer mask_steps=.'

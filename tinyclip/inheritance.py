@@ -7,6 +7,7 @@ __all__ = ['inherit', 'reinitialized']
 
 # %% ../nbs/04_inheritance.ipynb #36292d09
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -14,17 +15,26 @@ from torch import nn
 from .core import TinyclipError
 from .cut import cut_state
 from .keep import Keep, keep_of_config, student_sizes
+from .reconstruction import reconstruct
 from .towers import layout
 from .towers.architecture import architecture, build, static_cfg, with_sizes
+from .train.protocols import Pairs
 
 # %% ../nbs/04_inheritance.ipynb #bd379301
 def inherit(
     teacher: nn.Module,  # An open_clip CLIP, or a student of one
     keep,  # A `Keep`; or a student's configuration: a registered name, or a dict
+    *,
+    calibrate: Iterable
+    | Pairs
+    | None = None,  # Pairs to `reconstruct` it on; None for the cut alone
+    samples: int = 1000,  # As many of these pairs, at most
+    progress: bool = True,  # Show a progress bar of the reconstruction?
 ) -> (
     nn.Module
 ):  # In eval mode, on the teacher's device, in its dtype; `student.keep` says what it is
-    "Cut a student out of its teacher (TinyCLIP, section 3.2)"
+    """Cut a student out of its teacher (TinyCLIP, section 3.2) and, with calibration pairs,
+    reconstruct it"""
     l = layout(teacher)
     if not isinstance(keep, Keep):
         keep = keep_of_config(l, teacher, keep)
@@ -37,7 +47,10 @@ def inherit(
     _carry_over(teacher, student)
     before = getattr(teacher, 'keep', None)
     student.keep = before.compose(keep) if before else keep
-    return student.eval()
+    student.eval()
+    if calibrate is None:
+        return student
+    return reconstruct(student, teacher, calibrate, samples, progress)
 
 
 def _check_keep(keep, l):

@@ -7,6 +7,7 @@ __all__ = ['reconstruct', 'calibration_batches', 'check_count']
 
 # %% ../nbs/03_reconstruction.ipynb #a3328833
 import copy
+import statistics
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
@@ -22,8 +23,9 @@ from tqdm.auto import tqdm
 
 from .core import Table, TinyclipError, check_positive, evaluating, rank_and_world_size
 from .cut import cut_state, cut_tensor
-from .keep import student_sizes
+from .keep import Keep, student_sizes
 from .towers import TOWERS, Branch, Layout, layout, token_table, tower_of
+from .train.protocols import Pairs
 
 # %% ../nbs/03_reconstruction.ipynb #36b92e75
 class Sums:
@@ -314,33 +316,93 @@ class TowerPair:
         values = self.keep.values.get(axis, [1.0] * len(self.keep[axis]))
         return torch.tensor(values, device=self.whole[name].device)
 
+# %% ../nbs/03_reconstruction.ipynb #41d6a8dd
+class Refits(Table):
+    "Report of a reconstruction, a row per matrix"
+
+    samples = 0  # Pairs that it was calibrated on, of all processes
+
+    def summary(self) -> dict:
+        "Number of pairs, and medians of the rows' errors on held-out samples"
+        middle = {k: statistics.median(r[k] for r in self) for k in ('before', 'after')}
+        return dict(samples=self.samples, **middle)
+
+# %% ../nbs/03_reconstruction.ipynb #ade0ea9c
+def check_calibration(
+    student: Any,  # To be reconstructed; None where it is not there yet
+    teacher: nn.Module,  # What it was cut from
+    samples: int,  # Pairs to calibrate on
+    name: str = 'samples',  # What the caller calls this number
+):
+    "Refuse what cannot be reconstructed, before anything is computed"
+    check_positive(name, samples, whole=True)
+    if samples < 8 * (world := rank_and_world_size()[1]):
+        raise _too_few(samples // world)
+    for t, family in layout(teacher).families.items():
+        if family.branches(*tower_of(teacher, t)) is None:
+            raise TinyclipError(
+                f'The {t} tower is a {family.name}, which cannot be reconstructed yet: only '
+                'towers of residual attention blocks can. Inherit and distil it without.'
+            )
+    if student is not None:
+        _keep_within(student, teacher)
+
+
+def _keep_within(student, teacher) -> Keep:
+    "What a student keeps of this teacher, which may be a student itself"
+    keep, before = (getattr(m, 'keep', None) for m in (student, teacher))
+    if keep is None:
+        raise TinyclipError(
+            'This student does not say what it was cut from (it has no .keep): give one that '
+            'inherit or a masked model\'s cut() made, or one loaded from its folder.'
+        )
+    if before and before.sizes == keep.sizes:
+        keep = keep.after(before)
+    if keep.sizes != layout(teacher).sizes or student_sizes(keep) != layout(student).sizes:
+        raise TinyclipError(
+            'This student is no cut of this teacher: its keep belongs to a teacher with other '
+            'sizes. Give the teacher that it was cut from.'
+        )
+    return keep
+
+
+def _too_few(n):
+    return TinyclipError(
+        f'{n} calibration pairs are too few: some hundred are good, 8 the least, and in several '
+        'processes 8 for each.'
+    )
+
 # %% ../nbs/03_reconstruction.ipynb #d70d90f4
 def reconstruct(
     student: Any,  # From `inherit` or a masked model's `cut()`; it stays as it is
     teacher: nn.Module,  # What it was cut from
-    pairs: Iterable,  # From `open_pairs`, or batches `(images (n, 3, h, w), texts (n, context))`
+    pairs: Iterable
+    | Pairs,  # From `open_pairs`, or batches `(images (n, 3, h, w), texts (n, context))`
     samples: int = 1000,  # Pairs to calibrate on, at most, over all processes
     progress: bool = True,  # Show a progress bar?
 ) -> nn.Module:  # A new student in eval mode; its `reconstruction` is the report, a row per matrix
     """Reconstruction of a pruned CLIP: every matrix refitted in closed form from calibration pairs,
     to give what the teacher gives. It starts from the *inherited* weights: reconstruct before you
     train."""
-    check_positive('samples', samples, whole=True)
-    l = layout(teacher)
-    _check_student(student, teacher, l)
-    student, report = copy.deepcopy(student).eval(), Table()
+    check_calibration(student, teacher, samples)
+    new, l, report = copy.deepcopy(student).eval(), layout(teacher), Refits()
+    new.keep = _keep_within(student, teacher)
+    p = next(new.parameters())
+    if any(getattr(p, n) != getattr(next(teacher.parameters()), n) for n in ('device', 'dtype')):
+        teacher = copy.deepcopy(teacher).to(p.device, p.dtype)
+    _warn_of_learnt(new, teacher, l)
     with evaluating(teacher), tempfile.TemporaryDirectory() as folder:
-        towers = [_tower_pair(student, teacher, t, l, Path(folder) / t) for t in TOWERS]
+        towers = [_tower_pair(new, teacher, t, l, Path(folder) / t) for t in TOWERS]
         for batch in calibration_batches(pairs, samples, teacher):
             for tower, x in zip(towers, batch):
                 tower.add(x)
-        check_count(towers[0].seen, next(teacher.parameters()).device)
+        report.samples = check_count(towers[0].seen, p.device)
         total = sum(map(len, towers))
         rows = (row for tower in towers for row in tower.refits())
         for row in tqdm(rows, 'reconstruct', total, disable=not progress):
             report.append(row)
-    student.reconstruction = report
-    return student
+    new.keep, new.reconstruction = student.keep, report
+    return new
 
 
 def _tower_pair(student, teacher, tower, l, folder):
@@ -362,26 +424,8 @@ def calibration_batches(pairs, samples, teacher) -> Iterator[tuple]:
         left -= len(image)
 
 
-def _check_student(student, teacher, l):
-    "Refuse what is no cut of this teacher, and towers whose blocks are not known as matrices"
-    for t, family in l.families.items():
-        if family.branches(*tower_of(teacher, t)) is None:
-            raise TinyclipError(
-                f'The {t} tower is a {family.name}, which cannot be reconstructed yet: only '
-                'towers of residual attention blocks can. Inherit and distil it without.'
-            )
-    keep = getattr(student, 'keep', None)
-    if keep is None:
-        raise TinyclipError(
-            'This student does not say what it was cut from (it has no .keep): give one that '
-            'inherit or a masked model\'s cut() made, or one loaded from its folder.'
-        )
-    sizes = layout(student).sizes
-    if keep.sizes != l.sizes or student_sizes(keep) != sizes:
-        raise TinyclipError(
-            'This student is no cut of this teacher: its keep belongs to a teacher with other '
-            'sizes. Give the teacher that it was cut from.'
-        )
+def _warn_of_learnt(student, teacher, l):
+    "Say that what was learnt will be lost"
     if not hasattr(student, 'reconstruction') and (name := _learnt(student, teacher, l)):
         warnings.warn(
             f'{name} of this student is no longer what it inherited. What was learnt since then in '
@@ -418,13 +462,12 @@ def _check_inputs(image, text, model):
         )
 
 
-def check_count(seen, device):
-    "Refuse too few pairs; in every process, so that none waits for another"
-    least = torch.tensor(seen, device=device)
+def check_count(seen, device) -> int:
+    "Pairs of all processes; too few in one of them are refused in every one, so that none waits"
+    least, all_ = (torch.tensor(seen, device=device) for _ in range(2))
     if rank_and_world_size()[1] > 1:
         dist.all_reduce(least, dist.ReduceOp.MIN)
+        dist.all_reduce(all_)
     if least < 8:
-        raise TinyclipError(
-            f'{least} calibration pairs are too few: some hundred are good, 8 the least, and in '
-            'several processes 8 for each.'
-        )
+        raise _too_few(least)
+    return int(all_)

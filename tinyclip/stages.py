@@ -6,6 +6,7 @@
 __all__ = ['SHORT', 'Stage', 'Stages', 'compare', 'Recipe', 'in_epochs', 'laion400m', 'yfcc15m']
 
 # %% ../nbs/09_stages.ipynb #40a7e47f
+import copy
 import json
 import math
 import os
@@ -14,15 +15,26 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
 from .core import Table, TinyclipError, write_json
-from .distill import Distiller, deferred_interrupt, loss_parts, smallest_share
+from tinyclip.distill import (
+    EPOCHS,
+    Distiller,
+    LaterEpochs,
+    calibration_pairs,
+    deferred_interrupt,
+    loss_parts,
+    smallest_share,
+)
 from .evaluate.cost import parameters
+from .inheritance import inherit
 from .losses.mimicking import Objective
 from .masking import MaskedCLIP
+from .reconstruction import check_calibration
 from .sparsity import Sparsity
 from .towers import ParamCount, layout
 from .train.checkpoint import atomic_folder, differences, step_seed
@@ -64,7 +76,7 @@ class Stage:
 
     share: float | dict  # Kept share of the *original* teacher's towers, as in `sparsity.Goal`
     mask_steps: int  # Steps in which masks and weights learn together
-    steps: int  # Steps of distillation after the cut
+    steps: int  # Steps of distillation after the cut; 0 for none
 
     def __post_init__(self):
         for s in self.share.values() if isinstance(self.share, dict) else [self.share]:
@@ -73,10 +85,12 @@ class Stage:
                     f'A share of {s!r} for a stage is no share: give a number above 0 and at '
                     'most 1, or one per tower, dict(image=.4, text=.6).'
                 )
-        for n in ('mask_steps', 'steps'):
+        for n, least in (('mask_steps', 1), ('steps', 0)):
             v = getattr(self, n)
-            if not isinstance(v, int) or v < 1:
-                raise TinyclipError(f'{n}={v} of a stage: give a whole number of steps, 1 or more.')
+            if not isinstance(v, int) or v < least:
+                raise TinyclipError(
+                    f'{n}={v} of a stage: give a whole number of steps, {least} or more.'
+                )
 
     @property
     def total_steps(self) -> int:
@@ -86,24 +100,6 @@ class Stage:
 # %% ../nbs/09_stages.ipynb #b55d9378
 # mask phases of tens or hundreds of steps
 SHORT = dict(form='projected', importance_warmup=0.25, hard=True, lr=0.1, warmup=0.7)
-
-# %% ../nbs/09_stages.ipynb #da6f2c6d
-class LaterEpochs:
-    "Pairs from a later epoch on"
-
-    def __init__(
-        self,
-        pairs: Pairs,  # Any
-        first: int,  # The epoch that is called 0 now
-    ):
-        self.pairs = pairs
-        self.first = first
-
-    def __getattr__(self, name):
-        return getattr(self.pairs, name)
-
-    def epoch(self, e, start=0):
-        return self.pairs.epoch(e + self.first, start)
 
 # %% ../nbs/09_stages.ipynb #03e61601
 def attainable_share(
@@ -143,10 +139,56 @@ def report(
                 asked=done['asked'],
                 masks_reached=cut['masks_reached']['towers'],
                 kept=round(done['share']['towers'], 4),
+                **_calibration_columns(cut),
                 **scores,
             )
         )
     return rows
+
+
+def _calibration_columns(cut) -> dict:
+    "What a reconstruction came to, where there was one"
+    names = dict(samples='calibrated on', before='error before', after='error after')
+    return {names[k]: v for k, v in cut.get('reconstruction', {}).items()}
+
+# %% ../nbs/09_stages.ipynb #f32baedf
+def recut(
+    student: Any,  # What masks have cut; its keep counts
+    teacher: nn.Module,  # The first one
+    pairs: Pairs,  # Of the mask phase
+    samples: int,  # Of an epoch that it does not come to
+    progress: bool,  # Show a progress bar, in the first process?
+) -> Any:  # A model of the same shape
+    "Student cut out of the first teacher once more and reconstructed against it"
+    p, before = next(student.parameters()), getattr(teacher, 'keep', None)
+    return inherit(
+        copy.deepcopy(teacher).to(p.device, p.dtype),
+        student.keep.after(before) if before else student.keep,
+        calibrate=calibration_pairs(pairs),
+        samples=samples,
+        progress=progress and _first_process(),
+    )
+
+
+def check_teacher(teacher, folder, tokenizer, calibrate):
+    "Refuse a teacher whose students could not be reconstructed, or not be saved"
+    if tokenizer is None and hasattr(teacher, 'tokenizer_cfg'):
+        raise TinyclipError(
+            'This teacher uses a Hugging Face tokenizer; pass it as tokenizer=, so that '
+            'the students of the way can be saved with it.'
+        )
+    if calibrate:
+        check_calibration(None, teacher, calibrate, 'calibrate')
+    try_saving(teacher, folder, tokenizer)
+
+
+def shares_of(
+    model: nn.Module,  # A student
+    whole: dict,  # Parameters of the first teacher's towers
+) -> dict:  # Of each tower, and of both together as `towers`
+    "Kept shares, exact"
+    n = parameters(model)
+    return {t: n[t] / whole[t] for t in whole} | dict(towers=n['towers'] / sum(whole.values()))
 
 # %% ../nbs/09_stages.ipynb #a2de9a9f
 def _first_process() -> bool:
@@ -205,10 +247,9 @@ def _distilled(path: Path, stage: Stage) -> bool:
     return file.exists() and json.loads(file.read_text())['steps'] == stage.steps
 
 
-_DEFAULTS = dict(objective='affinity', precision='auto', **TrainConfig().part('recipe'))
-
-# %% ../nbs/09_stages.ipynb #ddaaa641
-EPOCHS = 1000  # between the pairs of two phases: more than any phase takes
+_DEFAULTS = dict(
+    objective='affinity', precision='auto', calibrate=0, **TrainConfig().part('recipe')
+)
 
 # %% ../nbs/09_stages.ipynb #fe466a7b
 class Stages:
@@ -227,6 +268,7 @@ class Stages:
         # Settings of `MaskedCLIP` (`kinds`, `start`, `hard`) and `Sparsity` (`towers`, `uniform`,
         # `form`, `lr`, ...), and `weights_lr`, the weights' rate in mask phases
         masks: dict = SHORT,
+        calibrate: int = 0,  # Pairs to reconstruct every cut on; 0 for the paper's cut
         tokenizer=None,  # Needed only for teachers with a Hugging Face tokenizer, as by `zoo.save`
         objective='affinity',  # As for `Distiller`
         evaluate=None,  # As for `Distiller`; called after each cut, too
@@ -237,6 +279,7 @@ class Stages:
         self.pairs = pairs
         self.stages = check_plan(stages)
         self.folder = Path(folder)
+        self.calibrate = calibrate
         self.tokenizer = tokenizer
         self.objective = objective
         self.evaluate = evaluate
@@ -250,12 +293,7 @@ class Stages:
         self.stopping = threading.Event()
         self.running = None
         self.whole = ParamCount(layout(teacher)).whole
-        if tokenizer is None and hasattr(teacher, 'tokenizer_cfg'):
-            raise TinyclipError(
-                'This teacher uses a Hugging Face tokenizer; pass it as tokenizer=, so that '
-                'the students of the way can be saved with it.'
-            )
-        try_saving(teacher, self.folder, tokenizer)
+        check_teacher(teacher, self.folder, tokenizer, calibrate)
         masked = self.masked(teacher)
         for s in self.stages:  # what cannot be had is refused now, not at the last stage
             Sparsity(masked, s.share, **masks)
@@ -269,6 +307,7 @@ class Stages:
         recipe = dict(
             stages=[asdict(s) for s in self.stages],
             masks={**self.clip_settings, **self.masks, 'weights': self.weights},
+            calibrate=self.calibrate,
             seed=self.config.seed,
             settings=_settings(self.objective, self.config),
         )
@@ -305,9 +344,12 @@ class Stages:
         if not self._run(phase, stage.mask_steps, resume).finished:
             return False
         reached = {t: round(1 - s, 4) for t, s in masked.sparsity().items()}
-        student = sparsity.cut()
+        student, facts = sparsity.cut(), {'masks_reached': reached}
+        if self.calibrate:
+            student = recut(student, self.teacher, phase.pairs, self.calibrate, self.progress)
+            facts['reconstruction'] = student.reconstruction.summary()
         numbers = scores(self.evaluate, student) if self.evaluate and _first_process() else {}
-        self._snapshot(number, 'cut', student, masks_reached=reached, evaluation=numbers)
+        self._snapshot(number, 'cut', student, **facts, evaluation=numbers)
         return True
 
     def distil(
@@ -316,12 +358,16 @@ class Stages:
         resume: bool = False,  # Go on with a phase that was stopped
     ) -> bool:  # False where it was stopped
         "Train the cut student, and leave it in `student`"
-        student = load(self.folder / f'stage-{number}' / 'cut').model
-        phase = self.phase(number, 'distil', student)
-        result = self._run(phase, self.stages[number - 1].steps, resume)
-        if result.finished:
-            self._snapshot(number, 'student', student, evaluation=result.evaluation)
-        return result.finished
+        path, steps = self.folder / f'stage-{number}' / 'cut', self.stages[number - 1].steps
+        student = load(path).model
+        numbers = json.loads((path / 'stage.json').read_text())['evaluation']
+        if steps:
+            result = self._run(self.phase(number, 'distil', student), steps, resume)
+            if not result.finished:
+                return False
+            numbers = result.evaluation
+        self._snapshot(number, 'student', student, evaluation=numbers)
+        return True
 
     def stop(self):
         "From any thread: end after this step; `fit(resume=True)` goes on"
@@ -370,10 +416,8 @@ class Stages:
     def _snapshot(self, number: int, name: str, model: nn.Module, **facts):
         "Keep a student, with `facts` and exact shares; one process writes, the others wait"
         if _first_process():
-            n, whole = parameters(model), self.whole
-            share = {t: n[t] / whole[t] for t in whole}
-            share['towers'] = n['towers'] / sum(whole.values())
-            s, path = self.stages[number - 1], self.folder / f'stage-{number}' / name
+            s, share = self.stages[number - 1], shares_of(model, self.whole)
+            path = self.folder / f'stage-{number}' / name
             facts = dict(stage=number, asked=s.share, steps=s.steps, **facts, share=share)
             with atomic_folder(path) as tmp:
                 save(model, tmp, tokenizer=self.tokenizer)
@@ -405,9 +449,8 @@ class Stages:
     def trained(self) -> nn.Module | None:  # None where it is not there yet
         "Student of the last stage"
         path = self.folder / f'stage-{len(self.stages)}' / 'student'
-        if not path.exists():
-            return None
-        return load(path).model.to(next(self.teacher.parameters()).device)
+        device = next(self.teacher.parameters()).device
+        return load(path).model.to(device) if path.exists() else None
 
 # %% ../nbs/09_stages.ipynb #82825409
 def compare(
