@@ -61,17 +61,18 @@ class LearnedMaps(nn.Module):
         l = layout(teacher)
         self.clip = inherit(teacher, keep)
         self.names = [n for n, _ in self.clip.named_parameters() if not n.startswith('logit_')]
+        for name, p in self.clip.named_parameters():
+            p.requires_grad_(name not in self.names)
         self.sources, self.dims, self.parts = {}, {}, defaultdict(list)
         self.maps = nn.ParameterDict()
         whole = {n: p.detach() for n, p in teacher.named_parameters()}
         for name in self.names:
-            self.clip.get_parameter(name).requires_grad_(False)
             path, i, rest = self._place(name, l)
             first = name
             if path:
                 axis = next(a for a, p in l.depth.items() if p == path)
                 first = f'{path}.{keep[axis][i]}.{rest}'
-                self.parts[path, rest].append(name)
+                self.parts[path, rest].append((i, name))
                 layers = range(l.sizes[axis])
                 self.sources[path, rest] = torch.stack(
                     [whole[f'{path}.{j}.{rest}'] for j in layers]
@@ -117,7 +118,8 @@ class LearnedMaps(nn.Module):
         for (path, rest), names in self.parts.items():
             depth = self.maps[f'{path}.*.{without_kind(rest)}'.replace('.', '/')][0]
             stack = self.sources[path, rest]
-            out |= zip(names, (depth @ stack.flatten(1)).view(-1, *stack.shape[1:]))
+            mixed = (depth @ stack.flatten(1)).view(-1, *stack.shape[1:])
+            out |= {name: mixed[i] for i, name in names}
         return {n: self._mapped(n, out[n]) for n in self.names}
 
     def _mapped(self, name, t):
