@@ -133,7 +133,7 @@ class BiasOnly(nn.Module):
         self.get_submodule(projection).bias = nn.Parameter(torch.zeros(width))
 
     def forward(self) -> Tensor:  # `(width,)`, the same for every token
-        return self.get_parameter(f'{self.projection}.bias')
+        return getattr(self, self.projection).bias  # a tensor, where masks have lent one
 
 # %% ../../nbs/towers/03_transformer.ipynb #3af32151
 class SlimBlock(nn.Module):
