@@ -241,8 +241,8 @@ def check_stages(args):
     )
     if named:
         raise TinyclipError(
-            f'--share lets scores or masks choose what to keep, --{named[0].replace("_", "-")} says '
-            'so itself: give one of them.'
+            '--share lets scores or masks choose what to keep, '
+            f'--{named[0].replace("_", "-")} says so itself: give one of them.'
         )
 
 
