@@ -35,6 +35,7 @@ from tinyclip.keep import Keep, keep_for_size
 from tinyclip.lab.demo import examine
 from tinyclip.masking import MaskedCLIP
 from tinyclip.reconstruction import reconstruct
+from tinyclip.scores import scored
 from tinyclip.sparsity import Sparsity
 from tinyclip.stages import SHORT
 from tinyclip.zoo import load, save
@@ -113,6 +114,8 @@ WAYS = {
     'automatic': Way('masks', masks=SHORT),
     'manual, reconstructed': Way('rule', True),
     'automatic, reconstructed': Way('masks', True, masks=SHORT),
+    'scores': Way('scores'),
+    'scores, reconstructed': Way('scores', True),
 }
 
 
@@ -154,6 +157,10 @@ def begin(task, a, name, share, seed, budget):
         student, before = masked_once(task, a, name, share, seed, MASK_STEPS[budget])
         left -= MASK_STEPS[budget]
         keep = Keep(student.keep.sizes, student.keep.axes)  # hard
+    elif way.chosen == 'scores':
+        pairs = task.calibration(seed)
+        keep = scored(task.teacher, pairs, share, samples=task.samples, progress=False)
+        student = inherit(task.teacher, keep)
     else:
         keep = keep_for_size(task.teacher, share)
         student = inherit(task.teacher, keep)
