@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MEASURES', 'COMPARABLE', 'DAMPING', 'Scores', 'unit_scores', 'scored']
 
-# %% ../nbs/11_scores.ipynb #496e3075
+# %% ../nbs/11_scores.ipynb #a27e54ba
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,31 +27,28 @@ from tinyclip.core import (
     evaluating,
     rank_and_world_size,
 )
-from .keep import Keep, magnitudes
-from .reconstruction import _batches, _check_count
+from .keep import Keep, is_depth, magnitudes
+from .reconstruction import Streams, calibration_batches, check_count
 from .towers import TOWERS, Layout, ParamCount, layout, tower_of
 
 # %% ../nbs/11_scores.ipynb #3c29e94f
 @torch.no_grad()
 def embeddings(
     model: Any,  # A CLIP
-    pairs: Iterable,  # As in `reconstruct`
-    samples: int,  # Of them, at most
+    batches: Iterable,  # Of `image` and `text`
 ) -> tuple:  # (unit embeddings of images and texts by tower, of all processes), (place of the own)
     "Unit embeddings of all calibration pairs"
-    own: list = [[], []]
-    for batch in _batches(pairs, samples, model):
-        for z, x, encode in zip(own, batch, (model.encode_image, model.encode_text)):
-            z.append(F.normalize(encode(x).float(), dim=-1))
-    n = sum(map(len, own[0]))
-    _check_count(n, next(model.parameters()).device)
-    parts = [tuple(torch.cat(z).cpu() for z in own)]
+    pairs = (
+        (model.encode_image(b['image']).float(), model.encode_text(b['text']).float())
+        for b in batches
+    )
+    own = [F.normalize(torch.cat(z), dim=-1).cpu() for z in zip(*pairs)]
     rank, world = rank_and_world_size()
+    parts: list = [own] * world
     if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, tuple(torch.cat(z).cpu() for z in own))
+        dist.all_gather_object(parts, own)
     start = sum(len(p[0]) for p in parts[:rank])
-    return [torch.cat(z) for z in zip(*parts)], slice(start, start + n)
+    return [torch.cat(z) for z in zip(*parts)], slice(start, start + len(own[0]))
 
 
 def affinity_probes(
@@ -314,6 +312,9 @@ def hull(
     return [(c - a, d - b) for (a, b), (c, d) in zip(points, points[1:])]
 
 
+CHANNELS = 2.0  # weight of what is lost with channels: all that is computed later lacks them, too
+
+
 class Budget:
     "The cheapest numbers of channels, heads and neurons of a tower for a number of parameters"
 
@@ -321,8 +322,9 @@ class Budget:
         self.tower, self.size, self.width = tower, size, f'{tower}.width'
         self.branches = [a for a in lost if a.startswith(f'{tower}.') and a != self.width]
         steps = [(k, e, i) for i, a in enumerate(self.branches) for k, e in hull(lost[a].tolist())]
-        self.units, self.errors, self.axis = (np.array(c) for c in zip(*steps))
-        self.axis, self.lost = self.axis.astype(int), np.array([0.0, *lost[self.width].tolist()])
+        self.units, self.errors, self.axis = np.array(steps).reshape(-1, 3).T
+        self.axis = self.axis.astype(int)
+        self.lost = CHANNELS * np.array([0.0, *lost[self.width].tolist()])
         self.prices = [self._prices(w) for w in (1, 2)]
         self.curves = [self._curve(w) for w in range(1, size.sizes[self.width] + 1)]
 
@@ -339,10 +341,14 @@ class Budget:
         ]
         return np.array([whole, *one])
 
+    def _at(self, width) -> np.ndarray:
+        "The same at any width: all are linear in it"
+        first, second = self.prices
+        return first + (second - first) * (width - 1)
+
     def _curve(self, width) -> tuple:
         "(order of the steps, parameters and loss after each) at a width"
-        first, second = self.prices  # all are linear in the width
-        whole, *one = first + (second - first) * (width - 1)
+        whole, *one = self._at(width)
         saved = self.units * np.array(one)[self.axis]
         order = np.argsort(self.errors / saved, kind='stable')
         start = self.lost[self.size.sizes[self.width] - width]
@@ -361,11 +367,17 @@ class Budget:
         "axis -> how many stay, to within a neuron"
         width = int(self.losses(np.array([params])).argmin()) + 1
         out = {self.width: width} | {a: self.size.sizes[a] for a in self.branches}
+        left, *prices = self._at(width)
         for i in self.curves[width - 1][0]:
-            a, left = self.branches[self.axis[i]], self.count(out)
-            one = left - self.count({**out, a: out[a] - 1})
-            more = min((left - params) / one, self.units[i])
-            out[a] -= round(more) if a.endswith('.ffn') else int(more + 1e-9)
+            axis, price = self.branches[self.axis[i]], prices[self.axis[i]]
+            n = min((left - params) / price, self.units[i])
+            n = max(round(n) if axis.endswith('.ffn') else int(n + 1e-9), 0)
+            out[axis] -= n
+            left -= n * price
+        for a, price in zip(self.branches, prices):  # what went with the last unit of a branch
+            if a.endswith('.ffn') and out[a] == max(out[b] for b in self.branches):
+                off = round((params - self.count(out)) / price)
+                out[a] = min(max(out[a] + off, 0), self.size.sizes[a])
         return out
 
 
@@ -387,6 +399,8 @@ def evenly(
         return params - size.count(counts)[tower]
 
     out = counts(min(range(1, size.sizes[width] + 1), key=lambda w: abs(off(counts(w)))))
+    if not neurons:
+        return out
     a = neurons[0]
     one = size.count({**out, a: out[a] + 1})[tower] - size.count(out)[tower]
     more, rest = divmod(round(off(out) / one), len(neurons))
@@ -394,7 +408,7 @@ def evenly(
         out[a] = min(max(out[a] + more + (i < rest), 1), size.sizes[a])
     return out
 
-# %% ../nbs/11_scores.ipynb #45106fd9
+# %% ../nbs/11_scores.ipynb #6e7f407b
 MEASURES = ('reconstruction', 'fisher', 'taylor', 'activation', 'magnitude', 'random')
 # of which what is lost in one layer can be held against what is lost in another
 COMPARABLE = MEASURES[:3]
@@ -418,11 +432,11 @@ class Scores:
         shares = _shares(share, towers)
         size = ParamCount(self.layout)
         params = {t: shares[t] * size.whole[t] for t in TOWERS}
-        budgets = {}
-        if self.by in COMPARABLE:
-            budgets = {t: Budget(t, self.lost, size) for t in TOWERS}
-            if towers == 'both':
-                params = _divided(budgets, sum(params.values()))
+        global_ = self.by in COMPARABLE
+        _check_least(params, size, towers, int(not global_))
+        budgets = {t: Budget(t, self.lost, size) for t in TOWERS if global_}
+        if towers == 'both' and global_:
+            params = _divided(budgets, sum(params.values()))
         counts = {}
         for t in TOWERS:
             counts |= budgets[t].counts(params[t]) if budgets else evenly(t, size, params[t])
@@ -438,6 +452,14 @@ class Scores:
             for a in (a for i in range(n) if i not in stay for a in kinds[i]):
                 del axes[a]
         return Keep(self.layout.sizes, axes)
+
+    def units(self) -> dict:  # axis -> `(size,)`
+        "What is lost more when a unit goes at its turn, by index; never less than before it"
+        out = {}
+        for a, e in self.lost.items():
+            each = torch.diff(e, prepend=e.new_zeros(1)).cummax(0).values
+            out[a] = torch.empty_like(each).index_copy_(0, torch.tensor(self.order[a]), each)
+        return out
 
     def table(self) -> Table:  # A row per axis
         "What is lost when a quarter, a half, three quarters and all of every axis are gone"
@@ -463,6 +485,19 @@ def _shares(share, towers) -> dict:
     return shares
 
 
+def _check_least(params, size, towers, units):
+    "Refuse a size that is below one channel, with `units` heads and neurons in every layer"
+    least = {a: 1 if a.endswith('.width') else units for a in size.sizes if not is_depth(a)}
+    least = size.count({a: n for a, n in least.items() if a != 'embed'})
+    for some in [TOWERS] if towers == 'both' else [(t,) for t in TOWERS]:
+        asked, low = (sum(n[t] for t in some) for n in (params, least))
+        if asked < low:
+            raise TinyclipError(
+                f'The {" and ".join(some)} tower cannot shrink to {asked:,.0f} parameters: one '
+                f'channel has {low:,}. Ask for more.'
+            )
+
+
 def _divided(budgets, params) -> dict:
     "The division of a budget between two towers that loses least"
     image, text = (budgets[t] for t in TOWERS)
@@ -471,7 +506,7 @@ def _divided(budgets, params) -> dict:
     best = own[loss.argmin()]
     return dict(zip(TOWERS, (best, params - best)))
 
-# %% ../nbs/11_scores.ipynb #3ac54bcc
+# %% ../nbs/11_scores.ipynb #195dcbf3
 def unit_scores(
     teacher: nn.Module,  # A CLIP whose towers are transformers
     pairs: Iterable | None = None,  # As in `reconstruct`; `'magnitude'` and `'random'` need none
@@ -500,8 +535,14 @@ def unit_scores(
     else:
         if pairs is None:
             raise TinyclipError(f'by={by!r} looks at calibration pairs: give some hundred, pairs=.')
-        with evaluating(teacher):
-            sums = _sums(teacher, l, pairs, by, samples, seed, progress)
+        device = next(teacher.parameters()).device
+        with evaluating(teacher), tempfile.TemporaryDirectory() as folder:
+            batches, seen = Streams(folder, device), 0  # they are walked through twice
+            for image, text in calibration_batches(pairs, samples, teacher):
+                batches.append(image=image, text=text)
+                seen += len(text)
+            check_count(seen, device)
+            sums = _sums(teacher, l, batches, by, seed, progress)
         if by == 'reconstruction':
             return _by_reconstruction(l, sums, axes, progress)
         units = {a: sums[a.split('.')[0]].units(a) for a in axes}
@@ -510,7 +551,7 @@ def unit_scores(
     return Scores(l, by, order, lost)
 
 
-def _sums(teacher, l, pairs, by, samples, seed, progress) -> dict:
+def _sums(teacher, l, batches, by, seed, progress) -> dict:
     "What a measure sums up over the pairs, by tower"
     kinds = dict(
         reconstruction=Products,
@@ -518,30 +559,34 @@ def _sums(teacher, l, pairs, by, samples, seed, progress) -> dict:
         fisher=lambda r: Gates(r, l.sizes, 2),
         activation=lambda r: Fluctuations(r, l.sizes),
     )
-    pairs = list(pairs) if iter(pairs) is pairs else pairs  # they are walked through twice
-    (image, text), own = embeddings(teacher, pairs, samples)
+    (image, text), own = embeddings(teacher, batches)
+    _check_finite(torch.cat([image, text]))
     probes = contrastive_probes if by in ('taylor', 'fisher') else affinity_probes
     scale = teacher.logit_scale.detach().float().exp().cpu()
     v = {t: p[own] for t, p in probes(image, text, scale, seed).items()}
     sums, seen = {}, 0
-    batches = tqdm(_batches(pairs, samples, teacher), 'score', disable=not progress)
-    for batch in batches:
-        for tower, x in zip(TOWERS, batch):
+    for batch in tqdm(batches, 'score', batches.count, disable=not progress):
+        for tower in TOWERS:
+            x = batch[tower]
             probe = v[tower][seen : seen + len(x)].to(x.device)
             found = reads(teacher, tower, l, x, probe)
             if tower not in sums:
                 sums[tower] = kinds[by](found)
             sums[tower].add(found)
-        seen += len(batch[0])
+        seen += len(batch['text'])
     for s in (s for t in TOWERS for s in sums[t].sums):
         if rank_and_world_size()[1] > 1:
             dist.all_reduce(s)
-        if not s.isfinite().all():
-            raise TinyclipError(
-                'The teacher computes NaN or infinity on the calibration pairs. Look for it with '
-                'tinyclip check, and in half precision try .float().'
-            )
+        _check_finite(s)
     return sums
+
+
+def _check_finite(t):
+    if not t.isfinite().all():
+        raise TinyclipError(
+            'The teacher computes NaN or infinity on the calibration pairs. Look for it with '
+            'tinyclip check, and in half precision try .float().'
+        )
 
 
 DAMPING = 1e-3  # share of the mean variance of the inputs
@@ -554,7 +599,7 @@ def _by_reconstruction(l, sums, axes, progress) -> Scores:
         order[a], lost[a] = eliminate(p, q, p.shape[1] // l.sizes[a])
     return Scores(l, 'reconstruction', order, lost)
 
-# %% ../nbs/11_scores.ipynb #889a466b
+# %% ../nbs/11_scores.ipynb #4e6fa044
 def scored(
     teacher: nn.Module,  # A CLIP whose towers are transformers
     pairs: Iterable
