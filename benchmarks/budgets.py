@@ -9,6 +9,8 @@ rate that is best for it: the same grid, on photographs that are kept from train
 
     # writes results/budgets-cifar10/run.json from the rows that are there
     python benchmarks/budgets.py cifar10 record
+
+The drawn pictures (shapes) take the rates that were chosen on CIFAR-10.
 """
 
 import argparse
@@ -201,9 +203,14 @@ def one(task, a, name, share, seed, budget, lr, test, objective='affinity'):
 def rows(a, task, part, cells):
     "Rows of a part, those made now included"
     for cell in cells:
-        name = '-'.join(str(v).replace(' ', '_') for v in cell.values())
+        name = '-'.join(map(told, cell.values()))
         test = task.held_out if part == 'rates' else task.test
         yield row_of(a.work / part / name, lambda cell=cell: one(task, a, test=test, **cell))
+
+
+def told(v):
+    "A value, in the name of a folder"
+    return '+'.join(v) if isinstance(v, list) else str(v).replace(' ', '_')
 
 
 def rate_cells(a):
@@ -215,7 +222,7 @@ def rate_cells(a):
 def best_rates(a):
     "The rate with the highest accuracy on the photographs kept for it, by method"
     found = {}
-    for file in sorted((a.work / 'rates').glob('*/row.json')):
+    for file in sorted((a.work.parent / 'cifar10' / 'rates').glob('*/row.json')):
         row = json.loads(file.read_text())
         found.setdefault(row['method'], []).append((row['top1'], row['lr']))
     return {name: max(each)[1] for name, each in found.items()}
@@ -227,6 +234,26 @@ def table_cells(a):
     for budget, seed, share, name in product(a.budgets, a.seeds, a.shares, a.ways):
         if budget or not WAYS[name].masks:
             yield dict(name=name, share=share, seed=seed, budget=budget, lr=rates[name])
+
+
+LOSSES = (
+    'affinity',
+    ['affinity', 'contrastive'],
+    'feature',
+    ['affinity', 'feature'],
+    ['affinity', 'uni_modal'],
+    ['affinity', 'interactive_contrastive'],
+    ['affinity', 'cross_relational'],
+    'repulsive',
+)
+
+
+def loss_cells(a):
+    "The best inheritance, with each loss"
+    name = 'scores, reconstructed'
+    for seed, objective in product(a.seeds, LOSSES):
+        cell = dict(name=name, share=0.25, seed=seed, budget=120, lr=best_rates(a)[name])
+        yield cell | dict(objective=objective)
 
 
 def table(found):
@@ -285,7 +312,7 @@ def main():
     task = dict(cifar10=cifar10, shapes=shapes)[a.data](a)
     if not (a.work / 'teacher.json').exists():
         write_json(a.work / 'teacher.json', task.test(task.teacher))
-    cells = dict(rates=rate_cells, table=table_cells)[a.part](a)
+    cells = dict(rates=rate_cells, table=table_cells, losses=loss_cells)[a.part](a)
     for row in rows(a, task, a.part, cells):
         said = 'method', 'share', 'seed', 'budget', 'lr', 'objective', 'top1', 'seconds'
         print({k: row[k] for k in said}, flush=True)
