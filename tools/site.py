@@ -319,17 +319,19 @@ def check_sidebar(cfg: dict, pages: dict) -> list:
     ]
     entries = [v for v in named if '#' not in v]
     within = [v.split('#') for v in named if '#' in v]
-    return [
-        f'The sidebar names {p}#{a}, which is not there.'
-        for p, a in within
-        if p not in pages or a not in pages[p].anchors
-    ] + [
-        f'{p} is not in the sidebar, so no reader finds it.' for p in pages if p not in entries
-    ] + [
-        f'The sidebar names {e} {entries.count(e)} times.'
-        for e in dict.fromkeys(entries)
-        if entries.count(e) > 1
-    ]
+    return (
+        [
+            f'The sidebar names {p}#{a}, which is not there.'
+            for p, a in within
+            if p not in pages or a not in pages[p].anchors
+        ]
+        + [f'{p} is not in the sidebar, so no reader finds it.' for p in pages if p not in entries]
+        + [
+            f'The sidebar names {e} {entries.count(e)} times.'
+            for e in dict.fromkeys(entries)
+            if entries.count(e) > 1
+        ]
+    )
 
 
 def check_fronts(pages: dict) -> list:
@@ -503,9 +505,13 @@ def check_outputs(p: Page) -> list:
         ):
             bad(f'shows only how an object prints, {said.strip()[:40]!r}')
         if 'text/html' in data:
-            bad('is html, for which quarto loads scripts from elsewhere; process_pages makes it raw')
+            bad(
+                'is html, for which quarto loads scripts from elsewhere; process_pages makes it raw'
+            )
         raw = '\n'.join(RAW.findall(text(data.get('text/markdown'))))
-        if m := re.search(r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="(https?://[^"]*)', raw):
+        if m := re.search(
+            r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="(https?://[^"]*)', raw
+        ):
             bad(f'asks {m[1]}, another host')
     return wrong
 

@@ -356,7 +356,7 @@ PANELS = [
 ]
 
 # %% ../../nbs/live/02_panels.ipynb #4871d9a5
-_COLUMNS, _GAP = 12, 43  # of the grid; pixels between its rows
+_COLUMNS, _GAP = 12, 50  # of the grid; pixels between its rows
 
 
 def _places(plan) -> tuple:  # (rows of (height, titles), cells (row, column) per panel)
