@@ -375,6 +375,10 @@ FAULTS = dict(
     ),
     only_a_repr=(output(data(text__plain='FigureWidget({\n')), 'shows only how an object prints'),
     html=(output(data(text__html='<b>x</b>')), 'is html, for which quarto loads scripts'),
+    trace_not_in_the_bundle=(
+        output(raw(FIGURE.replace('[]', '[{"type":"surface"}]'))),
+        'draws surface, which is not in the bundle',
+    ),
     another_host=(
         output(raw('<script src="https://example.com/x.js"></script>')),
         'asks https://example.com/x.js, another host',
@@ -581,12 +585,12 @@ def test_figures_are_drawn_and_none_of_their_texts_lies_on_another(built, browse
 
 
 def test_the_slider_follows_and_pause_is_silent(built, browser):
-    with served(built) as home:
-        with visit(browser, f'{home}/{drawn_page(built, "index.ipynb")}') as page:
-            page.wait_for_function(DRAWN)
-            before, paused = play(page)
-            assert paused['active'] != before['active'] and paused['label'] != before['label']
-            assert paused['active'] < paused['steps'] and not page.said
+    out = drawn_page(built, 'index.ipynb')
+    with served(built) as home, visit(browser, f'{home}/{out}') as page:
+        page.wait_for_function(DRAWN)
+        before, paused = play(page)
+        assert paused['active'] != before['active'] and paused['label'] != before['label']
+        assert paused['active'] < paused['steps'] and not page.said
 
 
 def test_without_plotly_there_is_a_picture(built, browser):

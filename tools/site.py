@@ -64,6 +64,8 @@ THEMES = set(
         'zephyr',
     ]
 )
+# what plotly's cartesian bundle draws, of what we may come to use (tools/small_plotly.py)
+TRACES = {'bar', 'box', 'contour', 'heatmap', 'histogram', 'image', 'pie', 'scatter', 'violin'}
 PRIVATE = re.compile(r'(?:/home/|/root/|/Users/|/tmp/|site-packages)[^\s"\']*')
 FILE = re.compile(r'[^:\s*]+\.(?:css|scss|html|js|lua|svg|png|jpe?g|ipynb|qmd|yml)')
 WITH_FIGURES = 'labs', 'tutorials'  # folders whose pages show at least one
@@ -509,6 +511,9 @@ def check_outputs(p: Page) -> list:
                 'is html, for which quarto loads scripts from elsewhere; process_pages makes it raw'
             )
         raw = '\n'.join(RAW.findall(text(data.get('text/markdown'))))
+        for figure in re.findall(r'<script type="application/json">(.*?)</script>', raw, re.S):
+            for kind in {t.get('type', 'scatter') for t in json.loads(figure)['data']} - TRACES:
+                bad(f'draws {kind}, which is not in the bundle of plotly that the site loads')
         if m := re.search(
             r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="(https?://[^"]*)', raw
         ):
