@@ -375,6 +375,10 @@ FAULTS = dict(
     ),
     only_a_repr=(output(data(text__plain='FigureWidget({\n')), 'shows only how an object prints'),
     html=(output(data(text__html='<b>x</b>')), 'is html, for which quarto loads scripts'),
+    picture_without_words=(
+        output(data(image__png='aGk=', text__plain='<PIL.Image.Image image mode=RGB>')),
+        'is a picture without words',
+    ),
     trace_not_in_the_bundle=(
         output(raw(FIGURE.replace('[]', '[{"type":"surface"}]'))),
         'draws surface, which is not in the bundle',

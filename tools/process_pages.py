@@ -82,9 +82,11 @@ def drawn_later(
     "A figure as data of its page; figures.html draws it in the page's colours"
     layout = {k: v for k, v in figure['layout'].items() if k != 'width'}
     data = json.dumps({**figure, 'layout': layout}, separators=(',', ':')).replace('</', r'<\/')
-    high = int(layout.get('height', 450))
+    size = f'height:{int(layout.get("height", 450))}px'
+    if wide := figure['layout'].get('width'):  # of a figure laid out for it: it may be wider
+        size += f';min-width:{int(wide)}px'
     return (
-        f'<div class="figure" style="height:{high}px">'
+        f'<div class="figure" style="{size}">'
         f'<script type="application/json">{data}</script>'
         f'<noscript>{still}</noscript></div>'
     )
@@ -113,8 +115,9 @@ def for_quarto(
 
 
 LIVE = re.compile(r'^\w+, \w+, step \d+ of \d+\s*$')  # what a dashboard prints without a browser
-DASHBOARD = """![In JupyterLab this cell is a dashboard: buttons to pause, to aim and to cut,
-curves, and the masks of both towers](/images/live.png)"""
+ALT = 'Buttons above curves of loss, kept share and accuracy, and maps of the masks of both towers'
+DASHBOARD = f"""![In JupyterLab this cell is a dashboard: buttons to pause, to aim and to cut,
+curves, and the masks of both towers](/images/live.png){{fig-alt="{ALT}"}}"""
 
 
 def pictured(output: dict) -> dict:

@@ -506,6 +506,11 @@ def check_outputs(p: Page) -> list:
             r'<[\w.]+ object|<IPython|(?:\w*Figure\w*|\w+Box|Output)\(', said.strip()
         ):
             bad(f'shows only how an object prints, {said.strip()[:40]!r}')
+        drawn = any(k.startswith('image/') for k in data)
+        if drawn and '#| fig-alt:' not in text(c['source']):
+            bad(
+                'is a picture without words for those who cannot see it; begin the cell with #| fig-alt:'
+            )
         if 'text/html' in data:
             bad(
                 'is html, for which quarto loads scripts from elsewhere; process_pages makes it raw'
