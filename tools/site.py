@@ -508,9 +508,7 @@ def check_outputs(p: Page) -> list:
             bad(f'shows only how an object prints, {said.strip()[:40]!r}')
         drawn = any(k.startswith('image/') for k in data)
         if drawn and '#| fig-alt:' not in text(c['source']):
-            bad(
-                'is a picture without words for those who cannot see it; begin the cell with #| fig-alt:'
-            )
+            bad('is a picture without words; begin its cell with #| fig-alt:')
         if 'text/html' in data:
             bad(
                 'is html, for which quarto loads scripts from elsewhere; process_pages makes it raw'
