@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import clip, data, opened, written  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -25,6 +24,7 @@ from tinyclip.data.shapes import Shapes
 from tinyclip.distill import CalibratedDistiller, calibration_pairs
 from tinyclip.inheritance import inherit
 from tinyclip.keep import manual
+from tinyclip.masking import MaskedCLIP
 from tinyclip.reconstruction import reconstruct
 from tinyclip.stages import SHORT, Stage, Stages
 from tinyclip.train.events import read_events
@@ -162,10 +162,11 @@ def last(folder):
 
 
 def test_every_cut_is_reconstructed_from_the_first_teacher(teacher, straight):
+    masked = MaskedCLIP(teacher)
     for number in (1, 2):
         path = straight / f'stage-{number}' / 'cut'
         cut, facts = load(path).model, json.loads((path / 'stage.json').read_text())
-        pairs = calibration_pairs(stages(teacher, straight).phase(number, 'masks', teacher).pairs)
+        pairs = calibration_pairs(stages(teacher, straight).phase(number, 'masks', masked).pairs)
         by_hand = inherit(teacher, cut.keep, calibrate=pairs, samples=16, progress=False)
         assert not different(cut, by_hand)
         assert facts['reconstruction'] == by_hand.reconstruction.summary()
@@ -328,17 +329,6 @@ def test_masks_and_reconstruction(tmp_path, capsys):
     assert found['stages'][0]['kept'] == pytest.approx(0.5, abs=0.01)
     again = command(capsys, tmp_path / 'a', *share, '--steps', 2, '--resume')
     assert again['stages'] == found['stages']
-
-
-def test_stored_features_and_a_calibration(data, tmp_path):
-    "The teacher is there for the calibration, and not while the student trains"
-    teacher = clip()
-    written(data, tmp_path / 'cache', teacher)
-    job = CalibratedDistiller(
-        student_of(teacher), teacher, opened(data, tmp_path / 'cache'), calibrate=16, **QUIET
-    )
-    assert job.teacher is None
-    assert job.fit(2).finished and job.reconstruction['samples'] == 16
 
 
 @pytest.mark.parametrize(
