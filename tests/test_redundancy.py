@@ -398,15 +398,15 @@ def test_figures():
     assert (
         [len(d.x) for d in fig.data] == [13, 2]
         and fig.data[0].x[0] == 'input'
-        and fig.data[1].x[1] == '0'
+        and fig.data[1].x[1] == '1'
     )
     assert (fig.layout.coloraxis.cmin, fig.layout.coloraxis.cmax) == (0, 1)
     assert len(similarity_map({'text': maps['text']}).data) == 1
     rows = Table(
         [
-            dict(tower='image', layer=0, score=0.5, change=-0.25),
-            dict(tower='text', layer=0, score=0.7, change=-0.05),
-            dict(tower='text', layer=1, score=0.75, change=0.0),
+            dict(tower='image', layer=1, score=0.5, change=-0.25),
+            dict(tower='text', layer=1, score=0.7, change=-0.05),
+            dict(tower='text', layer=2, score=0.75, change=0.0),
         ]
     )
     fig = drop_bars(rows)
