@@ -484,14 +484,13 @@ class Distiller:
             check_batch(batch, engine.plain)
         seed_everything(step_seed(c.seed, r.steps, a.process_index))
         lr = learning_rate(r.steps, steps, c.lr, run.warmup, c.schedule)
-        done = r.steps / steps
         r.steps += 1
 
         def due(every):
             return r.steps == steps or bool(every) and r.steps % every == 0
 
         watch = r.steps == 1 or due(c.log_every)
-        out = engine.backward(batch, watch, done)
+        out = engine.backward(batch, watch, (r.steps - 1) / steps)
         check_gradients(run)
         engine.update(out, lr)
         run.position = (epoch, taken)

@@ -71,7 +71,8 @@ def contrastive_probes(image: Tensor, text: Tensor, scale: float, seed: int) -> 
     with torch.enable_grad():
         z = [t.clone().requires_grad_() for t in (image, text)]
         logits, own = scale * z[0] @ z[1].T, torch.arange(len(image))
-        loss = sum(F.cross_entropy(x, own, reduction='sum') for x in (logits, logits.T)) / 2
+        rows, columns = (F.cross_entropy(x, own, reduction='sum') for x in (logits, logits.T))
+        loss = (rows + columns) / 2
         return dict(zip(TOWERS, torch.autograd.grad(loss, z)))
 
 # %% ../nbs/05_scores.ipynb #028f7c15
@@ -144,7 +145,7 @@ def _counted(read, u, counted) -> Read:
         x, u = x * counted[..., None], u * counted[..., None]
     return read._replace(x=x, u=u)
 
-# %% ../nbs/05_scores.ipynb #1914a44d
+# %% ../nbs/05_scores.ipynb #2c202fc5
 class Products:
     "For the surgeon: products of what every matrix reads, and of gradients"
 
@@ -223,7 +224,7 @@ class Fluctuations:
     def units(self, axis: str) -> Tensor:  # `(size,)`
         own = [(r, s) for r, s in zip(self.reads, self.sums) if r.axis == axis]
         each = ((sq / n - (x / n) ** 2) * r.matrix.square().sum(0).to(sq) for r, (n, x, sq) in own)
-        return sum(_per_unit(e, self.sizes[axis]) for e in each)
+        return torch.stack([_per_unit(e, self.sizes[axis]) for e in each]).sum(0)
 
 
 def _per_unit(x, n) -> Tensor:
@@ -235,7 +236,7 @@ def _doubles(x) -> torch.device:
     "Where sums of doubles can stand"
     return torch.device('cpu') if x.device.type == 'mps' else x.device
 
-# %% ../nbs/05_scores.ipynb #dc1a1079
+# %% ../nbs/05_scores.ipynb #db3210b7
 def _without(p, q, gone, left) -> tuple:
     "$P$ and $Q$ of the columns `left` after those in `gone` were removed and made up for"
     a = torch.linalg.solve(p[:, gone][..., gone], p[:, gone][..., left])
@@ -296,7 +297,7 @@ def eliminate(
         left = left[stay]
     return order, torch.stack(lost).clamp(min=0).cumsum(0).cpu()
 
-# %% ../nbs/05_scores.ipynb #42a2fe86
+# %% ../nbs/05_scores.ipynb #6ebdda4c
 def hull(
     lost: list,  # What is lost when so many are gone, from 1 on
 ) -> list:  # (how many more, what more is lost) of every segment
@@ -408,7 +409,7 @@ def evenly(
         out[a] = min(max(out[a] + more + (i < rest), 1), size.sizes[a])
     return out
 
-# %% ../nbs/05_scores.ipynb #6e7f407b
+# %% ../nbs/05_scores.ipynb #07355043
 MEASURES = ('reconstruction', 'fisher', 'taylor', 'activation', 'magnitude', 'random')
 # of which what is lost in one layer can be held against what is lost in another
 COMPARABLE = MEASURES[:3]
@@ -501,12 +502,13 @@ def _check_least(params, size, towers, units):
 def _divided(budgets, params) -> dict:
     "The division of a budget between two towers that loses least"
     image, text = (budgets[t] for t in TOWERS)
-    own = np.linspace(0, params, 1001)
+    low, high = params - text.size.whole['text'], image.size.whole['image']
+    own = np.linspace(max(low, 0), min(high, params), 1001)
     loss = image.losses(own).min(0) + text.losses(params - own).min(0)
     best = own[loss.argmin()]
     return dict(zip(TOWERS, (best, params - best)))
 
-# %% ../nbs/05_scores.ipynb #195dcbf3
+# %% ../nbs/05_scores.ipynb #0e1f1d2b
 def unit_scores(
     teacher: nn.Module,  # A CLIP whose towers are transformers
     pairs: Iterable | None = None,  # As in `reconstruct`; `'magnitude'` and `'random'` need none
@@ -599,7 +601,7 @@ def _by_reconstruction(l, sums, axes, progress) -> Scores:
         order[a], lost[a] = eliminate(p, q, p.shape[1] // l.sizes[a])
     return Scores(l, 'reconstruction', order, lost)
 
-# %% ../nbs/05_scores.ipynb #4e6fa044
+# %% ../nbs/05_scores.ipynb #67598ed1
 def scored(
     teacher: nn.Module,  # A CLIP whose towers are transformers
     pairs: Iterable

@@ -254,7 +254,7 @@ def training_options(p: argparse.ArgumentParser):
         '--steps',
         type=int,
         required=True,
-        help='of the whole training; with --calibrate also 0, for none',
+        help='of the whole training; with --calibrate or --share also 0, for none',
     )
     p.add_argument('--batch-size', type=int, default=256, help='pairs of a step in each process')
     p.add_argument('--eval-data', metavar='SOURCE', help='held-out data of the same kind')

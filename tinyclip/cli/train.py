@@ -241,8 +241,8 @@ def check_stages(args):
     )
     if named:
         raise TinyclipError(
-            f'--share lets scores or masks choose what to keep, --{named[0].replace("_", "-")} says '
-            'so itself: give one of them.'
+            f'--share lets scores or masks choose, --{named[0].replace("_", "-")} says itself what '
+            'to keep: give one of them.'
         )
 
 

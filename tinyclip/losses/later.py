@@ -173,7 +173,7 @@ def repulsive_weight(
     first: float = 2.0,  # At the start of the run
     last: float = -0.8,  # At its end
 ) -> float:
-    "Weight of what is off the diagonal, from attraction to repulsion (DARK's best schedule)"
+    "Weight of what is off the diagonal, from attraction to repulsion (one of DARK's schedules)"
     return first + (last - first) * done
 
 # %% ../../nbs/losses/04_later.ipynb #9e57b438
