@@ -187,7 +187,7 @@ def regression_rows(
         a, b, counted = x[part], y[part], batch.get('counted')
         if x.ndim > 3:
             n = torch.arange(len(a), device=x.device)[:, None]
-            at = n, *places(*b.shape[1:3], batch['number'][part])
+            at = n, *places(b.shape[1], b.shape[2], batch['number'][part])
             a, b = a[at].flatten(2), b[at]
         for h in range(2):
             chosen = batch['held'][part] == bool(h)
@@ -267,7 +267,8 @@ class Inherited:
         if not m.weight:
             b = self.tensor(target.bias).to(like)
             return b.new_zeros(len(b), 0), b
-        w, b, *norm = (self.tensor(t).to(like) if t else None for t in target.names)
+        found: list[Any] = [self.tensor(t).to(like) if t else None for t in target.names]
+        w, b, *norm = found
         w = w.T if transposed else w.flatten(1)
         if norm:
             gain = norm[2] / (norm[1] + m.eps).sqrt()
@@ -284,7 +285,8 @@ class Inherited:
     ) -> dict:
         "A fitted map as kernels of the inherited length and a BatchNorm with their statistics"
         shape, w, b = w.shape[:-1], w.reshape(b.numel(), -1), b.flatten()
-        v, bias, _, _, gain, _ = (self.tensor(t).to(w) if t else 0 for t in target.names)
+        found: list[Any] = [self.tensor(t).to(w) if t else 0 for t in target.names]
+        v, bias, _, _, gain, _ = found
         v = v.flatten(1)
         size, sign = v.norm(dim=1), torch.where(gain < 0, -1.0, 1.0)
         ratio = sign * w.norm(dim=1) / size.where(size > 0, 1)
@@ -436,7 +438,7 @@ class TowerPair:
 
     def _refit_projection(self) -> dict:
         (*own, transposed), (*theirs, _) = self.projections
-        m, target = (LinearMap(*names, lambda h, mask: h) for names in (own, theirs))
+        m, target = (LinearMap(n[0], n[1], lambda h, mask: h) for n in (own, theirs))
         w = self.whole[target.weight].T if transposed else self.whole[target.weight]
         b = self.whole.get(target.bias)
         rows = self.inherited.kept(target.weight, -1 if transposed else 0)
@@ -468,7 +470,8 @@ class TowerPair:
         "Sums over all batches and processes: of three samples in four, and of the others"
         sums: list[Sums] = []
         for batch in self.streams:
-            for x, y, held in regression_rows(m, *rows(batch), batch):
+            a, b = rows(batch)
+            for x, y, held in regression_rows(m, a, b, batch):
                 one = x.shape[-1], y.shape[-1], x.device, groups_of(m)
                 sums = sums or [Sums(*one) for _ in range(2)]
                 sums[held].add(x, y)
