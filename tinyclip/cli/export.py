@@ -67,6 +67,9 @@ def check_export(
     return given
 
 # %% ../../nbs/cli/03_export.ipynb #1bd31a4c
+TEXTS = ['a photo of a cat', 'two dogs', 'a red circle above a blue square', 'the sea']
+
+
 @torch.no_grad()
 def cosines(loaded: Loaded, image, text):  # `(n, n)`
     "Cosines of images and texts"
@@ -104,7 +107,8 @@ def _compared(loaded, f, args, source) -> Table:
     "A row for the model, and one for each form that was written"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        image, text = inputs(loaded.model, 4)
+        image, _ = inputs(loaded.model, len(TEXTS))
+    text = loaded.tokenizer(TEXTS).to(image.device)
     want = cosines(loaded, image, text)
 
     def row(form, size, difference, opened: Loaded):
