@@ -32,6 +32,7 @@ setup(
     install_requires=words('requirements'),
     extras_require={
         'export': words('export_requirements'),
+        'phone': words('phone_requirements'),
         'eval': words('eval_requirements'),
         'dev': words('dev_requirements')
         + words('export_requirements')

@@ -422,13 +422,12 @@ def parity(path, x, want) -> dict:
     return dict(file=path.name, **apart(got, np.concatenate([want[:1], want])), MB=size / 1e6)
 
 
-def check_parity(kind, row, opset):
+def check_parity(kind, row, remedy):
     "Refuse a float32 file that gives something else than torch"
     if not row['difference'] <= TOLERANCE:  # not a number is no parity either
         raise TinyclipError(
             f"The exported {kind} tower differs from torch by {row['difference']:.1e} of the "
-            f"largest feature, more than {TOLERANCE:.0e}; nothing was written. Try another opset "
-            f"(this was {opset})."
+            f'largest feature, more than {TOLERANCE:.0e}; nothing was written. {remedy}'
         )
 
 
@@ -487,7 +486,7 @@ def to_onnx(
             about = {k: config[k] for k in (kind, 'logit_scale', 'logit_bias')}
             export_tower(m, kind, x, path, opset, about)
             rows.append(parity(path, x, want) | dict(weights='float32'))
-            check_parity(kind, rows[-1], opset)
+            check_parity(kind, rows[-1], f'Try another opset (this was {opset}).')
             if int8:
                 small = quantise(
                     path,
