@@ -499,7 +499,8 @@ def to_web(
         config['text'] |= rules._asdict()
         config['runtime'] = {n: f.stat().st_size for n, f in files.items()}
         config['files'] = {
-            p.relative_to(tmp).as_posix(): p.stat().st_size for p in sorted(tmp.rglob('*.onnx'))
+            p.relative_to(tmp).as_posix(): p.stat().st_size
+            for p in (tmp / 'tokenizer.json', *sorted(tmp.rglob('*.onnx')))
         }
         config['parity'] = {r.pop('file'): r for r in map(dict, rows)}
         write_json(tmp / WEB_CONFIG, config)

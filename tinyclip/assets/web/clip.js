@@ -67,7 +67,8 @@ export class Clip {
   }
 
   bytes(dtype) {
-    return Object.values(this.files(dtype)).reduce((sum, f) => sum + this.config.files[f], 0)
+    const files = ['tokenizer.json', ...Object.values(this.files(dtype))]
+    return files.reduce((sum, f) => sum + this.config.files[f], 0)
   }
 
   // `said(n)`: n more bytes have come
@@ -77,6 +78,7 @@ export class Clip {
     const [tokens, settings] = await Promise.all(
       ['tokenizer.json', 'tokenizer_config.json'].map(f => json(new URL(f, this.folder))))
     this.tokenizer = new PreTrainedTokenizer(tokens, settings)
+    said(this.config.files['tokenizer.json'])
     const at = Object.entries(this.files(dtype)).map(([k, f]) => [k, new URL(f, this.folder).href])
     this.name = `${this.folder} ${dtype}`
     await ask('load', {name: this.name, config: this.config, files: Object.fromEntries(at)}, said)

@@ -1,0 +1,277 @@
+"""Exports for browsers: by onnxruntime as anywhere, and, where they are there, by transformers.js in
+Node and by the page in chromium, against torch on the same photographs."""
+
+import functools
+import http.server
+import importlib.util
+import io
+import json
+import os
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from browser import CHROMIUM, LIMIT
+from PIL import Image
+
+for package in ('onnx', 'onnxscript', 'onnxruntime', 'transformers'):
+    pytest.importorskip(package, reason=f'{package} is optional: pip install \'tinyclip[export]\'')
+
+from hub import tiny
+
+from tinyclip.core import TinyclipError
+from tinyclip.data.shapes import Shapes
+from tinyclip.inheritance import inherit
+from tinyclip.keep import choose
+from tinyclip.zoo import load, web
+from tinyclip.zoo.folders import Loaded
+from tinyclip.zoo.formats import FORMATS, open_model
+from tinyclip.zoo.vocabulary import shorten
+
+TEXTS = [
+    'a small red star at the top left',
+    "It's a BIG  blue hoop, in the lower-right corner!",
+    'one of so many words that the context cannot hold them all and the end is lost on the way',
+]
+NODE = shutil.which('node')
+ASK = Path(__file__).parent / 'web' / 'transformers_js.cjs'
+FOUND = NODE and subprocess.run(
+    [NODE, '-p', "require.resolve('@huggingface/transformers')"], capture_output=True, text=True
+)
+with_node = pytest.mark.skipif(
+    not FOUND or FOUND.returncode != 0,
+    reason='no node with @huggingface/transformers: npm install it and name its node_modules in '
+    'NODE_PATH',
+)
+with_chromium = pytest.mark.skipif(
+    CHROMIUM is None or not importlib.util.find_spec('playwright'),
+    reason='no chromium on PATH, or no playwright',
+)
+
+
+def runtime():
+    "A folder with the page's packages: that of NODE_PATH"
+    for folder in os.environ.get('NODE_PATH', '').split(os.pathsep):
+        try:
+            web.check_runtime(folder or 'nowhere')
+        except TinyclipError:
+            continue
+        return folder
+    pytest.skip(
+        'no packages for the page: npm install them and name their node_modules in NODE_PATH'
+    )
+
+
+@pytest.fixture(scope='module')
+def slim():
+    "A slim student of the small teacher, with a short token table"
+    loaded = load('shapes-teacher')
+    keep = {
+        'image.layers.0.heads': [],
+        'image.layers.1.ffn': 100,
+        'image.layers.3.heads': [0, 2],
+        'text.layers.2.heads': [0],
+    }
+    model = inherit(loaded.model, choose(loaded.model, keep))
+    model, tokenizer = shorten(model, TEXTS[:2])
+    return Loaded(model, loaded.preprocess, tokenizer)
+
+
+@pytest.fixture(scope='module')
+def folder(slim, tmp_path_factory):
+    "Its export, without the page"
+    folder = tmp_path_factory.mktemp('web') / 'slim'
+    FORMATS['web'].write(slim, folder, runtime='none')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def photographs(tmp_path_factory):
+    "Pictures as files, of the model's size and larger, upright and wide: drawn ones and noise"
+    folder = tmp_path_factory.mktemp('pictures')
+    drawn = Shapes('heldout', n=3)
+    pictures = [drawn[i][0] for i in range(3)]
+    noise = np.random.default_rng(0).integers(0, 256, (90, 131, 3), np.uint8)
+    pictures += [
+        Image.fromarray(noise),
+        Image.fromarray(noise.transpose(1, 0, 2)).resize((60, 201)),
+    ]
+    for i, p in enumerate(pictures):
+        p.save(folder / f'{i}.png')
+    return sorted(map(str, folder.iterdir()))
+
+
+def rows_of(loaded, pictures):
+    "Rows of pictures and of `TEXTS` in torch"
+    pixels = torch.stack([loaded.preprocess(Image.open(p)) for p in pictures])
+    with torch.no_grad():
+        image = loaded.model.encode_image(pixels, normalize=True)
+        return image, loaded.model.encode_text(loaded.tokenizer(TEXTS), normalize=True)
+
+
+def logits(loaded, image, text):
+    return loaded.model.logit_scale.exp().detach() * image @ text.T
+
+
+def near(a, b, tol):
+    off = ((a - b).abs().max() / b.abs().max()).item()
+    assert off <= tol, off
+
+
+def test_every_form_opens_by_its_name_and_reads_texts_of_its_own(folder, slim):
+    drawn = Shapes('heldout', n=4)
+    pixels = torch.stack([slim.preprocess(drawn[i][0]) for i in range(4)])
+    with torch.no_grad():
+        want = slim.model.encode_image(pixels, normalize=True)
+        words = slim.model.encode_text(slim.tokenizer(TEXTS), normalize=True)
+    for name, tolerance in (('', 1e-4), (':fp16', 5e-3), (':q8', 0.1)):
+        opened = open_model(f'{folder}{name}')
+        assert opened.tokenizer(TEXTS).tolist() == slim.tokenizer(TEXTS).tolist()
+        near(opened.model.encode_image(pixels), want, tolerance)
+        near(opened.model.encode_text(opened.tokenizer(TEXTS)), words, tolerance)
+
+
+def test_a_siglip_has_its_bias_in_the_graph_and_its_own_kind(tmp_path):
+    model = tiny(init_logit_scale=1.0, init_logit_bias=-3.0)
+    rows = web.to_web(shorten(model, TEXTS)[0], tmp_path / 'out', runtime='none')
+    assert all(r['difference'] <= 1e-4 for r in rows if r['weights'] == 'float32')
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['model_type'] == 'siglip'
+    held = json.loads((tmp_path / 'out' / web.WEB_CONFIG).read_text())
+    assert held['logit_bias'] == pytest.approx(-3) and held['image']['output'] == 'pooler_output'
+
+
+def test_a_runtime_that_cannot_be_had_is_refused_before_anything_is_done(monkeypatch, tmp_path):
+    monkeypatch.setattr(web.shutil, 'which', lambda name: None)
+    with pytest.raises(TinyclipError, match='npm is not on PATH.*--runtime none'):
+        FORMATS['web'].check({})
+    with pytest.raises(TinyclipError, match='does not hold transformers.web.min.js'):
+        FORMATS['web'].check(dict(runtime=str(tmp_path)))
+    (tmp_path / 'transformers.web.min.js').write_text('another')
+    with pytest.raises(TinyclipError, match='is not that of @huggingface/transformers'):
+        FORMATS['web'].check(dict(runtime=str(tmp_path)))
+    FORMATS['web'].check(dict(runtime='none'))
+
+
+def test_pixels_that_transformers_js_cannot_make_are_refused(slim, tmp_path):
+    model = tiny()
+    model.visual.preprocess_cfg = dict(size=(32, 32), resize_mode='longest')
+    with pytest.raises(TinyclipError, match='longest'):
+        web.to_web(model, tmp_path / 'out', runtime='none')
+    assert not (tmp_path / 'out').exists()
+
+
+@with_node
+@pytest.mark.parametrize('dtype, tolerance', [('fp32', 1e-4), ('fp16', 5e-3), ('q8', 0.1)])
+def test_transformers_js_gives_what_torch_gives(
+    dtype, tolerance, folder, slim, photographs, tmp_path
+):
+    own = photographs[:3]  # of the model's size: larger ones it resizes in its own way
+    request = dict(folder=str(folder), dtype=dtype, images=own, texts=TEXTS)
+    (tmp_path / 'request.json').write_text(json.dumps(request))
+    done = subprocess.run(
+        [str(NODE), str(ASK), str(tmp_path / 'request.json')],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    want = logits(slim, *rows_of(slim, own))
+    near(torch.tensor(said['logits']), want, tolerance)
+    if dtype == 'fp32':
+        assert torch.allclose(torch.tensor(said['scores']), want.softmax(1), atol=1e-4)
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def served():
+    "Function from a folder to its address"
+    servers = []
+
+    def serve(folder):
+        handler = functools.partial(Quiet, directory=str(folder))
+        servers.append(http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f'http://127.0.0.1:{servers[-1].server_port}/'
+
+    yield serve
+    for s in servers:
+        s.shutdown()
+        s.server_close()
+
+
+ROWS = """async ([texts, pictures]) => {
+    const {Clip} = await import('./clip.js')
+    const clip = await (await Clip.about(new URL('.', location.href))).load('fp32')
+    const found = {text: (await clip.texts(texts)).map(r => [...r]), image: []}
+    for (const p of pictures) {
+        const bytes = Uint8Array.from(atob(p), c => c.charCodeAt(0))
+        found.image.push([...await clip.picture(new Blob([bytes]))])
+    }
+    return found
+}"""
+
+
+@with_chromium
+def test_the_page_gives_what_torch_gives_and_asks_nobody_else(slim, served, photographs, tmp_path):
+    from base64 import b64encode
+
+    from browser import chromium
+
+    FORMATS['web'].write(slim, tmp_path / 'page', runtime=runtime())
+    address = served(tmp_path / 'page')
+    complaints, asked = [], set()
+    with chromium() as browser:
+        page = browser.new_page(viewport=dict(width=390, height=844))
+        page.set_default_timeout(1000 * LIMIT)
+        page.on('pageerror', lambda e: complaints.append(str(e)))
+        page.on('console', lambda m: complaints.append(m.text))
+        page.on('request', lambda r: asked.add(r.url.partition('?')[0]))
+        page.goto(f'{address}?dtype=fp32')
+        page.wait_for_selector('#load:enabled')
+        assert 'MB of model' in page.inner_text('#size')
+        page.click('#load')
+        page.wait_for_selector('#ready:not([hidden]), #said:not(:empty)')
+        assert page.inner_text('#running').startswith('32 bit')
+        page.fill('#words', '\n'.join(TEXTS[:2]))
+        page.fill('#template', '{}')
+        page.set_input_files('#file', photographs[0])
+        page.wait_for_selector('#answers li:nth-child(2)')
+        image, text = rows_of(slim, photographs)
+        best = int(logits(slim, image, text)[0, :2].argmax())
+        assert page.inner_text('#answers li:first-child').startswith(TEXTS[best])
+        assert page.evaluate('document.documentElement.scrollWidth') <= 390
+        pictures = [b64encode(Path(p).read_bytes()).decode() for p in photographs]
+        found = page.evaluate(ROWS, [TEXTS, pictures])
+    near(torch.tensor(found['text']), text, 1e-4)
+    near(torch.tensor(found['image']), image, 1e-4)
+    assert not complaints
+    assert all(u.startswith((address, 'blob:', 'data:')) for u in asked)
+
+
+def test_executorch_gives_what_torch_gives(slim, tmp_path):
+    pytest.importorskip(
+        'executorch', reason="executorch is optional: pip install 'tinyclip[phone]'"
+    )
+    report = FORMATS['executorch'].write(slim, tmp_path / 'phone')
+    assert all(r['difference'] <= 1e-4 for r in report['parity'])
+    opened = open_model(tmp_path / 'phone')
+    with torch.no_grad():
+        want = slim.model.encode_text(slim.tokenizer(TEXTS), normalize=True)
+    near(opened.model.encode_text(opened.tokenizer(TEXTS)), want, 1e-4)
+    buffer = io.BytesIO()
+    Shapes('heldout', n=1)[0][0].save(buffer, 'png')
+    pixels = slim.preprocess(Image.open(buffer))[None]
+    with torch.no_grad():
+        near(
+            opened.model.encode_image(pixels), slim.model.encode_image(pixels, normalize=True), 1e-4
+        )
