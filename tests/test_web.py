@@ -1,5 +1,5 @@
-"""Exports for browsers and phones against torch on the same pictures: in onnxruntime, and, where they
-are there, in transformers.js, in the page itself and in ExecuTorch's runtime."""
+"""Exports for browsers and phones against torch on the same pictures: in onnxruntime and, where
+they are there, in transformers.js, in the page itself and in ExecuTorch's runtime."""
 
 import functools
 import http.server
