@@ -139,16 +139,17 @@ def export_tower(
     about: dict | None = None,  # Facts for the file's metadata
 ) -> Path:  # The file
     "Write one tower, with its weights"
-    (inp, out), batch = IO[kind], {0: 'batch'}
+    inp, out = IO[kind]
+    sizes = {0: torch.export.Dim('batch')}
     example = {inp: torch.cat([x[:1]] * 2)}
-    return write_graph(Tower(model, kind), example, out, [batch], path, opset, about)
+    return write_graph(Tower(model, kind), example, out, [sizes], path, opset, about)
 
 
 def write_graph(
     tower: Any,  # A module with its `kind`
     example: dict,  # Input -> two rows of it
     output: str,  # What it gives
-    free: list,  # Of every input: dimension -> name, for those of any size
+    free: list,  # Of every input: dimension -> its `torch.export.Dim`, where it is of any size
     path,  # As for `export_tower`
     opset: int = OPSET,  # One of `OPSETS`
     about: dict | None = None,  # Facts for the file's metadata
@@ -167,9 +168,7 @@ def write_graph(
                 verbose=False,
                 input_names=list(example),
                 output_names=[output],
-                dynamic_shapes=tuple(
-                    {d: torch.export.Dim(name) for d, name in dims.items()} for dims in free
-                ),
+                dynamic_shapes=tuple(free),
                 opset_version=opset,
             )
             proto = program.model_proto

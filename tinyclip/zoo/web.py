@@ -450,12 +450,12 @@ def _write_tower(m, kind, pixels, rules, names, path):
     inputs, output = names
     if kind == 'image':
         example: list = [torch.cat([pixels[:1]] * 2)]
-        free: list = [{0: 'images'}]
+        free: list = [{0: torch.export.Dim('images')}]
         tower: Any = Tower(m, kind)
     else:
         ids = torch.full((2, max(2, rules.context // 2)), 1)
         example = [ids, torch.ones_like(ids)]
-        free = [{0: 'texts', 1: 'tokens'}] * 2
+        free = [{0: torch.export.Dim('texts'), 1: torch.export.Dim('tokens')}] * 2
         tower = WebText(m, rules)
     write_graph(tower, dict(zip(inputs, example)), output, free, path, WEB_OPSET)
     if Path(f'{path}.data').exists():
