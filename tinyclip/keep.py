@@ -184,6 +184,27 @@ class Keep:
                 )
         return Keep(self.sizes, axes, values)
 
+    def after(
+        self,
+        first: 'Keep',  # What stayed of the same teacher before
+    ) -> 'Keep':  # In terms of the first keep's student
+        "What a second keep has to be: `first.compose(keep.after(first))` is `keep`"
+        names = renamed_axes(self)
+        for a in self.sizes:
+            if first.sizes.get(a) != self.sizes[a] or names[a] and not {*self[a]} <= {*first[a]}:
+                raise TinyclipError(
+                    f'This keep does not follow that one: {a} keeps what was not there any more, '
+                    'or counts in another teacher.'
+                )
+        sizes, axes, values = student_sizes(first), {}, {}
+        for a, new in renamed_axes(first).items():
+            if new in sizes:
+                value = dict(zip(first[a], first.values.get(a) or [1.0] * len(first[a])))
+                own = dict(zip(self[a], self.values.get(a) or [1.0] * len(self[a])))
+                axes[new] = [i for i, index in enumerate(first[a]) if index in own]
+                values[new] = [own[index] / value[index] for index in first[a] if index in own]
+        return Keep(sizes, axes, values)
+
 
 def _check_indices(axis, index, size):
     "Refuse indices that are out of range, repeated or out of order"

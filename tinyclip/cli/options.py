@@ -212,6 +212,14 @@ def student_options(p: argparse.ArgumentParser):
         help='with --share: equal layers, so that plain open_clip loads the student',
     )
     p.add_argument(
+        '--calibrate',
+        type=int,
+        default=0,
+        metavar='N',
+        help='reconstruct the inherited student on N pairs, before it is trained: some hundred are '
+        'good (default 0: no)',
+    )
+    p.add_argument(
         '--random-start',
         action='store_true',
         help='the same shape with random weights: the control',
@@ -242,7 +250,12 @@ def training_options(p: argparse.ArgumentParser):
         choices=names_in('losses.mimicking', 'LOSSES'),
         help="loss; repeat to add several (default: affinity, without a teacher contrastive)",
     )
-    p.add_argument('--steps', type=int, required=True, help='of the whole training')
+    p.add_argument(
+        '--steps',
+        type=int,
+        required=True,
+        help='of the whole training; with --calibrate also 0, for none',
+    )
     p.add_argument('--batch-size', type=int, default=256, help='pairs of a step in each process')
     p.add_argument('--eval-data', metavar='SOURCE', help='held-out data of the same kind')
     p.add_argument(

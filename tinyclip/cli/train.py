@@ -33,11 +33,12 @@ from ..data.inspect import check
 from ..data.pairs import open_pairs
 from ..data.sources import SyntheticSource
 from ..data.transforms import differing_inputs, expected_inputs, token_ids, transforms
-from ..distill import Distiller, deferred_interrupt
+from ..distill import CalibratedDistiller, Distiller, deferred_interrupt
 from ..inheritance import inherit, reinitialized
 from ..keep import Keep, keep_for_config, manual
 from ..lab import demo
 from ..live.panels import write_replay
+from ..reconstruction import check_calibration
 from ..stages import SHORT, Stage, Stages
 from ..towers.architecture import build, config
 from ..train.config import from_options
@@ -241,6 +242,31 @@ def check_stages(args):
         )
 
 
+def check_calibrate(
+    args,  # Of `tinyclip distill`
+    teacher: Loaded | None,  # What it inherits from
+):
+    "Refuse a calibration of what does not inherit, and a folder that was begun with another one"
+    begun = Path(args.out) / 'start'
+    if not args.calibrate:
+        if begun.exists():
+            raise TinyclipError(
+                f"'{args.out}' was begun with --calibrate: give the same number of pairs, or "
+                'another folder.'
+            )
+        return
+    if teacher is None:
+        raise TinyclipError(
+            '--calibrate fits a student to the teacher that it inherits from: name one with '
+            '--teacher.'
+        )
+    if args.random_start:
+        raise TinyclipError(
+            '--random-start inherits nothing that --calibrate could go on from: give one of them.'
+        )
+    check_calibration(None, teacher.model, args.calibrate, '--calibrate')
+
+
 def in_stages(
     args,  # Of `tinyclip distill`
     teacher,  # The CLIP to compress
@@ -251,7 +277,7 @@ def in_stages(
     "One stage per `--share`, the steps divided among them"
     steps = args.steps // len(args.share)
     masks = min(500, max(1, steps // 5)) if args.mask_steps is None else args.mask_steps
-    if masks >= steps:
+    if masks > steps or masks == steps and not args.calibrate:
         raise TinyclipError(
             f'--mask-steps {masks} leave nothing of the {steps} steps of a stage to distil '
             'in: raise --steps, or lower --mask-steps.'
@@ -263,6 +289,7 @@ def in_stages(
         plan,
         args.out,
         masks={**SHORT, 'uniform': args.uniform},
+        calibrate=args.calibrate,
         tokenizer=tokenizer,
         **settings,
     ).fit(resume=args.resume)
@@ -317,10 +344,17 @@ def _train(args, student: Loaded, teacher: Loaded | None, pairs, settings: dict)
     "The trained student, and what to report of the run"
     if args.share and teacher:
         return in_stages(args, teacher.model, pairs, student.tokenizer, settings)
-    r = Distiller(
-        student.model, teacher and teacher.model, pairs, folder=Path(args.out), **settings
-    ).fit(args.steps, resume=args.resume)
-    return r.student, dict(
+    settings = settings | dict(folder=Path(args.out))
+    if args.calibrate and teacher:
+        settings |= dict(calibrate=args.calibrate)
+        job = CalibratedDistiller(student.model, teacher.model, pairs, **settings)
+    else:
+        job = Distiller(student.model, teacher and teacher.model, pairs, **settings)
+    r = job.fit(args.steps, resume=args.resume)
+    found = {}
+    if isinstance(job, CalibratedDistiller):
+        found = dict(reconstruction=job.reconstruction)
+    return r.student, found | dict(
         steps=r.steps,
         seconds=r.seconds,
         pairs_per_s=r.pairs_per_s,
@@ -336,13 +370,15 @@ def run_distill(args) -> dict:
     _join(args)
     teacher = load(args.teacher) if args.teacher else None
     check_stages(args)
+    check_calibrate(args, teacher)
     student = teacher if args.share and teacher else make_student(args, teacher)
     pairs = _pairs(args, student)
     settings = _settings(args, student)
     _rehearse(args, student, settings)
     if teacher and isinstance(pairs, CachedPairs) and not args.share:
         pairs.check_teacher(teacher.model)
-        teacher = None  # the student has inherited, and the cache holds the rest
+        if not args.calibrate:
+            teacher = None  # the student has inherited, and the cache holds the rest
     with deferred_interrupt():  # until the student is saved
         model, result = _train(args, student, teacher, pairs, settings)
         if rank_and_world_size()[0]:
