@@ -19,7 +19,6 @@ from tinyclip.evaluate.cost import parameters
 from tinyclip.inheritance import inherit
 from tinyclip.keep import Keep, keep_for_size
 from tinyclip.lab.demo import examine
-from tinyclip.reconstruction import reconstruct
 from tinyclip.zoo import load
 from tinyclip.zoo.vocabulary import shorten
 from tinyclip.zoo.web import NOTICE, PAGE, runtime_files, to_web
@@ -42,7 +41,7 @@ def models() -> dict:  # name -> model
     found = dict(teacher=teacher)
     for name, keep in keeps.items():
         pairs = open_pairs(Shapes('train', seed=SEED + 1), preprocess, tokenizer, 64, seed=SEED)
-        found[name] = reconstruct(inherit(teacher, keep), teacher, pairs)
+        found[name] = inherit(teacher, keep, calibrate=pairs)
     return found
 
 
