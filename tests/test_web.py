@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from browser import CHROMIUM, LIMIT, chromium
+from browser import CHROMIUM, LIMIT, ROOT, chromium
 from PIL import Image
 
 for package in ('onnx', 'onnxscript', 'onnxruntime', 'transformers'):
@@ -252,6 +252,45 @@ def test_the_page_gives_what_torch_gives_and_asks_nobody_else(folder, slim, serv
     near(torch.tensor(found['image']), image, 1e-4)
     assert not complaints
     assert all(u.startswith((address, 'blob:', 'data:')) for u in asked)
+
+
+@with_chromium
+def test_the_page_try_it_shows_an_answer_of_each_model(folder, served, photographs, tmp_path):
+    if not (folder / 'index.html').exists():
+        pytest.skip('no packages for the page: name a node_modules that holds them in NODE_PATH')
+    for name in ('clip.js', 'worker.js'):
+        shutil.copy(folder / name, tmp_path)
+    shutil.copy(ROOT / 'tools' / 'try_it.html', tmp_path / 'index.html')
+    (tmp_path / 'runtime').symlink_to(folder / 'runtime')
+    for name in ('one', 'two'):
+        (tmp_path / name).symlink_to(folder)
+    shutil.copy(photographs[0], tmp_path / 'picture.png')
+    entries = [dict(name=n, folder=n, parameters='1 k', top1=0.5) for n in ('one', 'two')]
+    picture = dict(file='picture.png', caption=TEXTS[0], near=[TEXTS[1]])
+    held = dict(models=entries, runtime=1000, asked=2, pictures=[picture])
+    (tmp_path / 'models.json').write_text(json.dumps(held))
+    complaints = []
+    with chromium() as browser:
+        page = browser.new_page(viewport=dict(width=390, height=844))
+        page.set_default_timeout(1000 * LIMIT)
+        page.on('pageerror', lambda e: complaints.append(str(e)))
+        page.on('console', lambda m: complaints.append(m.text))
+        page.goto(served(tmp_path))
+        page.click('#load:enabled')
+        page.wait_for_selector('#answers section:nth-child(2) li:nth-child(2)')
+        assert page.inner_text('#about') == f'Drawn as: {TEXTS[0]}.'
+        box = page.locator('#paper').bounding_box()
+        before = page.inner_text('#answers')
+        page.click('#clear')
+        page.mouse.move(box['x'] + 40, box['y'] + 40)
+        page.mouse.down()
+        page.mouse.move(box['x'] + 160, box['y'] + 90, steps=4)
+        page.mouse.up()
+        while page.inner_text('#answers') == before:
+            page.wait_for_timeout(100)
+        assert page.inner_text('#about') == ''
+        assert page.evaluate('document.documentElement.scrollWidth') <= 390
+    assert not complaints
 
 
 def test_executorch_gives_what_torch_gives(slim, tmp_path):
