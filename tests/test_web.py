@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from browser import CHROMIUM, LIMIT, ROOT, chromium
+from browser import CHROMIUM, LIMIT, ROOT, chromium, until
 from PIL import Image
 
 for package in ('onnx', 'onnxscript', 'onnxruntime', 'transformers'):
@@ -286,8 +286,7 @@ def test_the_page_try_it_shows_an_answer_of_each_model(folder, served, photograp
         page.mouse.down()
         page.mouse.move(box['x'] + 160, box['y'] + 90, steps=4)
         page.mouse.up()
-        while page.inner_text('#answers') == before:
-            page.wait_for_timeout(100)
+        until(lambda: page.inner_text('#answers') != before)
         assert page.inner_text('#about') == ''
         assert page.evaluate('document.documentElement.scrollWidth') <= 390
     assert not complaints
