@@ -57,5 +57,5 @@ site: $(READY) ## process the website into _proc and check it: links, outputs, t
 RUNTIME ?= npm
 docs: $(READY) ## the website, into _docs; needs quarto and npm on PATH
 	@command -v quarto >/dev/null || { echo 'quarto is not on PATH: install it from quarto.org, then run make docs again'; exit 1; }
-	python tools/site.py && cd _proc && quarto render --no-cache && rm -rf ../_docs && mv _docs ..
+	python tools/site.py && python tools/small_plotly.py _proc && cd _proc && quarto render --no-cache && rm -rf ../_docs && mv _docs ..
 	python tools/try_it.py _docs/try_it --runtime $(RUNTIME)

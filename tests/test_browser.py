@@ -315,7 +315,7 @@ def test_two_ways_are_watched_from_a_form(both):
     nb.shot(FORM, f'form-{nb.lab.rule}')
 
     nb.fill(FORM, 'teacher', 'ViT-B-33')
-    nb.press(FORM, 'Run both')
+    nb.press(FORM, 'Run all')
     said = nb.says(FORM, "no model named 'ViT-B-33'")
     assert '\n' not in said and not any(
         w in ' '.join(nb.get('t => T.words(t)', FORM)) for w in ('Traceback', 'File "')
@@ -327,7 +327,7 @@ def test_two_ways_are_watched_from_a_form(both):
     nb.grows(FORM)
     nb.fill(FORM, 'teacher', 'shapes-teacher')
     nb.fill(FORM, 'steps each', '50')
-    nb.press(FORM, 'Run both')
+    nb.press(FORM, 'Run all')
     nb.until('t => T.facts(t).includes("of 100")', FORM)
     nb.grows(FORM)
     assert nb.value('app.setup.batch_size') == 8

@@ -20,7 +20,9 @@ from tinyclip.data import open_pairs
 from tinyclip.data.cache import encode_views, write_cache
 from tinyclip.data.cached import CachedBatch, cached_pairs
 from tinyclip.data.sources import as_source, mix
-from tinyclip.distill import Distiller
+from tinyclip.distill import CalibratedDistiller, Distiller
+from tinyclip.inheritance import inherit
+from tinyclip.keep import manual
 from tinyclip.losses import Features, Objective
 from tinyclip.train.step import step
 from tinyclip.zoo import load as load_model
@@ -196,12 +198,11 @@ def test_a_run_with_several_teachers_resumes_to_the_bit(data, tmp_path):
     )
     with pytest.raises(TinyclipError, match='belongs to another run: cache is'):
         job(opened(data, tmp_path / 'a'), folder=tmp_path / 'run').fit(8, resume=True)
-    with pytest.raises(
-        TinyclipError,
-        match="'feature' compares features of the student .width 16. with features of the teacher "
-        ".width 40.",
-    ):
-        job(both(), objective='feature').fit(1)
+    # features are compared through a projection to the widths of all teachers together
+    compared = job(both(), folder=tmp_path / 'feature', objective='feature')
+    assert compared.fit(1).finished
+    state = torch.load(tmp_path / 'feature/checkpoint-000001/trainer.pt', weights_only=True)
+    assert state['projection']['image.weight'].shape == (40, 16)
 
 
 # --- training
@@ -345,3 +346,19 @@ def test_a_teacher_that_answered_is_let_go(tmp_path, monkeypatch):
     )
     assert alive == [True, False]
     assert json.loads((tmp_path / 'cached' / 'result.json').read_text())['losses']['affinity'] > 0
+
+
+def test_stored_features_and_a_calibration(data, tmp_path):
+    "The teacher is there for the calibration, and not while the student trains"
+    teacher = clip()
+    written(data, tmp_path / 'cache', teacher)
+    job = CalibratedDistiller(
+        inherit(teacher, manual(teacher, 0.5)),
+        teacher,
+        opened(data, tmp_path / 'cache'),
+        calibrate=16,
+        device='cpu',
+        progress=False,
+    )
+    assert job.teacher is None
+    assert job.fit(2).finished and job.reconstruction['samples'] == 16

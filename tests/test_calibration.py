@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import clip, data, opened, written  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -22,11 +21,21 @@ from tinyclip.comparison import Comparison, by_masks, by_rule
 from tinyclip.core import TinyclipError
 from tinyclip.data import open_pairs
 from tinyclip.data.shapes import Shapes
-from tinyclip.distill import CalibratedDistiller, calibration_pairs
+from tinyclip.distill import (
+    EPOCHS,
+    CalibratedDistiller,
+    Distiller,
+    LaterEpochs,
+    calibration_pairs,
+)
+from tinyclip.evaluate.cost import parameters
 from tinyclip.inheritance import inherit
 from tinyclip.keep import manual
+from tinyclip.masking import MaskedCLIP
 from tinyclip.reconstruction import reconstruct
+from tinyclip.scores import scored
 from tinyclip.stages import SHORT, Stage, Stages
+from tinyclip.towers import ParamCount, layout
 from tinyclip.train.events import read_events
 from tinyclip.zoo import load
 
@@ -162,10 +171,11 @@ def last(folder):
 
 
 def test_every_cut_is_reconstructed_from_the_first_teacher(teacher, straight):
+    masked = MaskedCLIP(teacher)
     for number in (1, 2):
         path = straight / f'stage-{number}' / 'cut'
         cut, facts = load(path).model, json.loads((path / 'stage.json').read_text())
-        pairs = calibration_pairs(stages(teacher, straight).phase(number, 'masks', teacher).pairs)
+        pairs = calibration_pairs(stages(teacher, straight).phase(number, 'masks', masked).pairs)
         by_hand = inherit(teacher, cut.keep, calibrate=pairs, samples=16, progress=False)
         assert not different(cut, by_hand)
         assert facts['reconstruction'] == by_hand.reconstruction.summary()
@@ -210,7 +220,7 @@ def test_a_stage_without_distillation(teacher, tmp_path):
 
 def test_a_compression_that_was_begun_without(teacher, tmp_path):
     stages(teacher, tmp_path, [Stage(0.5, 2, 1)], calibrate=0).fit()
-    with pytest.raises(TinyclipError, match='calibrate is 0 there and 16 here'):
+    with pytest.raises(TinyclipError, match='stage 1 calibrate is 0 there and 16 here'):
         stages(teacher, tmp_path, [Stage(0.5, 2, 1)]).fit(resume=True)
 
 
@@ -229,6 +239,7 @@ from test_calibration import *
 rank, teacher = int(os.environ['RANK']), tiny(0, layers=2)
 pairs, folder = Pairs(batch_size=16, world=2, rank=rank), Path({folder!r})
 stages(teacher, folder / 'stages', [Stage(0.5, 2, 0)], pairs=pairs, calibrate=32).fit()
+stages(teacher, folder / 'scored', [Stage(0.5)], pairs=pairs, calibrate=32).fit()
 for resume in (False, True):
     job = CalibratedDistiller(
         student_of(teacher), teacher, pairs, calibrate=32, folder=folder / 'run', lr=1e-3, **QUIET
@@ -257,6 +268,124 @@ def test_two_processes_calibrate_together(teacher, tmp_path):
         assert facts == done[0][1] and facts['samples'] == 32
     cut = json.loads((tmp_path / 'stages' / 'stage-1' / 'cut' / 'stage.json').read_text())
     assert cut['reconstruction']['samples'] == 32
+    stages(teacher, tmp_path / 'alone', [Stage(0.5)], Pairs(batch_size=16), calibrate=32).fit()
+    a, b = (load(tmp_path / n / 'stage-1/cut').model for n in ('scored', 'alone'))
+    assert a.keep == b.keep
+    for k, v in a.state_dict().items():
+        torch.testing.assert_close(v, b.state_dict()[k], rtol=1e-3, atol=1e-4)
+
+
+# --- chosen by scores
+
+SCORED = [Stage(0.6, steps=2), Stage(0.4, steps=2)]
+
+
+class Killed(BaseException):
+    "What nothing catches"
+
+
+@pytest.fixture(scope='module')
+def by_scores(teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('scored')
+    stages(teacher, folder, SCORED).fit()
+    return folder
+
+
+def test_scores_choose_from_the_student_before(teacher, by_scores):
+    before, whole = teacher, ParamCount(layout(teacher)).whole
+    neuron = 2 * 32 + 1
+    for number, stage in enumerate(SCORED, 1):
+        path = by_scores / f'stage-{number}'
+        cut, facts = load(path / 'cut').model, json.loads((path / 'cut/stage.json').read_text())
+        pairs = calibration_pairs(LaterEpochs(Pairs(), EPOCHS * 2 * (number - 1)))
+        share = {t: stage.share * n / parameters(before)[t] for t, n in whole.items()}
+        keep = scored(before, pairs, share, samples=16, progress=False)
+        by_hand = inherit(before, keep, calibrate=pairs, samples=16, progress=False)
+        assert not different(cut, by_hand) and cut.keep == by_hand.keep
+        assert facts['reconstruction'] == by_hand.reconstruction.summary()
+        assert 'masks_reached' not in facts and not (path / 'masks').exists()
+        for t, n in whole.items():
+            assert abs(parameters(cut)[t] - stage.share * n) <= neuron
+            assert facts['share'][t] == parameters(cut)[t] / n
+        before = load(path / 'student').model
+        assert before.keep == cut.keep and different(before, cut)
+
+
+@pytest.mark.parametrize('number', [1, 2])
+@pytest.mark.parametrize('name', ['_cut', 'distil'])
+def test_ended_before_and_after_a_cut_it_goes_on(
+    teacher, by_scores, tmp_path, monkeypatch, name, number
+):
+    real = getattr(Stages, name)
+
+    def end(self, i, *a, **kw):
+        if i == number:
+            raise Killed
+        return real(self, i, *a, **kw)
+
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(Stages, name, end)
+        stages(teacher, tmp_path, SCORED).fit()
+    assert (tmp_path / f'stage-{number}' / 'cut').exists() == (name == 'distil')
+    assert len(stages(teacher, tmp_path, SCORED).fit(resume=True)) == 2
+    assert not different(last(by_scores), last(tmp_path))
+
+
+def test_stopped_before_it_scores(teacher, tmp_path):
+    job = stages(teacher, tmp_path, SCORED)
+    job.stop()
+    assert job.fit() == [] and not (tmp_path / 'stage-1').exists()
+
+
+def test_scores_first_and_masks_later(teacher, tmp_path):
+    rows = stages(teacher, tmp_path, [Stage(0.6), Stage(0.4, 3, 1)], calibrate=None).fit()
+    assert rows[0]['calibrated on'] == 24 and 'masks_reached' not in rows[0]  # all of an epoch
+    assert 'calibrated on' not in rows[1] and 'masks_reached' in rows[1]
+    assert rows[1]['kept'] == pytest.approx(0.4, abs=0.01)
+
+
+def test_both_towers_together(teacher, tmp_path):
+    plan = [Stage(0.6), Stage(0.3)]
+    rows = stages(teacher, tmp_path, plan, masks=dict(towers='both')).fit()
+    assert [r['kept'] for r in rows] == pytest.approx([0.6, 0.3], abs=0.005)
+
+
+@pytest.mark.parametrize(
+    'settings, says',
+    [
+        (dict(calibrate=0), 'look at calibration pairs'),
+        (dict(masks=dict(SHORT, uniform=True)), 'belongs to masks that learn'),
+        (dict(plan=[Stage(1e-6)]), 'cannot shrink'),
+        (dict(plan=[Stage(dict(image=0.5))]), 'one for each of image and text'),
+    ],
+)
+def test_what_scores_cannot_choose(teacher, tmp_path, settings, says):
+    with pytest.raises(TinyclipError, match=says):
+        stages(teacher, tmp_path / 'x', **dict(dict(plan=[Stage(0.5)]), **settings))
+    assert not (tmp_path / 'x').exists()
+
+
+# --- the rate after it
+
+
+def rate(folder):
+    "The learning rate that a run began with"
+    return read_events(folder, 'config')[0]['lr']
+
+
+@pytest.mark.parametrize('lr, after, otherwise', [(None, 1e-4, 5e-4), (3e-3, 3e-3, 3e-3)])
+def test_a_reconstructed_student_trains_gently(teacher, tmp_path, lr, after, otherwise):
+    stages(teacher, tmp_path / 'a', [Stage(0.6, steps=1), Stage(0.4, 2, 1)], lr=lr).fit()
+    assert rate(tmp_path / 'a/stage-1/distil') == rate(tmp_path / 'a/stage-2/distil') == after
+    assert rate(tmp_path / 'a/stage-2/masks') == otherwise
+    stages(teacher, tmp_path / 'b', [Stage(0.6, 2, 1)], lr=lr, calibrate=None).fit()
+    assert rate(tmp_path / 'b/stage-1/distil') == otherwise
+    calibrated(teacher, tmp_path / 'c', lr=lr).fit(1)
+    assert rate(tmp_path / 'c') == after
+    student = inherit(teacher, manual(teacher, 0.5), calibrate=Pairs(), progress=False)
+    for n, model in dict(d=student, e=student_of(teacher)).items():
+        Distiller(model, teacher, Pairs(), folder=tmp_path / n, lr=lr, **QUIET).fit(1)
+    assert rate(tmp_path / 'd') == after and rate(tmp_path / 'e') == otherwise
 
 
 # --- compared
@@ -320,6 +449,26 @@ def test_inherited_and_reconstructed_and_never_trained(tmp_path, capsys):
     )
 
 
+def test_scores_choose_unless_masks_are_asked_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('tinyclip.stages.CALIBRATION', 32)
+    share = ['--share', '.5', '--steps']
+    found = command(capsys, tmp_path / 'a', *share, 0)
+    (row,) = found['stages']
+    assert found['steps'] == 0 and row['calibrated on'] == 32 and 'masks_reached' not in row
+    assert row['kept'] == pytest.approx(0.5, abs=0.001)
+    teacher, preprocess, tokenizer = load('shapes-teacher')
+    pairs = calibration_pairs(open_pairs(Shapes('train'), preprocess, tokenizer, 8))
+    keep = scored(teacher, pairs, 0.5, samples=32, progress=False)
+    by_hand = inherit(teacher, keep, calibrate=pairs, samples=32, progress=False).state_dict()
+    assert all(torch.equal(v, by_hand[k]) for k, v in weights(tmp_path / 'a').items())
+    (row,) = command(capsys, tmp_path / 'b', *share, 3, '--mask-steps', 2)['stages']
+    assert 'masks_reached' in row and 'calibrated on' not in row
+    assert 'look at calibration pairs' in command(
+        capsys, tmp_path / 'c', *share, 2, '--calibrate', 0
+    )
+    assert 'say with --mask-steps' in command(capsys, tmp_path / 'c', *share, 2, '--uniform')
+
+
 def test_masks_and_reconstruction(tmp_path, capsys):
     share = ['--share', '.5', '--mask-steps', 2, '--calibrate', 16]
     assert 'leave nothing' in command(capsys, tmp_path / 'x', *share[:4], '--steps', 2)
@@ -328,17 +477,6 @@ def test_masks_and_reconstruction(tmp_path, capsys):
     assert found['stages'][0]['kept'] == pytest.approx(0.5, abs=0.01)
     again = command(capsys, tmp_path / 'a', *share, '--steps', 2, '--resume')
     assert again['stages'] == found['stages']
-
-
-def test_stored_features_and_a_calibration(data, tmp_path):
-    "The teacher is there for the calibration, and not while the student trains"
-    teacher = clip()
-    written(data, tmp_path / 'cache', teacher)
-    job = CalibratedDistiller(
-        student_of(teacher), teacher, opened(data, tmp_path / 'cache'), calibrate=16, **QUIET
-    )
-    assert job.teacher is None
-    assert job.fit(2).finished and job.reconstruction['samples'] == 16
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ def test_uni_modal_leaves_the_diagonal_out():
         )
 
 
-@pytest.mark.parametrize('name', LOSSES)
+# targets of the other have no gradient, which finite differences cannot know: test_later_losses
+@pytest.mark.parametrize('name', [n for n in LOSSES if n != 'cross_relational'])
 def test_gradient_is_the_slope(name):
     s = [unit(5, 4, seed=i) for i in (0, 1)]
     t = [unit(5, 4, seed=i) for i in (2, 3)]

@@ -15,6 +15,8 @@ from test_inheritance import models, outputs, quick
 
 from tinyclip.core import TinyclipError
 from tinyclip.evaluate.cost import parameters
+from tinyclip.inheritance import inherit
+from tinyclip.keep import choose
 from tinyclip.masking import BRANCHES, KINDS, MaskedCLIP
 from tinyclip.sparsity import Goal, Sparsity
 from tinyclip.towers.architecture import architecture, build, create
@@ -90,6 +92,16 @@ def test_masked_equals_cut_for_other_pooling_and_norms(text, vision):
     ).eval()
     masked = scatter(MaskedCLIP(model, [*KINDS, *BRANCHES]), 2.0)
     assert apart(masked, masked.cut()) <= 1e-5
+
+
+def test_a_student_that_lost_a_branch_can_be_masked_again():
+    torch.manual_seed(0)
+    vision = dict(image_size=16, patch_size=8, head_width=4, width=16, layers=2)
+    text = dict(context_length=6, vocab_size=32, heads=4, width=16, layers=2)
+    teacher = build(dict(embed_dim=8, vision_cfg=vision, text_cfg=text)).eval()
+    for axis in ('image.layers.1.heads', 'text.layers.0.ffn'):
+        masked = scatter(MaskedCLIP(inherit(teacher, choose(teacher, {axis: []}))), 1.5)
+        assert apart(masked, masked.cut()) < 1e-5
 
 
 # the norm's eps means the same over the open channels as over all

@@ -699,7 +699,7 @@ def test_bad_input_is_refused_in_a_sentence(tmp_path, old):
         ),
         (
             'texts must be integers of shape',
-            lambda: to_onnx(model, tmp_path / 'm', texts=torch.ones(2, 11).long()),
+            lambda: to_onnx(model, tmp_path / 'm', texts=torch.ones(2, 13).long()),
         ),
         ('not str', lambda: to_onnx(model, tmp_path / 'm', texts='a cat')),
         ('images must be', lambda: OnnxCLIP(old).encode_image(torch.zeros(0, 3, 32, 32))),

@@ -37,7 +37,7 @@ def run():
 class LearningRate(CurvePanel):
     "A panel over the steps"
 
-    title = 'learning rate by step'
+    title = 'learning rate'
 
     def curves(self, plan):
         return [Curve(run, ('lr',), run or 'rate', COLOURS[4]) for run in plan.runs]
@@ -74,7 +74,7 @@ def page_of(history, tmp_path):
 @pytest.mark.parametrize(
     'panel, title, traces, picture',
     [
-        (LearningRate, 'learning rate by step', ['rate'], 'learning rate by step'),
+        (LearningRate, 'learning rate', ['rate'], 'learning rate'),
         (Progress, 'steps left', ['progress', 'progress'], '3 steps done'),
     ],
 )
@@ -108,7 +108,7 @@ def test_panels_over_the_steps_share_the_first_row_and_the_cursor(entry, run):
     entry(Progress())
     entry(LearningRate())
     fig = panels.draw(run.history())
-    assert titles(fig)[:3] == ['loss by step', 'accuracy (%) by step', 'learning rate by step']
+    assert titles(fig)[:3] == ['loss', 'accuracy (%)', 'learning rate']
     assert len({tuple(fig.layout[f'yaxis{i}'].domain) for i in ('', 2, 3)}) == 1
     assert [s.xref for s in panels.replay(run.history()).layout.shapes] == ['x', 'x2', 'x3']
 

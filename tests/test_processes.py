@@ -28,6 +28,7 @@ from tinyclip.zoo import load
 
 N = 24
 MIX = dict(affinity=1.0, contrastive=0.5, uni_modal=0.3, feature=0.1)
+LATER = dict(feature=1.0, interactive_contrastive=0.5, vertical_relational=0.3, repulsive=0.2)
 WAYS = [dict(), dict(chunk_size=5), dict(shard=True), dict(shard=True, chunk_size=3)]
 
 
@@ -56,12 +57,18 @@ def cases(world):
                     way,
                 )
 
+    for tile in (None, 5):
+        for way in WAYS:
+            objective = Objective(LATER, tile=tile, **spec).for_run(12, 16)
+            yield f'narrow tile={tile} {way}', objective, False, way
+
 
 def gradients(objective, masked, way):
     "Loss, norm and gradients by name, as the first process sees them"
     rank, world = rank_and_world_size()
     torch.manual_seed(0)
-    student, teacher = tiny(1, layers=2), tiny(0)
+    width = 12 if objective.projection else 16
+    student, teacher = tiny(1, layers=2, embed_dim=width), tiny(0)
     if masked:
         student = MaskedCLIP(student, start=0.0)
     penalty = Sparsity(student, 0.5) if masked else None
@@ -74,7 +81,9 @@ def gradients(objective, masked, way):
     with student.one_draw() if masked else contextlib.nullcontext():
         out = engine.backward(b._replace(image=b.image[own], text=b.text[own]), True, 0.5)
     grads = {n: full(p.grad) for n, p in student.named_parameters() if p.grad is not None}
-    norm = engine.clip([p for p in student.parameters()])
+    if objective.projection:
+        grads |= {f'of {n}': p.grad for n, p in objective.projection.named_parameters()}
+    norm = engine.clip([*student.parameters(), *objective.parameters()])
     engine.release()
     return dict(loss=out['loss'], norm=norm, **grads)
 

@@ -291,7 +291,7 @@ class Skip(nn.Module):
 def test_without_a_layer_is_the_model_that_skips_it(make, tower):
     for i in range(3):
         model = make()
-        small = without_layer(model, tower, i)
+        small = without_layer(model, tower, i + 1)
         assert len(blocks_of(small, tower)[0]) == 2 and not small.training
         blocks_of(model, tower)[0][i] = Skip()
         images, text, _ = batches(1)[0]
@@ -315,8 +315,8 @@ def test_drop_one_says_what_the_score_says_one_copy_at_a_time():
 
     rows = drop_one(model, score)
     assert isinstance(rows, Table) and [tuple(r.values()) for r in rows] == [
-        ('image', i, 13.0, -10.0) for i in range(2)
-    ] + [('text', i, 22.0, -1.0) for i in range(3)]
+        ('image', i, 13.0, -10.0) for i in (1, 2)
+    ] + [('text', i, 22.0, -1.0) for i in (1, 2, 3)]
     alive.clear()
     assert drop_one(model, score, 'text') == rows[2:]
     alive.clear()
@@ -326,7 +326,7 @@ def test_drop_one_says_what_the_score_says_one_copy_at_a_time():
 def test_a_single_layer_stays():
     model, calls = clip(image_layers=1), []
     with pytest.raises(TinyclipError, match='image tower has one layer only'):
-        without_layer(model, 'image', 0)
+        without_layer(model, 'image', 1)
     with pytest.raises(TinyclipError, match='image tower has one layer only'):
         drop_one(model, calls.append, ['text', 'image'])
     assert not calls  # refused before any work
@@ -349,7 +349,7 @@ def test_towers_without_a_transformer(cfg):
         model = build(cfg)
     for f in (
         lambda: layer_features(model, [], 'image'),
-        lambda: without_layer(model, 'image', 0),
+        lambda: without_layer(model, 'image', 1),
         lambda: drop_one(model, float),
     ):
         with pytest.raises(
@@ -398,15 +398,15 @@ def test_figures():
     assert (
         [len(d.x) for d in fig.data] == [13, 2]
         and fig.data[0].x[0] == 'input'
-        and fig.data[1].x[1] == '0'
+        and fig.data[1].x[1] == '1'
     )
     assert (fig.layout.coloraxis.cmin, fig.layout.coloraxis.cmax) == (0, 1)
     assert len(similarity_map({'text': maps['text']}).data) == 1
     rows = Table(
         [
-            dict(tower='image', layer=0, score=0.5, change=-0.25),
-            dict(tower='text', layer=0, score=0.7, change=-0.05),
-            dict(tower='text', layer=1, score=0.75, change=0.0),
+            dict(tower='image', layer=1, score=0.5, change=-0.25),
+            dict(tower='text', layer=1, score=0.7, change=-0.05),
+            dict(tower='text', layer=2, score=0.75, change=0.0),
         ]
     )
     fig = drop_bars(rows)

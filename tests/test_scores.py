@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 from test_processes import run, started
 from test_reconstruction import batches, clip, few, models, off
@@ -13,7 +13,7 @@ from tinyclip.core import TinyclipError
 from tinyclip.inheritance import inherit
 from tinyclip.keep import manual
 from tinyclip.reconstruction import reconstruct
-from tinyclip.scores import MEASURES, eliminate, hull, scored, unit_scores
+from tinyclip.scores import CHANNELS, MEASURES, eliminate, hull, scored, unit_scores
 from tinyclip.towers import TOWERS, ParamCount, layout
 
 each = pytest.mark.parametrize('by', MEASURES)
@@ -95,15 +95,18 @@ def test_copies_and_the_dead_go_first():
         mlp = tower.transformer.resblocks[1].mlp
         with torch.no_grad():
             for p in (mlp.c_fc.weight, mlp.c_fc.bias):
+                p *= 20  # far from linear: no neuron follows from the others
                 p[5] = p[3]  # says what another says
             mlp.c_proj.weight[:, 7] = 0  # nobody listens
             mlp.c_fc.weight[9] = 0  # never changes
-    found = scores(teacher)
+    found = scores(teacher, batches(256, 64))
     for t in TOWERS:
         axis = f'{t}.layers.1.ffn'
         at = {unit: i for i, unit in enumerate(found.order[axis])}
-        assert at[7] == 0 and at[9] < 6 and min(at[3], at[5]) < 6
-        assert max(at[3], at[5]) > 30
+        lost, first, last = found.units()[axis], *sorted((3, 5), key=at.get)
+        little = 1e-4 * found.lost[axis][-1]  # what damping makes of nothing
+        assert at[7] == 0 and lost[9] < little and lost[first] < little
+        assert at[last] > 30 and lost[last] > 2 * lost[first]
 
 
 def test_copies_of_heads_and_channels():
@@ -136,14 +139,20 @@ def test_a_channel_that_nobody_reads():
 @few
 @given(models(), st.sampled_from(MEASURES), st.floats(0.15, 1), st.sampled_from(['each', 'both']))
 def test_the_share_is_met(model, by, share, towers):
-    found = scores(model, by=by)
-    keep = found.keep(share, towers)
+    found, size = scores(model, by=by), ParamCount(layout(model))
+    try:
+        keep = found.keep(share, towers)
+    except TinyclipError as e:  # tiny towers: one channel is more than this share of them
+        assert 'cannot shrink' in str(e) and share * min(size.whole.values()) < 4000
+        reject()
     exact = kept(model, keep)
-    size = ParamCount(layout(model))
-    neuron = max(2 * size.sizes[f'{t}.width'] + 1 for t in TOWERS)
+    # a few neurons; a head where a tower has no neurons left to settle it with
+    width = max(size.sizes[f'{t}.width'] for t in TOWERS)
+    settled = not any(keep[a] for a in keep.axes if a.endswith('.ffn'))
+    most = 4 * (2 * width + 1) + settled * (4 * width * width)
     for t in TOWERS if towers == 'each' else ['both']:
         whole = sum(size.whole.values()) if t == 'both' else size.whole[t]
-        assert abs(exact[t] - share) * whole <= 4 * neuron
+        assert abs(exact[t] - share) * whole <= most
 
 
 def test_a_share_for_each_tower():
@@ -167,7 +176,7 @@ def test_less_is_lost_than_by_another_division():
 
     def loss(keep):
         return sum(
-            e[n - 1].item()
+            e[n - 1].item() * (CHANNELS if a.endswith('.width') else 1)
             for a, e in found.lost.items()
             if (n := len(e) - len(keep.axes.get(a, e)))
         )
@@ -183,8 +192,10 @@ def test_every_measure_is_repeatable_whatever_the_batches(by):
     teacher = clip()
     a, b, c = (scores(teacher, batches(64, n), by) for n in (16, 16, 7))
     assert a.order == b.order and all(torch.equal(a.lost[x], b.lost[x]) for x in a.lost)
-    for x in a.lost:
-        torch.testing.assert_close(a.lost[x], c.lost[x], rtol=2e-3, atol=1e-6)
+    for x in a.lost:  # rounding may turn the order of two that are worth the same
+        total = a.lost[x][-1].item()
+        torch.testing.assert_close(a.lost[x], c.lost[x], rtol=2e-3, atol=0.1 * total)
+        assert c.lost[x][-1].item() == pytest.approx(total, rel=2e-3)
 
 
 def test_the_teacher_stays_as_it_is():

@@ -4,11 +4,15 @@ must find."""
 import importlib.util
 import json
 import re
+import shutil
 import struct
+import subprocess
 from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, chromium
+from pages import CONTRAST, DRAWN, PLAYER, TEXTS, drawn_page, play, served, visit
 
 ROOT = Path(__file__).parent.parent
 # `site` itself is a module of Python
@@ -32,7 +36,7 @@ def test_the_site_is_in_order(built):
 
 def test_it_is_the_processed_site(built):
     losses = site.Page(built, built / 'losses/03_mimicking.ipynb')
-    assert losses.html == 'losses/mimicking.html' and 'affinity_mimicking' in losses.anchors
+    assert losses.out == 'losses/mimicking.html' and 'affinity_mimicking' in losses.anchors
     assert (built / 'images' / 'card.png').is_file() and not [*built.rglob('runs')]
 
 
@@ -93,10 +97,12 @@ def front(title, out, about='What it is'):
     )
 
 
-FIGURE = (
-    '<div><script '
-    'src="https://cdn.plot.ly/plotly-9.min.js"></script><script>Plotly.newPlot("a")</script></div>'
-)
+def raw(html):
+    "HTML as tools/process_pages.py gives it to quarto"
+    return data(text__markdown=f'~~~~~{{=html}}\n{html}\n~~~~~')
+
+
+FIGURE = '<div class="figure"><script type="application/json">{"data":[]}</script></div>'
 
 
 def write(f, cells):
@@ -169,7 +175,7 @@ def small(tmp_path):
         [
             front('Look', 'look.html'),
             md('[back](../01_keep.ipynb#keep)'),
-            code('fig', data(application__vnd_dot_plotly_dot_v1_plus_json={}, text__html=FIGURE)),
+            code('fig', raw(FIGURE)),
         ],
     )
     return tmp_path
@@ -292,7 +298,27 @@ FAULTS = dict(
         lambda s: add(s / 'labs' / 'look.ipynb', md('[a](01_keep.ipynb)')),
         'labs/look.ipynb links to 01_keep.ipynb',
     ),
-    link_in_html=(output(data(text__html='<a href="gone.html">x</a>')), 'links to gone.html'),
+    link_in_html=(output(raw('<a href="gone.html">x</a>')), 'links to gone.html'),
+    link_in_a_link=(
+        prose(f'[[`Keep`]({HOME}/keep.html#keep) again](index.ipynb)'),
+        'has a link inside a link',
+    ),
+    link_in_a_link_of_a_table=(
+        output(data(text__markdown=f'| a |\n|:--|\n| [[`Keep`]({HOME}/keep.html)](index.ipynb) |')),
+        'has a link inside a link',
+    ),
+    source_of_another_module=(
+        prose(f'[source]({HOME}/blob/main/small/losses.py#L1){{target="_blank"}}'),
+        'links the source of small/losses.py, which is not its module',
+    ),
+    sidebar_anchor_missing=(
+        edit(
+            'sidebar.yml',
+            '      - 01_keep.ipynb\n',
+            '      - 01_keep.ipynb\n      - {text: Cut, href: 01_keep.ipynb#cut}\n',
+        ),
+        'The sidebar names 01_keep.ipynb#cut, which is not there',
+    ),
     link_in_an_output=(
         output(data(text__markdown='| a |\n|:--|\n| [x](gone.ipynb) |', text__plain='x')),
         'links to gone.ipynb',
@@ -336,12 +362,10 @@ FAULTS = dict(
     address=(output(said('<function f at 0x7f01aa22bb33>')), 'holds an address in memory'),
     dead_widget=(
         output(
-            {
-                **data(
-                    application__vnd_dot_jupyter_dot_widget_view_plus_json=dict(model_id='a1'),
-                    text__html=FIGURE,
-                )
-            }
+            data(
+                application__vnd_dot_jupyter_dot_widget_view_plus_json=dict(model_id='a1'),
+                text__plain='w',
+            )
         ),
         'is a live widget',
     ),
@@ -350,13 +374,18 @@ FAULTS = dict(
         'has only application/vnd.plotly.v1+json, which quarto does not show',
     ),
     only_a_repr=(output(data(text__plain='FigureWidget({\n')), 'shows only how an object prints'),
-    plotly_library=(
-        output(data(text__html='<script type="text/javascript">require.undef("plotly");</script>')),
-        'quarto moves it into the head',
+    html=(output(data(text__html='<b>x</b>')), 'is html, for which quarto loads scripts'),
+    picture_without_words=(
+        output(data(image__png='aGk=', text__plain='<PIL.Image.Image image mode=RGB>')),
+        'is a picture without words',
     ),
-    plotly_without_library=(
-        output(data(text__html='<script>Plotly.newPlot("a")</script>')),
-        'nothing above it loads plotly',
+    trace_not_in_the_bundle=(
+        output(raw(FIGURE.replace('[]', '[{"type":"surface"}]'))),
+        'draws surface, which is not in the bundle',
+    ),
+    another_host=(
+        output(raw('<script src="https://example.com/x.js"></script>')),
+        'asks https://example.com/x.js, another host',
     ),
 )
 
@@ -393,9 +422,7 @@ def test_what_is_no_fault(small):
         code('f(x)'),
         code('model.train()'),
         code('for x in y:\n    print(x)'),
-        code(
-            'fig', data(text__html=FIGURE), dict(output_type='execute_result', data={}, metadata={})
-        ),
+        code('fig', raw(FIGURE), dict(output_type='execute_result', data={}, metadata={})),
         md(
             '`Warning: /home/me` and 2 [brackets] (apart), [mail](mailto:a@b.c), '
             '<https://example.com>'
@@ -505,3 +532,136 @@ def test_the_index_of_names_is_complete():
     }
     missing = sorted(n for n in names if f'[{n}](' not in listed)
     assert not missing, f'nbs/api.ipynb does not list {missing}; run: make refresh NB=nbs/api.ipynb'
+
+
+def test_the_trouble_page_has_every_sentence(built):
+    page = site.Page(built, built / 'tutorials/when_something_fails.ipynb')
+    shown = '\n'.join(page.markdown)
+    for words in ('holds no cache of teacher answers', 'leave nothing of the … steps of a stage'):
+        assert words in shown
+    assert len(re.findall(r'^- ', shown, flags=re.M)) > 400
+
+
+def test_what_stands_beside_the_pages(built):
+    told = (built / 'llms.txt').read_text(encoding='utf-8')
+    pages = site.pages_of(built)
+    assert told.startswith('# tinyclip\n') and told.count('\n- [') == len(pages)
+    copies = {p.name for p in (built / 'notebooks').rglob('*.ipynb')}
+    assert copies == {
+        p.name for f in ('labs', 'tutorials') for p in (ROOT / 'nbs' / f).glob('*.ipynb')
+    } - {'index.ipynb'}
+    assert 'plotly.js v' in (built / 'plotly.min.js').read_text(encoding='utf-8')[:300]
+
+
+# --- in a browser: what the processed pages allow without quarto, and the rendered site with it ---
+
+WIDTHS = 1280, 780, 390
+
+
+@pytest.fixture(scope='module')
+def browser():
+    if CHROMIUM is None:
+        pytest.skip('no chromium on PATH: apt-get install chromium')
+    pytest.importorskip('playwright', reason='pip install playwright (without its browsers)')
+    with chromium() as b:
+        yield b
+
+
+def outside(page, home):
+    "What a page asked other hosts for"
+    return [u for u in page.asked if not u.startswith((home, 'data:', 'blob:'))]
+
+
+@pytest.mark.parametrize('wide', WIDTHS)
+def test_figures_are_drawn_and_none_of_their_texts_lies_on_another(built, browser, wide):
+    wrong = {}
+    names = [
+        p.name for p in (site.Page(built, f) for f in site.pages_of(built)) if FIGURE[:19] in p.html
+    ]
+    with served(built) as home:
+        for name in names:
+            with visit(browser, f'{home}/{drawn_page(built, name)}', wide) as page:
+                page.wait_for_function(DRAWN)
+                said = page.evaluate(TEXTS) + page.said + outside(page, home)
+                if said:
+                    wrong[name] = said
+    assert len(names) > 15 and not wrong, json.dumps(wrong, indent=1, ensure_ascii=False)
+
+
+def test_the_slider_follows_and_pause_is_silent(built, browser):
+    out = drawn_page(built, 'index.ipynb')
+    with served(built) as home, visit(browser, f'{home}/{out}') as page:
+        page.wait_for_function(DRAWN)
+        before, paused = play(page)
+        assert paused['active'] != before['active'] and paused['label'] != before['label']
+        assert paused['active'] < paused['steps'] and not page.said
+
+
+def test_without_plotly_there_is_a_picture(built, browser):
+    with served(built) as home:
+        address = f'{home}/{drawn_page(built, "index.ipynb")}'
+        with visit(browser, address, plotly='**/plotly.min.js') as page:
+            page.wait_for_selector('.still img')
+            assert page.get_attribute('.still img', 'alt')
+            assert page.evaluate("() => document.querySelector('.still img').naturalWidth") > 100
+
+
+def test_figures_take_the_colours_of_both_themes(built, browser):
+    with served(built) as home:
+        address = f'{home}/{drawn_page(built, "index.ipynb")}'
+        for dark, ink in ((False, 'rgb(30, 39, 53)'), (True, 'rgb(216, 221, 230)')):
+            with visit(browser, address, dark=dark) as page:
+                page.wait_for_function(DRAWN)
+                look = "() => getComputedStyle(document.querySelector('.xtick text')).fill"
+                assert page.evaluate(look) == ink
+
+
+RENDERED = [  # a page of each kind
+    'index.ipynb',
+    'api.ipynb',
+    'losses/03_mimicking.ipynb',
+    'labs/live_masks.ipynb',
+    'explain/results.ipynb',
+    'explain/paper_to_code.ipynb',
+    'tutorials/when_something_fails.ipynb',
+]
+
+
+@pytest.fixture(scope='module')
+def rendered(built, tmp_path_factory):
+    "Some pages as quarto makes them"
+    if not shutil.which('quarto'):
+        pytest.skip('no quarto on PATH: get it from quarto.org')
+    to = tmp_path_factory.mktemp('rendered') / '_proc'
+    shutil.copytree(built, to, ignore=shutil.ignore_patterns('*.drawn.html'))
+    for name in RENDERED:
+        done = subprocess.run(
+            ['quarto', 'render', name, '--no-cache'], cwd=to, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    return to / '_docs'
+
+
+@pytest.mark.parametrize('dark', [False, True], ids=['light', 'dark'])
+@pytest.mark.parametrize('wide', [1280, 390])
+def test_rendered_pages(rendered, built, browser, wide, dark):
+    wrong = {}
+    with served(rendered) as home:
+        for name in RENDERED:
+            out = site.Page(built, built / name).out
+            with visit(browser, f'{home}/{out}', wide, dark) as page:
+                page.wait_for_function(DRAWN)
+                page.wait_for_timeout(500)
+                said = page.evaluate(TEXTS) + page.said + outside(page, home)
+                wider = page.evaluate('() => document.documentElement.scrollWidth')
+                said += [f'{wider} pixels wide'] if wider > wide else []
+                for what in ('.cell-output pre', 'main p', '.nav-page a', 'pre.sourceCode span.co'):
+                    ratio, words = page.evaluate(CONTRAST, what)
+                    said += [f'{what}: {words!r} has contrast {ratio:.2f}'] if ratio < 4.5 else []
+                if page.evaluate(PLAYER):
+                    before, paused = play(page)
+                    said += ['the slider stands still'] if paused == before else []
+                    said += page.said
+                if said:
+                    wrong[name] = said
+    assert not wrong, json.dumps(wrong, indent=1, ensure_ascii=False)

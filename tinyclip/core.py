@@ -391,7 +391,7 @@ def lazy_names(
 
 # %% ../nbs/00_core.ipynb #510d28e1
 def names_in(
-    module: str,  # A module of the package, e.g. `'losses.mimicking'`
+    module: str,  # A module of the package, e.g. `'losses.objective'`
     table: str,  # A dict or tuple that it defines, with its names written out, e.g. `'LOSSES'`
 ) -> list:  # The keys of the dict, the items of the tuple
     "Names in a table of a module that is not imported for it"

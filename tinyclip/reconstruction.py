@@ -10,7 +10,7 @@ import copy
 import statistics
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .core import Table, TinyclipError, check_positive, evaluating, rank_and_world_size
 from .cut import cut_state, cut_tensor
 from .keep import Keep, student_sizes
-from .towers import TOWERS, Branch, Layout, layout, token_table, tower_of
+from .towers import TOWERS, Branch, Layout, LinearMap, layout, token_table, tower_of
 from .train.protocols import Pairs
 
 # %% ../nbs/03_reconstruction.ipynb #36b92e75
@@ -36,24 +36,26 @@ class Sums:
         inputs: int,  # Columns of x
         outputs: int,  # Columns of y
         device: torch.device,  # Where the rows are; a device without float64 sums on the CPU
+        groups: int = 1,  # Regressions side by side; more than one add a dimension in front
     ):
         self.device = torch.device('cpu') if device.type == 'mps' else device
+        before = (groups,) if groups > 1 else ()
         self.xx, self.xy, self.yy = (
-            torch.zeros(s, dtype=torch.float64, device=self.device)
+            torch.zeros(*before, *s, dtype=torch.float64, device=self.device)
             for s in ((inputs + 1, inputs + 1), (inputs + 1, outputs), (outputs,))
         )
 
     def add(
         self,
-        x: Tensor,  # (rows, inputs)
-        y: Tensor,  # (rows, outputs)
+        x: Tensor,  # ([groups,] rows, inputs)
+        y: Tensor,  # ([groups,] rows, outputs)
     ):
         "Take rows in"
         x, y = (t.to(self.device).double() for t in (x, y))
         x = F.pad(x, (0, 1), value=1.0)  # the bias is one more column
-        self.xx += x.T @ x
-        self.xy += x.T @ y
-        self.yy += (y * y).sum(0)
+        self.xx += x.mT @ x
+        self.xy += x.mT @ y
+        self.yy += (y * y).sum(-2)
 
     def gather(self):
         "Add up what all processes have"
@@ -68,30 +70,37 @@ class Sums:
 
     def error(self, w: Tensor, b: Tensor) -> float:
         "Sum of squares of `y - x @ w.T - b`"
-        v = torch.cat([w, b[:, None]], 1)
-        fitted = ((v @ self.xx) * v).sum() - 2 * (v * self.xy.T).sum()
+        v = torch.cat([w, b[..., None]], -1)
+        fitted = ((v @ self.xx) * v).sum() - 2 * (v * self.xy.mT).sum()
         return (self.yy.sum() + fitted).item()
 
-    def scale(self, xx: Tensor) -> Tensor:
+    @property
+    def rows(self) -> Tensor:
+        "How many there were"
+        return self.xx.flatten()[-1]
+
+    def scale(self, xx: Tensor) -> Tensor:  # `([groups,] 1, 1)`
         "Mean square of the inputs, as in `xx`; inputs that never change count as a little"
-        if not len(xx):
-            return xx.new_ones(())
-        return torch.maximum(xx.diagonal().mean(), 1e-10 * self.xx.diagonal().mean())
+        if not xx.shape[-1]:
+            return xx.new_ones(1, 1)
+        squares, all_ = (m.diagonal(dim1=-2, dim2=-1).mean(-1) for m in (xx, self.xx))
+        return torch.maximum(squares, 1e-10 * all_)[..., None, None]
 
     def spread(self) -> float:
         "Sum of squares of `y` around its mean"
-        return (self.yy.sum() - (self.xy[-1] ** 2).sum() / self.xx[-1, -1]).item()
+        return (self.yy.sum() - (self.xy[..., -1, :] ** 2).sum() / self.rows).item()
 
     def moments(
         self,
-        bias: bool,  # Whether means may be taken off
+        bias: bool = True,  # Whether means may be taken off
     ) -> tuple:  # (products of x, products of x and y), (mean of x, mean of y)
         "Products around the means; with zeros for means where there is no bias"
-        n, x, y = self.xx[-1, -1], self.xx[-1, :-1], self.xy[-1]
+        n, x, y = self.rows, self.xx[..., -1, :-1], self.xy[..., -1, :]
+        xx, xy = self.xx[..., :-1, :-1], self.xy[..., :-1, :]
         if not bias:
-            return (self.xx[:-1, :-1], self.xy[:-1]), (torch.zeros_like(x), torch.zeros_like(y))
-        xx, xy = self.xx[:-1, :-1] - torch.outer(x, x) / n, self.xy[:-1] - torch.outer(x, y) / n
-        return (xx, xy), (x / n, y / n)
+            return (xx, xy), (torch.zeros_like(x), torch.zeros_like(y))
+        up = x[..., None]
+        return (xx - up * x[..., None, :] / n, xy - up * y[..., None, :] / n), (x / n, y / n)
 
 # %% ../nbs/03_reconstruction.ipynb #cba68cb1
 DAMPING = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the inputs' mean square
@@ -100,21 +109,21 @@ DAMPING = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the input
 def refit(
     fit: Sums,  # Three quarters of the samples
     held: Sums,  # The others
-    w: Tensor,  # Inherited weights `(outputs, inputs)`, float64
+    w: Tensor,  # Inherited weights `([groups,] outputs, inputs)`, float64
     b: Tensor | None,  # Inherited bias, float64; None where there is none
 ) -> tuple:  # (weights, bias, report)
     """Ridge regression around inherited weights, the damping chosen on held-out samples. The report
     has the error on those, as a share of the spread of y, `before` and `after` a fit that did not
     see them, and the damping, None where nothing was changed."""
-    bias, b = b is not None, w.new_zeros(len(w)) if b is None else b
+    bias, b = b is not None, w.new_zeros(w.shape[:-1]) if b is None else b
     (xx, xy), (x, y) = fit.moments(bias)
     values, vectors = torch.linalg.eigh(xx)
-    rest = vectors.T @ (xy - xx @ w.T)
+    rest = vectors.mT @ (xy - xx @ w.mT)
 
     def held_error(share):
-        damped = values.clamp(min=0)[:, None] + share * fit.scale(xx)
-        new = w + (vectors @ (rest / damped)).T
-        return held.error(new, y - new @ x)
+        damped = values.clamp(min=0)[..., None] + share * fit.scale(xx)
+        new = w + (vectors @ (rest / damped)).mT
+        return held.error(new, y - times(new, x))
 
     before, whole = held.error(w, b), fit + held
     after, damping = min((held_error(s), s) for s in DAMPING)
@@ -122,11 +131,72 @@ def refit(
         after, damping = before, None
     else:
         (xx, xy), (x, y) = whole.moments(bias)
-        ridge = damping * whole.scale(xx) * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-        w = w + torch.linalg.solve(xx + ridge, xy - xx @ w.T).T
-        b = y - w @ x
+        ridge = (
+            damping * whole.scale(xx) * torch.eye(xx.shape[-1], dtype=xx.dtype, device=xx.device)
+        )
+        w = w + torch.linalg.solve(xx + ridge, xy - xx @ w.mT).mT
+        b = y - times(w, x)
     spread = max(held.spread(), 1e-30)
     return w, b, dict(before=before / spread, after=after / spread, damping=damping)
+
+
+def times(w: Tensor, x: Tensor) -> Tensor:  # `([groups,] outputs)`
+    "A matrix times a vector, group by group"
+    return w @ x if w.ndim == 2 else (w @ x[..., None])[..., 0]
+
+# %% ../nbs/03_reconstruction.ipynb #c0ffee22
+PLACES = 256  # of a map, per image, at most
+
+
+def places(
+    height: int,
+    width: int,
+    numbers: Tensor,  # Of the samples `(n,)`
+) -> tuple:  # (rows of the map `(n, k)`, columns `(n, k)`)
+    "The places of a map that count: all of a small one, else `PLACES` that depend on the sample"
+    size = height * width
+    count = min(size, PLACES)
+    at = torch.arange(count, device=numbers.device) * size // count
+    at = (at + numbers[:, None] * (61 if size > count else 0)) % size
+    return at // width, at % width
+
+
+def groups_of(m: LinearMap) -> int:  # One for a matrix
+    return 1 if m.conv is None else m.conv.groups
+
+
+def grouped(t: Tensor | None, m: LinearMap) -> Tensor | None:
+    "Rows of a map's weights by group, where there are groups"
+    return t if t is None or groups_of(m) == 1 else t.unflatten(0, (groups_of(m), -1))
+
+
+def regression_rows(
+    m: LinearMap,
+    x: Tensor,  # What it multiplies, `(n, ..., channels)`
+    y: Tensor,  # What it should give, `(n, ..., channels)`
+    batch: dict,  # With `number` and `held` of the samples, and perhaps the tokens that count
+) -> Iterator[tuple]:  # (x, y, 0 for the fit and 1 for held out), as `Sums.add` takes them
+    "Inputs and targets as rows of a regression, from maps a few images at a time"
+    some = [slice(None)]
+    if x.ndim == 4:
+        x = x if m.conv is None else m.patches(x)
+        each = min(y[0, ..., 0].numel(), PLACES) * x[0, 0, 0].numel()
+        step = max(1, 2**22 // each)
+        some = [slice(i, i + step) for i in range(0, len(x), step)]
+    for part in some:
+        a, b, counted = x[part], y[part], batch.get('counted')
+        if x.ndim > 3:
+            n = torch.arange(len(a), device=x.device)[:, None]
+            at = n, *places(*b.shape[1:3], batch['number'][part])
+            a, b = a[at].flatten(2), b[at]
+        for h in range(2):
+            chosen = batch['held'][part] == bool(h)
+            if a.ndim == 3 and counted is not None:
+                chosen = chosen[:, None] & counted
+            rows = (t[chosen].flatten(0, -2) for t in (a, b))
+            if (g := groups_of(m)) > 1:
+                rows = (t.unflatten(-1, (g, -1)).movedim(1, 0) for t in rows)
+            yield *rows, h
 
 # %% ../nbs/03_reconstruction.ipynb #67d74292
 class Streams:
@@ -161,6 +231,71 @@ class Streams:
         for i, batch in enumerate(self):
             self._save(i, {**batch, **f(batch)})
 
+# %% ../nbs/03_reconstruction.ipynb #c0ffee25
+class Inherited:
+    "The teacher's tensors as a student inherits them, and where they lie in the teacher's"
+
+    def __init__(
+        self,
+        whole: Mapping,  # Parameters and statistics of the teacher by name
+        l: Layout,  # Of the teacher
+        keep: Keep,  # Of the student
+    ):
+        self.whole, self.l, self.keep = whole, l, keep
+
+    def tensor(self, name) -> Tensor:
+        return cut_tensor(self.whole[name], self.l.dims[name], self.keep)
+
+    def kept(self, name, dim=0) -> Tensor:
+        "Positions of what is kept along a dimension of the teacher's tensor"
+        d = self.l.dims[name][dim]
+        return d.expand(torch.tensor(self.keep[d.axis], dtype=torch.long), self.l.sizes[d.axis])
+
+    def values(self, name) -> Tensor:
+        "Mask values along the first dimension; ones where masks are hard, or not multiplied in"
+        d = self.l.dims[name][0]
+        ones = [1.0] * len(self.keep[d.axis])
+        values = self.keep.values.get(d.axis, ones) if d.scaled else ones
+        return torch.tensor(values, device=self.whole[name].device)
+
+    def tensors(self, m: LinearMap, target: LinearMap) -> dict:
+        "All tensors of a map under the student's names"
+        return {n: self.tensor(t) for n, t in zip(m.names, target.names) if n}
+
+    def map(self, m, target, like, transposed=False) -> tuple:  # (weights, bias or None)
+        "A map and its BatchNorm as the weights and the bias of a regression, in the type of `like`"
+        if not m.weight:
+            b = self.tensor(target.bias).to(like)
+            return b.new_zeros(len(b), 0), b
+        w, b, *norm = (self.tensor(t).to(like) if t else None for t in target.names)
+        w = w.T if transposed else w.flatten(1)
+        if norm:
+            gain = norm[2] / (norm[1] + m.eps).sqrt()
+            w, b = gain[:, None] * w, norm[3] + gain * ((0 if b is None else b) - norm[0])
+        return tuple(grouped(t, m) for t in (w, b))
+
+    def taken_apart(
+        self,
+        m: LinearMap,  # Of the student
+        target: LinearMap,  # Of the teacher
+        w: Tensor,  # As from `map`, fitted
+        b: Tensor,
+        sums: Sums,  # Of all rows: they hold the moments of what the kernels give
+    ) -> dict:
+        "A fitted map as kernels of the inherited length and a BatchNorm with their statistics"
+        shape, w, b = w.shape[:-1], w.reshape(b.numel(), -1), b.flatten()
+        v, bias, _, _, gain, _ = (self.tensor(t).to(w) if t else 0 for t in target.names)
+        v = v.flatten(1)
+        size, sign = v.norm(dim=1), torch.where(gain < 0, -1.0, 1.0)
+        ratio = sign * w.norm(dim=1) / size.where(size > 0, 1)
+        v = (w / ratio[:, None]).where(ratio[:, None] != 0, v)
+        (xx, _), (x, _) = sums.moments()
+        kernels = v.unflatten(0, shape)
+        mean = times(kernels, x).flatten()
+        var = ((kernels @ xx) * kernels).sum(-1).flatten().clamp(min=0) / sums.rows
+        fitted = v, bias, mean + bias, var, ratio * (var + m.eps).sqrt(), b + ratio * mean
+        return {n: t for n, t in zip(m.names, fitted) if n}
+
 # %% ../nbs/03_reconstruction.ipynb #4919b9de
 class TowerPair:
     "A tower of the student beside the teacher's, and the streams of both on the same inputs"
@@ -176,145 +311,176 @@ class TowerPair:
         self.student, self.teacher, self.tower = student, teacher, tower
         self.l, self.keep, self.streams = l, student.keep, streams
         self.family = l.families[tower]
-        self.weights, self.whole = (dict(m.named_parameters()) for m in (student, teacher))
+        self.weights, self.whole = (
+            dict([*m.named_parameters(), *m.named_buffers()]) for m in (student, teacher)
+        )
         self.blocks, self.teacher_blocks = (
             self.family.branches(*tower_of(m, tower)) or [] for m in (student, teacher)
         )
+        self.projections = [self.family.projection(*tower_of(m, tower)) for m in (student, teacher)]
+        self.inherited = Inherited(self.whole, l, self.keep)
         self.seen = 0
 
     def add(self, x: Tensor):
         "Take in inputs: a batch of images, or of texts"
         stream, mask = self.family.stem(self.student, x)
         teacher_stream, teacher_mask = self.family.stem(self.teacher, x)
-        counted = self.family.counted(tower_of(self.teacher, self.tower)[0], x)
-        if counted is None:
-            counted = torch.ones(stream.shape[:2], dtype=torch.bool, device=x.device)
-        held = torch.arange(self.seen, self.seen + len(x), device=x.device) % 4 == 3
+        number = torch.arange(self.seen, self.seen + len(x), device=x.device)
         self.seen += len(x)
         self.streams.append(
-            x=x,
+            x=x if self.projections[0] else None,
             stream=stream,
             mask=mask,
             teacher_stream=teacher_stream,
             teacher_mask=teacher_mask,
-            counted=counted,
-            held=held,
+            counted=self.family.counted(tower_of(self.teacher, self.tower)[0], x),
+            number=number,
+            held=number % 4 == 3,
         )
 
     def __len__(self):
-        return sum(len(b.maps) for block in self.blocks for b in block) + 1
+        branches = [b for block in self.blocks for b in block]
+        maps = [m for b in branches for m in (*b.maps, *(b.shortcut or ()))]
+        return sum(len(m) if isinstance(m, list) else 1 for m in maps) + bool(self.projections[0])
 
     def refits(self) -> Iterator[dict]:
-        "Refit every matrix, from the bottom to the projection; a row for the report each"
-        layers = self.keep[f'{self.tower}.layers']
-        ends = (*layers[1:], len(self.teacher_blocks))
-        for block, i, end in zip(self.blocks, layers, ends):
-            branches = self.teacher_blocks[i]
-            for own, theirs in zip(block, branches):
-                dropped = self.teacher_blocks[i + 1 : end] if theirs is branches[-1] else []
-                yield from self._refit_branch(own, theirs, [b for bl in dropped for b in bl])
-        yield self._refit_projection()
+        "Refit every linear map, from the bottom to the projection; a row for the report each"
+        own, pairs = iter(self.blocks), []
+        for block in self.teacher_blocks:
+            if self._stays(block):
+                pairs.append((next(own), block, []))
+            elif pairs:
+                pairs[-1][2].extend(block)
+            else:  # nothing stands below it that could take it over
+                self._walk(block)
+        for block, whole, dropped in pairs:
+            for branch, theirs in zip(block, whole):
+                behind = dropped if theirs is whole[-1] else []
+                yield from self._refit_branch(branch, theirs, behind)
+        if self.projections[0]:
+            yield self._refit_projection()
+
+    def _stays(self, block) -> bool:
+        m = block[0].maps[-1]  # its bias stays also where a branch has no heads or neurons
+        name = m.bias or m.weight
+        return bool(cut_state({name: self.whole[name]}, self.l, self.keep))
+
+    def _walk(self, branches, last: Branch | None = None):
+        "The teacher's stream through `branches`, and through `last` up to its activation"
+
+        def walk(batch):
+            y, mask = batch['teacher_stream'], batch.get('teacher_mask')
+            for b in branches:
+                y = b.add(self.whole, y, mask)
+            return dict(teacher_stream=last.sum(self.whole, y, mask) if last else y)
+
+        self.streams.update(walk)
 
     def _refit_branch(self, own: Branch, theirs: Branch, dropped: list):
-        for n, (m, target) in enumerate(zip(own.maps[:-1], theirs.maps)):
-            rows = self._kept(target.weight)
-            w, b = self.whole[target.weight][rows], self.whole[target.bias][rows]
-
-            def inner(batch, n=n, m=m, target=target, w=w, b=b):
-                x, mask = batch['stream'], batch.get('mask')
-                y, teacher_mask = batch['teacher_stream'], batch.get('teacher_mask')
-                y = target.read(theirs.run(self.whole, y, teacher_mask, n), teacher_mask)
-                return m.read(own.run(self.weights, x, mask, n), mask), F.linear(y, w, b)
-
-            yield self._refit(m.weight, m.bias, target.weight, target.bias, inner)
-
-        def pass_through(batch):
-            y = batch['teacher_stream']
-            for branch in (theirs, *dropped):
-                y = branch.add(self.whole, y, batch.get('teacher_mask'))
-            return dict(teacher_stream=y)
-
-        self.streams.update(pass_through)
+        if own.shortcut:
+            yield from self._refit_inner(Branch(own.shortcut), Branch(theirs.shortcut or ()))
+        yield from self._refit_inner(own._replace(maps=own.maps[:-1]), theirs)
+        # before an activation only what ends in one, too, can be taken over
+        taken = dropped if own.act is None or dropped and dropped[-1].act else []
+        *before, last = theirs, *taken
+        self._walk(before, last)
         m, target = own.maps[-1], theirs.maps[-1]
-        channels, values = self._kept(target.bias), self._values(target.bias)
+        name = target.weight or target.bias
+        channels, values = self.inherited.kept(name), self.inherited.values(name)
 
         def outer(batch):
-            x, mask = batch['stream'], batch.get('mask')
-            y = batch['teacher_stream'][..., channels] * values.to(x.dtype) - x
+            x, mask, y = batch['stream'], batch.get('mask'), batch['teacher_stream']
+            y = last.act(y) if last.act and not own.act else y
+            y = y[..., channels] * values.to(x.dtype)
+            if own.shortcut is not None:
+                y = y - own.around(self.weights, x, mask)
             if own.scale is not None:  # where a layer scale is 0, any weights do
                 y = y / own.scale.where(own.scale != 0, 1)
             before = own.run(self.weights, x, mask, len(own.maps) - 1)
             return m.read(before, mask) if m.weight else x[..., :0], y
 
-        yield self._refit(m.weight, m.bias, target.weight, target.bias, outer)
-        self.streams.update(
-            lambda b: dict(stream=own.add(self.weights, b['stream'], b.get('mask')))
-        )
+        yield self._refit(m, target, outer)
+
+        def join(batch):
+            y = batch['teacher_stream']
+            x = own.add(self.weights, batch['stream'], batch.get('mask'))
+            return dict(stream=x, teacher_stream=last.act(y) if last.act else y)
+
+        self.streams.update(join)
+        if dropped and not taken:
+            self._walk(dropped)
+
+    def _refit_inner(self, own: Branch, theirs: Branch):
+        "Refit maps to what the teacher's own maps give"
+        for n, (maps, targets) in enumerate(zip(own.maps, theirs.maps)):
+            many = isinstance(maps, list)
+            for m, target in zip(maps if many else [maps], targets if many else [targets]):
+                rows = self._inner(own, theirs, n, m, target)
+                yield self._refit(m, target, rows)
+
+    def _inner(self, own, theirs, n, m, target):
+        "What the nth map of a branch multiplies, and the teacher's outputs that were kept"
+        kept = self.inherited.kept(target.weight)
+        cut = {k: self.whole[k][kept] for k in (target.weight, target.bias) if k}
+
+        def rows(batch):
+            x, mask = batch['stream'], batch.get('mask')
+            y, teacher_mask = batch['teacher_stream'], batch.get('teacher_mask')
+            x = m.read(own.run(self.weights, x, mask, n), mask)
+            y = target.read(theirs.run(self.whole, y, teacher_mask, n), teacher_mask)
+            if target.conv is None and not target.norm:
+                return x, target(cut, y)
+            return x, target(self.whole, y)[..., kept]
+
+        return rows
 
     def _refit_projection(self) -> dict:
-        weight, bias, transposed = self.family.projection(*tower_of(self.student, self.tower))
-        target, target_bias, _ = self.family.projection(*tower_of(self.teacher, self.tower))
-        w = self.whole[target].T if transposed else self.whole[target]
-        b = self.whole.get(target_bias)
-        rows = self._kept(target, -1 if transposed else 0)
+        (*own, transposed), (*theirs, _) = self.projections
+        m, target = (LinearMap(*names, lambda h, mask: h) for names in (own, theirs))
+        w = self.whole[target.weight].T if transposed else self.whole[target.weight]
+        b = self.whole.get(target.bias)
+        rows = self.inherited.kept(target.weight, -1 if transposed else 0)
 
         def pooled(batch):
             x = self.family.pooled(self.student, batch['x'], batch['stream'])
             y = self.family.pooled(self.teacher, batch['x'], batch['teacher_stream'])
             return x, F.linear(y, w, b)[:, rows]
 
-        return self._refit(weight, bias, target, target_bias, pooled, transposed)
+        return self._refit(m, target, pooled, transposed)
 
-    def _refit(self, weight, bias, target, target_bias, rows, transposed=False) -> dict:
-        "Refit one matrix; `rows` gives inputs and targets of a batch"
-        name = weight or bias
-        fit, held = self._sums(rows, name)
-        w0 = fit.xx.new_zeros(fit.xy.shape[1], 0)
-        if weight:
-            w0 = self._inherited(target).to(w0)
-            w0 = w0.T if transposed else w0
-        b0 = self._inherited(target_bias).to(w0) if bias else None
-        w, b, report = refit(fit, held, w0, b0)
-        if weight:
-            self.weights[weight].copy_(w.T if transposed else w)
-        if bias:
-            self.weights[bias].copy_(b)
-        return dict(matrix=name, **report)
+    def _refit(self, m, target, rows, transposed=False) -> dict:
+        "Refit one linear map; `rows` gives inputs and targets of a batch"
+        fit, held = self._sums(m, rows)
+        w, b, report = refit(fit, held, *self.inherited.map(m, target, fit.xx, transposed))
+        nothing_wrong = report['before'] < 1e-9
+        if report['damping'] is None and (nothing_wrong or not m.norm):
+            new = self.inherited.tensors(m, target)
+        elif m.norm:
+            new = self.inherited.taken_apart(m, target, w, b, fit + held)
+        else:
+            new = {m.weight: w.T if transposed else w, m.bias: b}
+        for n, t in new.items():
+            if n:
+                self.weights[n].copy_(t.reshape(self.weights[n].shape))
+        return dict(matrix=m.weight or m.bias, **report)
 
-    def _sums(self, rows, name) -> list:
+    def _sums(self, m, rows) -> list:
         "Sums over all batches and processes: of three samples in four, and of the others"
         sums: list[Sums] = []
         for batch in self.streams:
-            x, y = rows(batch)
-            sums = sums or [Sums(x.shape[-1], y.shape[-1], x.device) for _ in range(2)]
-            for held, s in enumerate(sums):
-                chosen = batch['held'] == bool(held)
-                if x.ndim == 3:
-                    chosen = chosen[:, None] & batch['counted']
-                s.add(x[chosen], y[chosen])
+            for x, y, held in regression_rows(m, *rows(batch), batch):
+                one = x.shape[-1], y.shape[-1], x.device, groups_of(m)
+                sums = sums or [Sums(*one) for _ in range(2)]
+                sums[held].add(x, y)
         for s in sums:
             s.gather()
             if not (s.xx.isfinite().all() and s.xy.isfinite().all()):
                 raise TinyclipError(
-                    f'{name} cannot be refitted: teacher or student computes NaN or infinity on '
-                    'the calibration pairs. Look for it with tinyclip check, and in half '
-                    'precision try .float().'
+                    f'{m.weight or m.bias} cannot be refitted: teacher or student computes NaN or '
+                    'infinity on the calibration pairs. Look for it with tinyclip check, and in '
+                    'half precision try .float().'
                 )
         return sums
-
-    def _inherited(self, name) -> Tensor:
-        return cut_tensor(self.whole[name], self.l.dims[name], self.keep)
-
-    def _kept(self, name, dim=0) -> Tensor:
-        "Positions of what is kept along a dimension of the teacher's tensor"
-        d = self.l.dims[name][dim]
-        return d.expand(torch.tensor(self.keep[d.axis], dtype=torch.long), self.l.sizes[d.axis])
-
-    def _values(self, name) -> Tensor:
-        "Mask values of the stream's channels; ones where masks are hard"
-        axis = self.l.dims[name][0].axis
-        values = self.keep.values.get(axis, [1.0] * len(self.keep[axis]))
-        return torch.tensor(values, device=self.whole[name].device)
 
 # %% ../nbs/03_reconstruction.ipynb #41d6a8dd
 class Refits(Table):
@@ -341,8 +507,9 @@ def check_calibration(
     for t, family in layout(teacher).families.items():
         if family.branches(*tower_of(teacher, t)) is None:
             raise TinyclipError(
-                f'The {t} tower is a {family.name}, which cannot be reconstructed yet: only '
-                'towers of residual attention blocks can. Inherit and distil it without.'
+                f'The {t} tower is a {family.name} whose linear maps are not known: its family '
+                'has no branches(). Inherit and distil it without reconstruction, or describe '
+                'them, as the page Family says.'
             )
     if student is not None:
         _keep_within(student, teacher)
@@ -381,9 +548,10 @@ def reconstruct(
     samples: int = 1000,  # Pairs to calibrate on, at most, over all processes
     progress: bool = True,  # Show a progress bar?
 ) -> nn.Module:  # A new student in eval mode; its `reconstruction` is the report, a row per matrix
-    """Reconstruction of a pruned CLIP: every matrix refitted in closed form from calibration pairs,
-    to give what the teacher gives. It starts from the *inherited* weights: reconstruct before you
-    train."""
+    """Reconstruction of a pruned CLIP: every matrix and convolution refitted in closed form from
+    calibration pairs, to give what the teacher gives. It starts from the *inherited* weights:
+    reconstruct before you train. Of a map with more than 256 places every image gives 256, always
+    the same."""
     check_calibration(student, teacher, samples)
     new, l, report = copy.deepcopy(student).eval(), layout(teacher), Refits()
     new.keep = _keep_within(student, teacher)

@@ -64,9 +64,14 @@ THEMES = set(
         'zephyr',
     ]
 )
+# what plotly's cartesian bundle draws, of what we may come to use (tools/small_plotly.py)
+TRACES = {'bar', 'box', 'contour', 'heatmap', 'histogram', 'image', 'pie', 'scatter', 'violin'}
 PRIVATE = re.compile(r'(?:/home/|/root/|/Users/|/tmp/|site-packages)[^\s"\']*')
 FILE = re.compile(r'[^:\s*]+\.(?:css|scss|html|js|lua|svg|png|jpe?g|ipynb|qmd|yml)')
 WITH_FIGURES = 'labs', 'tutorials'  # folders whose pages show at least one
+WITHOUT = 'labs/index.ipynb', 'tutorials/when_something_fails.ipynb'  # but for these
+COPIES = 'notebooks'  # the folder of what is only downloaded
+RAW = re.compile(r'^~~~~~\{=html\}\n(.*?)\n~~~~~$', re.M | re.S)  # html, as process_pages leaves it
 
 
 def text(s):
@@ -173,7 +178,7 @@ class Page:
         )
         m = re.match(r'---\s*\n(.*?)\n---\s*', first, flags=re.S)
         self.front = (yaml.load(m[1], Strict) if m else None) or {}
-        self.html = posixpath.join(
+        self.out = posixpath.join(
             posixpath.dirname(self.name),
             self.front.get('output-file', Path(self.name).with_suffix('.html').name),
         )
@@ -187,17 +192,18 @@ class Page:
         return [(c, o) for c in self.code for o in c.get('outputs', [])]
 
     @cached_property
-    def prose(self):  # markdown, and html without what scripts hold
+    def markdown(self):  # cells and outputs, raw html included
         md = [text(c['source']) for c in self.cells if c['cell_type'] == 'markdown']
-        data = [o.get('data', {}) for _, o in self.outputs]
-        html = [text(d.get('text/html')) for d in data]
-        md += [text(d.get('text/markdown')) for d, h in zip(data, html) if not h]
-        return '\n\n'.join(
-            [
-                *map(no_code, md),
-                *(re.sub(r'(<script\b[^>]*>).*?</script>', r'\1', h, flags=re.S) for h in html),
-            ]
-        )
+        return md + [text(o.get('data', {}).get('text/markdown')) for _, o in self.outputs]
+
+    @cached_property
+    def html(self):  # raw html, without what scripts hold
+        raw = '\n'.join(h for md in self.markdown for h in RAW.findall(md))
+        return re.sub(r'(<script\b[^>]*>).*?</script>', r'\1', raw, flags=re.S)
+
+    @cached_property
+    def prose(self):
+        return '\n\n'.join([*(no_code(RAW.sub('', md)) for md in self.markdown), self.html])
 
     @cached_property
     def anchors(self):
@@ -305,21 +311,29 @@ def check_config(site: Path, cfg: dict) -> list:
 
 
 def check_sidebar(cfg: dict, pages: dict) -> list:
-    "Each page stands in the sidebar once"
-    entries = [
+    "Each page stands in one sidebar, once; entries within pages lead somewhere"
+    named = [
         v.lstrip('/')
         for at, v in leaves(is_list(cfg.get('website', {}).get('sidebar')), 'sidebar')
         if re.search(r'\.(contents|href|file|section)$', at)
         and isinstance(v, str)
-        and v.endswith('.ipynb')
+        and re.search(r'\.ipynb(#|$)', v)
     ]
-    return [
-        f'{p} is not in the sidebar, so no reader finds it.' for p in pages if p not in entries
-    ] + [
-        f'The sidebar names {e} {entries.count(e)} times.'
-        for e in dict.fromkeys(entries)
-        if entries.count(e) > 1
-    ]
+    entries = [v for v in named if '#' not in v]
+    within = [v.split('#') for v in named if '#' in v]
+    return (
+        [
+            f'The sidebar names {p}#{a}, which is not there.'
+            for p, a in within
+            if p not in pages or a not in pages[p].anchors
+        ]
+        + [f'{p} is not in the sidebar, so no reader finds it.' for p in pages if p not in entries]
+        + [
+            f'The sidebar names {e} {entries.count(e)} times.'
+            for e in dict.fromkeys(entries)
+            if entries.count(e) > 1
+        ]
+    )
 
 
 def check_fronts(pages: dict) -> list:
@@ -332,7 +346,7 @@ def check_fronts(pages: dict) -> list:
                     f'{n} has no {k}: its first cell must be "# Title", a blank line, "> one '
                     'sentence".'
                 )
-        by.setdefault(p.html.lower(), []).append(n)
+        by.setdefault(p.out.lower(), []).append(n)
     return wrong + [
         f"{' and '.join(ns)} both become {h}; the number in front does not count."
         for h, ns in by.items()
@@ -342,7 +356,7 @@ def check_fronts(pages: dict) -> list:
 
 def check_links(site: Path, pages: dict, web: dict) -> list:
     "Links and images inside the site, with their anchors"
-    wrong, by_html = [], {p.html: p for p in pages.values()}
+    wrong, by_html = [], {p.out: p for p in pages.values()}
     base, repo = (str(web.get(k) or 'https://').rstrip('/') + '/' for k in ('site-url', 'repo-url'))
     for n, p in pages.items():
         attached = {a for c in p.cells for a in c.get('attachments', {})}
@@ -378,6 +392,23 @@ def check_links(site: Path, pages: dict, web: dict) -> list:
             ):
                 wrong.append(f'{n} links to {link}, but {page.name} has no anchor #{anchor}.')
     return wrong
+
+
+def check_names(p: Page) -> list:
+    "Links that nbdev makes of names: none within another, and sources of the page's own module"
+    inner = r'\[(?:[^\[\]]|\[[^\[\]]*\](?!\())*\[[^\[\]]*\]\(https?://[^)]*\)[^\[\]]*\]\('
+    wrong = [
+        f'{p.name} has a link inside a link, which shows as raw markdown: {m[0][:60]}.'
+        for md in p.markdown
+        for m in re.finditer(inner, re.sub(r'^\s*(```|~~~).*?^\s*\1', '', md, flags=re.M | re.S))
+    ]
+    module = p.out.removesuffix('.html').removesuffix('/index') + '.py'
+    return wrong + [
+        f'{p.name} links the source of {path}, which is not its module.'
+        for md in p.markdown
+        for path in re.findall(r'\[source\]\([^)]*/blob/[^/)]+/([^)#]*)#', md)
+        if not f'/{path}'.endswith((f'/{module}', f'/{module[:-3]}/__init__.py'))
+    ]
 
 
 def speaks(source: str) -> bool:
@@ -424,23 +455,22 @@ def check_silence(p: Page) -> list:
         for _, o in p.outputs
         if any(
             k.startswith('image/')
-            or k == 'text/html'
-            and re.search(r'<svg|<img|<canvas|Plotly\.newPlot', text(v))
+            or k == 'text/markdown'
+            and re.search(r'<svg|<img|<canvas|<div class="figure"', text(v))
             for k, v in o.get('data', {}).items()
         )
     ]
-    if p.name.split('/')[0] in WITH_FIGURES and not pictures:
+    if p.name.split('/')[0] in WITH_FIGURES and p.name not in WITHOUT and not pictures:
         wrong.append(f'{p.name} shows no figure.')
     return wrong
 
 
 def check_outputs(p: Page) -> list:
     "Outputs that would show nothing, the wrong thing, or what concerns nobody"
-    wrong, loaded = [], False
+    wrong = []
     state = p.nb.get('metadata', {}).get('widgets', {}).get(STATE, {}).get('state', {})
     for c, o in p.outputs:
         data = o.get('data', {})
-        html = text(o.get('data', {}).get('text/html'))
         said = '\n'.join(
             [
                 text(o.get('text')),
@@ -476,21 +506,34 @@ def check_outputs(p: Page) -> list:
             r'<[\w.]+ object|<IPython|(?:\w*Figure\w*|\w+Box|Output)\(', said.strip()
         ):
             bad(f'shows only how an object prints, {said.strip()[:40]!r}')
-        if re.match(r'\s*<script type="text/javascript">', html) and re.search(
-            r'require\.undef\(["\']plotly|define\(\'plotly\'', html
+        drawn = any(k.startswith('image/') for k in data)
+        if drawn and '#| fig-alt:' not in text(c['source']):
+            bad('is a picture without words; begin its cell with #| fig-alt:')
+        if 'text/html' in data:
+            bad(
+                'is html, for which quarto loads scripts from elsewhere; process_pages makes it raw'
+            )
+        raw = '\n'.join(RAW.findall(text(data.get('text/markdown'))))
+        for figure in re.findall(r'<script type="application/json">(.*?)</script>', raw, re.S):
+            for kind in {t.get('type', 'scatter') for t in json.loads(figure)['data']} - TRACES:
+                bad(f'draws {kind}, which is not in the bundle of plotly that the site loads')
+        if m := re.search(
+            r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="(https?://[^"]*)', raw
         ):
-            bad('holds the library of plotly; quarto moves it into the head of the page')
-        loaded = loaded or bool(re.search(r'<script[^>]*\bsrc="[^"]*plotly[^"]*\.js"', html))
-        if 'Plotly.newPlot' in html and not loaded:
-            bad('draws with plotly, but nothing above it loads plotly')
+            bad(f'asks {m[1]}, another host')
     return wrong
+
+
+def pages_of(site: Path) -> list:  # Files
+    "Processed notebooks, without the copies that are only downloaded"
+    return [f for f in sorted(site.rglob('*.ipynb')) if COPIES not in f.relative_to(site).parts]
 
 
 def check(site: Path) -> list:  # Sentences
     "All that is wrong with a processed site"
     wrong = []
     cfg = read_config(site, wrong)
-    pages = {p.name: p for p in (Page(site, f) for f in sorted(site.rglob('*.ipynb')))}
+    pages = {p.name: p for p in (Page(site, f) for f in pages_of(site))}
     wrong += (
         check_config(site, cfg)
         + check_sidebar(cfg, pages)
@@ -498,7 +541,7 @@ def check(site: Path) -> list:  # Sentences
         + check_links(site, pages, cfg.get('website', {}))
     )
     for p in pages.values():
-        wrong += check_silence(p) + check_outputs(p)
+        wrong += check_names(p) + check_silence(p) + check_outputs(p)
     return wrong or ([] if pages else [f'{site} holds no page.'])
 
 
@@ -517,7 +560,7 @@ def main(args=None) -> int:  # What the shell gets
     print(
         '\n'.join(wrong)
         or (
-            f"{len([*to.rglob('*.ipynb')])} pages: front matter, links, anchors, sidebar, "
+            f"{len(pages_of(to))} pages: front matter, links, anchors, sidebar, "
             "outputs and the files of the theme are in order."
         )
     )

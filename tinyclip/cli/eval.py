@@ -221,7 +221,7 @@ def layers_of(
             tower=r['tower'],
             layer=r['layer'],
             drop=round(-r['change'], 4) + 0.0,
-            alike=round(alike[r['tower']][r['layer'], r['layer'] + 1].item(), 3),
+            alike=round(alike[r['tower']][r['layer'] - 1, r['layer']].item(), 3),
         )
         | kept.get((r['tower'], r['layer']), {})
         for r in rows
@@ -229,14 +229,14 @@ def layers_of(
 
 
 def kept_layers(keep) -> dict:
-    "(tower, layer of the student) -> shares of heads and neurons that are left"
+    "(tower, layer of the student from 1) -> shares of heads and neurons that are left"
     if keep is None:
         return {}
     shares = {(r['tower'], r['layer']): r for r in layer_shares(keep)}
     return {
-        (t, i): {f'{k} kept': f'{shares[t, old][k]:.0%}' for k in ('heads', 'ffn')}
+        (t, i): {f'{k} kept': f'{shares[t, old + 1][k]:.0%}' for k in ('heads', 'ffn')}
         for t in ('image', 'text')
-        for i, old in enumerate(keep[f'{t}.layers'])
+        for i, old in enumerate(keep[f'{t}.layers'], 1)
     }
 
 # %% ../../nbs/cli/02_eval.ipynb #7d29e386

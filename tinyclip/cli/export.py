@@ -16,6 +16,7 @@ from .options import format_options
 from ..core import Table, evaluating
 from ..data.sources import SamplingPlan, as_source
 from ..evaluate.cost import inputs
+from ..towers.short_texts import encode_text
 from ..zoo.folders import Loaded
 from ..zoo.formats import FORMATS, Format
 from ..zoo.loading import load
@@ -76,7 +77,7 @@ def cosines(loaded: Loaded, image, text):  # `(n, n)`
     model: Any = loaded.model
     with evaluating(model):
         f = model.encode_image(image, normalize=True)
-        g = model.encode_text(text, normalize=True)
+        g = encode_text(model, text, normalize=True)
     return f.float() @ g.float().T
 
 

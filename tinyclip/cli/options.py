@@ -197,27 +197,27 @@ def student_options(p: argparse.ArgumentParser):
         type=float,
         action='append',
         metavar='SHARE',
-        help='let masks learn what to keep, down to this share of the teacher; repeat for several '
-        'stages',
+        help='keep this share of the teacher, chosen by scores of what cannot be made up for, or '
+        'by masks that learn it (--mask-steps); repeat for several stages',
     )
     p.add_argument(
         '--mask-steps',
         type=int,
         metavar='STEPS',
-        help='with --share: steps of each stage in which masks learn (default: a fifth, up to 500)',
+        help='with --share: steps of each stage in which masks learn what to keep, as in the paper '
+        '(default 0: scores choose, without training)',
     )
     p.add_argument(
         '--uniform',
         action='store_true',
-        help='with --share: equal layers, so that plain open_clip loads the student',
+        help='with --mask-steps: equal layers, so that plain open_clip loads the student',
     )
     p.add_argument(
         '--calibrate',
         type=int,
-        default=0,
         metavar='N',
         help='reconstruct the inherited student on N pairs, before it is trained: some hundred are '
-        'good (default 0: no)',
+        'good; 0 for the paper\'s way, without (default: 1000 with --share, unless masks learn)',
     )
     p.add_argument(
         '--random-start',
@@ -247,14 +247,14 @@ def training_options(p: argparse.ArgumentParser):
     p.add_argument(
         '--objective',
         action='append',
-        choices=names_in('losses.mimicking', 'LOSSES'),
+        choices=names_in('losses.objective', 'LOSSES'),
         help="loss; repeat to add several (default: affinity, without a teacher contrastive)",
     )
     p.add_argument(
         '--steps',
         type=int,
         required=True,
-        help='of the whole training; with --calibrate also 0, for none',
+        help='of the whole training; with --calibrate or --share also 0, for none',
     )
     p.add_argument('--batch-size', type=int, default=256, help='pairs of a step in each process')
     p.add_argument('--eval-data', metavar='SOURCE', help='held-out data of the same kind')

@@ -222,6 +222,10 @@ def check_stages(args):
         return
     if not args.teacher:
         raise TinyclipError('--share is a share of a teacher: name one with --teacher.')
+    if args.uniform and not args.mask_steps:
+        raise TinyclipError(
+            '--uniform belongs to masks that learn: say with --mask-steps for how many steps.'
+        )
     named = (
         [k for k in ('student', 'random_start') if getattr(args, k)]
         + [
@@ -237,8 +241,8 @@ def check_stages(args):
     )
     if named:
         raise TinyclipError(
-            f'--share lets masks decide what to keep, --{named[0].replace("_", "-")} says so '
-            'itself: give one of them.'
+            f'--share lets scores or masks choose, --{named[0].replace("_", "-")} says itself what '
+            'to keep: give one of them.'
         )
 
 
@@ -276,8 +280,8 @@ def in_stages(
 ) -> tuple:  # (student, what to report)
     "One stage per `--share`, the steps divided among them"
     steps = args.steps // len(args.share)
-    masks = min(500, max(1, steps // 5)) if args.mask_steps is None else args.mask_steps
-    if masks > steps or masks == steps and not args.calibrate:
+    masks = args.mask_steps or 0
+    if masks > steps or masks and masks == steps and not args.calibrate:
         raise TinyclipError(
             f'--mask-steps {masks} leave nothing of the {steps} steps of a stage to distil '
             'in: raise --steps, or lower --mask-steps.'

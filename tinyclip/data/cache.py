@@ -60,6 +60,7 @@ from tinyclip.data.transforms import (
     tokenise,
     try_out,
 )
+from ..towers.short_texts import encode_text
 
 # %% ../../nbs/data/07_cache.ipynb #69e2f5a6
 def _encoded(image) -> tuple[str, bytes]:
@@ -359,7 +360,7 @@ def embedding_width(
 
 # %% ../../nbs/data/07_cache.ipynb #7e2b5a03
 def encode_views(
-    teacher: nn.Module,  # With `encode_image` and `encode_text`
+    teacher: Any,  # With `encode_image` and `encode_text`
     images: torch.Tensor,  # (n,views,3,h,w)
     tokens: torch.Tensor,  # (m,context)
     precision: str = 'fp32',  # As in `core.autocast`
@@ -369,14 +370,12 @@ def encode_views(
     device = next(teacher.parameters()).device
 
     def rows(f, x):
-        return torch.cat(
-            [F.normalize(f(part.to(device)).float(), dim=-1).cpu() for part in x.split(size)]
-        )
+        return torch.cat([F.normalize(f(part).float(), dim=-1).cpu() for part in x.split(size)])
 
     with evaluating(teacher), autocast(device, precision):
         pixels = images.flatten(0, 1).to(image_dtype(teacher))
-        image = rows(teacher.encode_image, pixels).unflatten(0, images.shape[:2])
-        return image, rows(teacher.encode_text, tokens)
+        image = rows(lambda x: teacher.encode_image(x.to(device)), pixels)
+        return image.unflatten(0, images.shape[:2]), rows(partial(encode_text, teacher), tokens)
 
 
 def _joined(chunks):

@@ -180,6 +180,7 @@ class CachedPairs(Pairs):
             k: indexes[0][k] if one else [i[k] for i in indexes]
             for k in ('teacher', 'parameters', 'views', 'dtype')
         }
+        self.width = sum(i['width'] for i in indexes)
         scale = torch.tensor(sum(i['scale'] for i in indexes) / len(indexes))
         self.made = partial(CachedBatch, teacher_scale=scale)
 

@@ -29,6 +29,7 @@ from tinyclip.data.transforms import (
     pictures,
     try_out,
 )
+from ..towers.short_texts import encode_text
 
 # %% ../../nbs/data/06_inspect.ipynb #20f90702
 @torch.no_grad()
@@ -200,7 +201,7 @@ def _features(teacher, fields, size=64):
     check_inputs(teacher, fields[0].shape[-2:], fields[1].shape[1])
     with evaluating(teacher):
         parts = [
-            (teacher.encode_image(i.to(device, dtype)), teacher.encode_text(t.to(device)))
+            (teacher.encode_image(i.to(device, dtype)), encode_text(teacher, t))
             for i, t in zip(*(f.split(size) for f in fields))
         ]
     return [F.normalize(torch.cat(p).float(), dim=-1).cpu() for p in zip(*parts)]

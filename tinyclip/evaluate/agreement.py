@@ -17,6 +17,7 @@ from ..data.transforms import fits_context, image_dtype
 from .redundancy import similarity
 from .zeroshot import check_finite, class_embeddings, rank_of
 from ..losses.mimicking import affinity, soft_cross_entropy
+from ..towers.short_texts import encode_text
 
 # %% ../../nbs/evaluate/05_agreement.ipynb #3e9110e9
 class Answers(NamedTuple):
@@ -82,11 +83,7 @@ def model_answers(
                 check_finite(model.encode_image(x.to(device, dtype), normalize=True).float()).cpu()
             )
             if pairs:
-                text.append(
-                    check_finite(
-                        model.encode_text(rest[0].to(device), normalize=True).float()
-                    ).cpu()
-                )
+                text.append(check_finite(encode_text(model, rest[0], normalize=True).float()).cpu())
         own.append(torch.as_tensor(rest[-1]).cpu())
     if not image:
         raise TinyclipError('There are no images to compare on.')

@@ -180,7 +180,7 @@ def similarity_map(
         raise TinyclipError("There is nothing to draw; give a dict like {'image':similarity(...)}.")
     fig = make_subplots(1, len(matrices), horizontal_spacing=0.1, subplot_titles=list(matrices))
     for c, m in enumerate(matrices.values(), 1):
-        names = ['input', *map(str, range(len(m) - 1))]
+        names = ['input', *map(str, range(1, len(m)))]
         fig.add_heatmap(
             row=1,
             col=c,
@@ -232,15 +232,16 @@ def droppable(
 def without_layer(
     model: nn.Module,  # A CLIP or a student
     tower: str,  # `'image'` or `'text'`
-    i: int,  # Which layer, from 0
+    layer: int,  # Which one, from 1
 ) -> nn.Module:  # A copy, in eval mode; its `keep` says what it lacks
     "The model with one layer left out"
     n = droppable(model, tower)
-    if i not in range(n):
+    if layer not in range(1, n + 1):
         raise TinyclipError(
-            f'There is no layer {i} in the {tower} tower: layers run from 0 to {n - 1}.'
+            f'There is no layer {layer} in the {tower} tower: layers run from 1 to {n}.'
         )
-    return inherit(model, choose(model, {f'{tower}.layers': [j for j in range(n) if j != i]}))
+    rest = [i for i in range(n) if i != layer - 1]
+    return inherit(model, choose(model, {f'{tower}.layers': rest}))
 
 # %% ../../nbs/evaluate/04_redundancy.ipynb #74411de8
 def one_number(value) -> float:
@@ -266,7 +267,7 @@ def drop_one(
         whole = one_number(score(model))
     rows = Table()
     for t, n in depth.items():
-        for i in range(n):
+        for i in range(1, n + 1):
             without = one_number(score(without_layer(model, t, i)))
             rows.append(dict(tower=t, layer=i, score=without, change=without - whole))
     return rows
@@ -293,7 +294,7 @@ def drop_bars(
         )
     last = max(r['layer'] for r in table)
     fig.add_scatter(
-        x=[-0.5, last + 0.5],
+        x=[0.5, last + 0.5],
         y=[round(whole, 4)] * 2,
         name='the whole model',
         mode='lines',
@@ -302,7 +303,7 @@ def drop_bars(
     return fig.update_layout(
         height=340,
         barmode='group',
-        xaxis=dict(title='layer left out', dtick=max(1, (last + 1) // 12)),
+        xaxis=dict(title='layer left out', dtick=max(1, last // 12)),
         yaxis_title='score',
         title=title or None,
         margin=dict(l=55, r=10, t=70 if title else 40, b=45),

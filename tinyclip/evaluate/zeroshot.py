@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..core import TinyclipError, autocast, evaluating, unknown
 from ..data.sources import fill_template
 from ..data.transforms import image_dtype
+from ..towers.short_texts import encode_text
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #592b7512
 TEMPLATES = dict(name=['{}'], simple=['a photo of a {}.'], openai=list(OPENAI_IMAGENET_TEMPLATES))
@@ -59,12 +60,9 @@ def class_embeddings(
     if not texts:
         raise TinyclipError('There are no class names to choose from.')
     flat = [t for ts in texts for t in ts]
-    device = next(model.parameters()).device
     with evaluating(model):
         parts = [
-            model.encode_text(
-                tokenizer(flat[i : i + batch_size]).to(device), normalize=True
-            ).float()
+            encode_text(model, tokenizer(flat[i : i + batch_size]), normalize=True).float()
             for i in range(0, len(flat), batch_size)
         ]
     return F.normalize(
@@ -229,7 +227,7 @@ def retrieval(
             parts.append(
                 (
                     model.encode_image(image.to(device, dtype), normalize=True).float(),
-                    model.encode_text(text.to(device), normalize=True).float(),
+                    encode_text(model, text, normalize=True).float(),
                     own,
                 )
             )

@@ -8,7 +8,7 @@ __all__ = ['ComparisonApp']
 # %% ../../nbs/lab/06_comparison_app.ipynb #bea6bc55
 import html
 
-from ..comparison import Comparison, by_masks, by_rule
+from ..comparison import Comparison, by_masks, by_rule, by_scores
 from ..core import Table, TinyclipError
 from .keep_map import keep_map
 from .report import kept_by, to_html
@@ -18,12 +18,12 @@ from ..live.widgets import Canvas, close_all, red, widen
 
 # %% ../../nbs/lab/06_comparison_app.ipynb #287476e9
 class ComparisonApp:
-    "Form that compares manual with automatic inheritance: two students of one size and budget"
+    "Form that compares kinds of inheritance: three students of one size and budget"
 
     def __init__(
         self,
         setup: LabSetup,  # Teacher, data, device, steps
-        share: float = 0.5,  # Of the tower parameters, for both
+        share: float = 0.5,  # Of the tower parameters, for all
         # A folder per run; another number if it is there already
         folder='runs/manual-or-automatic',
         show: str = 'auto',  # As in `watch`
@@ -40,7 +40,11 @@ class ComparisonApp:
         "Begin; whatever trained before is stopped"
         b = self.setup
         # first the one that has masks to watch
-        methods = dict(automatic=by_masks(self.share, b.steps), manual=by_rule(self.share, b.steps))
+        methods = dict(
+            automatic=by_masks(self.share, b.steps),
+            manual=by_rule(self.share, b.steps),
+            reconstructed=by_scores(self.share, b.steps),
+        )
         self.comparison = Comparison(
             methods,
             b.teacher,
@@ -50,7 +54,6 @@ class ComparisonApp:
             seed=b.seed,
             evaluate=b.evaluate,
             evaluate_every=max(1, b.steps // 4),
-            lr=5e-4,
             log_every=max(1, b.steps // 100),
             save_every=max(1, b.steps // 4),
             device=str(b.device),
@@ -68,11 +71,11 @@ class ComparisonApp:
         return self
 
     def table(self) -> Table:
-        "Sizes, speeds and accuracies of both students; empty before the end"
+        "Sizes, speeds and accuracies of all students; empty before the end"
         return self.live and self.live.run.value or Table()
 
     def save(self, name: str, folder):
-        "Save a student: `'manual'` or `'automatic'`"
+        "Save a student: `'manual'`, `'automatic'` or `'reconstructed'`"
         if self.comparison is None:
             raise TinyclipError('Nothing has been compared yet, so there is no student to save.')
         return self.comparison.save(name, folder, self.setup.tokenizer)
@@ -82,7 +85,7 @@ class ComparisonApp:
         import ipywidgets as W
 
         self.form = _form(self.setup, self.share)
-        self.button = W.Button(description='Run both', button_style='primary')
+        self.button = W.Button(description='Run all', button_style='primary')
         self.button.on_click(lambda _: self.read_form())
         self.message, self.stage, self.results = W.HTML(), W.VBox(), W.VBox()
         teacher_and_data = W.VBox(list(self.form.values())[:3])

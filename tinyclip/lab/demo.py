@@ -6,6 +6,8 @@
 __all__ = ['examine', 'run']
 
 # %% ../../nbs/lab/05_demo.ipynb #51e8d428
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,13 @@ def train_students(
     Stages(teacher, pairs(), plan, run, masks=MASKS, **common).fit()
     seconds = sum(events[-1]['seconds'] for events in phases(run).values())
     done['automatic'] = load(run / 'stage-1' / 'student').model, seconds
+    if progress:
+        print('reconstructed')
+    run = folder / 'reconstructed'
+    began, own = time.perf_counter(), common | dict(lr=None)  # the rate after a reconstruction
+    Stages(teacher, pairs(), [Stage(SHARE, steps=steps)], run, **own).fit()
+    seconds = time.perf_counter() - began
+    done['reconstructed'] = load(run / 'stage-1' / 'student').model, seconds
     return done
 
 
@@ -114,7 +123,7 @@ def phases(
 
 def journal(
     folder: Path,  # Of `train_students`
-) -> dict:  # name -> events; the automatic student's steps count on
+) -> dict:  # name -> events; steps count from the first phase on
     "Events of each student"
     logs: dict[str, list] = {
         n.replace('-', ' '): read_events(folder / n) for n in ('random-start', 'manual')
@@ -123,6 +132,10 @@ def journal(
     done = masks[-1]['step']
     logs['automatic'] = [e | dict(phase='masks') for e in masks]
     logs['automatic'] += [e | dict(step=e['step'] + done) for e in distil]
+    stage = folder / 'reconstructed' / 'stage-1'
+    untrained = json.loads((stage / 'cut' / 'stage.json').read_text())['evaluation']
+    first = dict(event='evaluation', step=0) | {f'eval/{k}': v for k, v in untrained.items()}
+    logs['reconstructed'] = [first, *read_events(stage / 'distil')]
     return logs
 
 # %% ../../nbs/lab/05_demo.ipynb #fee1ad6d
@@ -157,7 +170,7 @@ def run(
     seed: int = 0,  # Of the random start and of the pictures
     progress: bool = True,  # Show progress bars and the table
 ) -> dict:  # `rows`: the table as numbers; `report` and `student`: what to open and what to load
-    "The demo: three students, one table, one report, one folder to take away"
+    "The demo: four students, one table, one report, one folder to take away"
     folder = Path(folder)
     if (folder / 'runs').exists():
         raise TinyclipError(f"'{folder}' already holds a demo; remove it or choose another folder.")
@@ -178,7 +191,7 @@ def run(
         progress,
     )
     models = {'teacher': teacher} | {n: m for n, (m, _) in done.items()}
-    save(models['automatic'], folder / 'student')
+    save(models['reconstructed'], folder / 'student')
     rows, timed = [], speeds(models, 64, repeats=31)
     for name, m in models.items():
         saved = save(m, folder / 'models' / name.replace(' ', '-'))

@@ -16,7 +16,7 @@ from ..towers import TOWERS
 # %% ../../nbs/lab/03_keep_map.ipynb #7102ca55
 def layer_shares(
     keep: Keep,  # A keep
-) -> Table:  # A row per layer; `size` is the share of the parameters of its matrices
+) -> Table:  # A row per layer, counted from 1; `size` is the share of its matrices' parameters
     "Kept shares of the heads, neurons and parameters of every layer"
     rows = Table()
     for t in TOWERS:
@@ -25,7 +25,7 @@ def layer_shares(
             heads, ffn = (_part(keep, t, i, kind) for kind in ('heads', 'ffn'))
             ratio = keep.sizes.get(f'{t}.layers.{i}.ffn', 0) / keep.sizes[f'{t}.width']
             size = width * (4 * heads + 2 * ratio * ffn) / (4 + 2 * ratio)
-            rows.append(dict(tower=t, layer=i, heads=heads, ffn=ffn, width=width, size=size))
+            rows.append(dict(tower=t, layer=i + 1, heads=heads, ffn=ffn, width=width, size=size))
     return rows
 
 # %% ../../nbs/lab/03_keep_map.ipynb #b91ffcd0
@@ -81,6 +81,7 @@ def keep_map(
             words = dict(heads='heads', ffn='neurons')[kind]
             fig.add_heatmap(
                 z=_rows(keep, t, kind, bins),
+                y=list(range(1, layers(keep, t) + 1)),
                 row=r,
                 col=c,
                 xgap=1 if c == 1 else 0,

@@ -182,13 +182,13 @@ PAGE = """<!doctype html><html lang=en><meta charset=utf-8>
 <h2>What they see</h2><p>Pictures of combinations never trained on, and what each model calls them
 among 640 names. Wrong words are struck out.</p>{pictures}
 <h2>What they kept</h2><p>Dark stays. A rule keeps what leads; masks keep what they found to
-matter.</p>{maps}
+matter; scores keep what the rest cannot make up for.</p>{maps}
 <h2>Take it away</h2><pre>from tinyclip.zoo import load
 model, preprocess, tokenizer = load('{student}')</pre></html>"""
 
 
 def summary(
-    rows: list,  # The teacher first, the automatic student last
+    rows: list,  # The teacher first
 ) -> str:
     "Result of the demo in words"
     teacher, *others = rows

@@ -23,7 +23,7 @@ from ..data.sources import IndexedSource, SamplingPlan, Source, SyntheticSource,
 from ..data.transforms import Chunk, drawn_caption, pictures, transforms
 from ..evaluate.cost import parameters
 from ..evaluate.zeroshot import retrieval, zero_shot
-from ..losses.mimicking import Features
+from ..losses.objective import Features
 from ..train.step import features
 from ..zoo.loading import EMBEDDED, load
 

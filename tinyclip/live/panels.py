@@ -159,18 +159,14 @@ class CurvePanel:
 
     over_steps = True
     title = ''  # Above it
-    title_of_several = ''  # Above it where there are several runs, if that is another one
     top = None  # Of the y axis, if that is fixed
 
     def curves(self, plan: Plan) -> list[Curve]:  # None where the plan has nothing for it
         "Lines of the panel"
         raise NotImplementedError
 
-    def heading(self, plan):
-        return (self.title_of_several if len(plan.runs) > 1 else '') or self.title
-
     def subplots(self, plan):
-        return [(230, [self.heading(plan)])] if self.curves(plan) else []
+        return [(230, [self.title])] if self.curves(plan) else []
 
     def build(self, fig, cells, plan):
         ((row, col),) = cells
@@ -197,8 +193,7 @@ class CurvePanel:
     def still(self, history, plan):
         lines = zip(self.curves(plan), self.update(history, plan))
         lines = [(curve, d) for curve, d in lines if len(d['x'])]
-        title = self.heading(plan)
-        return _picture(title, _polylines(lines, title, self.top)) if lines else ''
+        return _picture(self.title, _polylines(lines, self.title, self.top)) if lines else ''
 
 # %% ../../nbs/live/02_panels.ipynb #ea48add7
 def _named(plan: Plan):  # (name, name for people, colour) per run
@@ -206,7 +201,7 @@ def _named(plan: Plan):  # (name, name for people, colour) per run
 
 
 class _Loss(CurvePanel):
-    title = 'loss by step'
+    title = 'loss'
 
     def curves(self, plan):
         run, *others = plan.runs
@@ -219,39 +214,38 @@ class _Loss(CurvePanel):
 
 
 class _Share(CurvePanel):
-    title = 'kept share (%) by step'
-    title_of_several = 'kept share (%): image solid, text dashed'
+    title = 'kept (%)'
     top = 100
 
     def curves(self, plan):
         alone, out = len(plan.runs) == 1, []
         for run, words, colour in _named(plan) if plan.masks else []:
+            first = run == plan.runs[0]  # what its dashes mean stands in the legend once
             for t in TOWERS:
                 title = t if alone else f'{words}: {t}'
                 paint = TOWER_COLOURS[t] if alone else colour
                 dash = 'solid' if alone or t == 'image' else 'dash'
                 target = (f'target/{t}', 'target/towers')
                 out += [
-                    Curve(run, (f'share/{t}',), title, paint, dash, 100, alone),
+                    Curve(run, (f'share/{t}',), title, paint, dash, 100, first),
                     Curve(run, target, f'{title}: target', paint, 'dot', 100, False),
                 ]
         return out
 
 
 class _Score(CurvePanel):
-    title = 'accuracy (%) by step'
-    title_of_several = 'accuracy (%): held out solid, in the batch dotted'
+    title = 'accuracy (%)'
     top = 100
 
     def curves(self, plan):
         alone, out = len(plan.runs) == 1, []
         for run, words, colour in _named(plan):
-            before = '' if alone else f'{words}: '
+            before, first = '' if alone else f'{words}: ', run == plan.runs[0]
             batch, held_out = ('#b8bfc8', COLOURS[2]) if alone else (colour, colour)
             keys = ('eval/top1', 'eval/i2t_r1', 'eval')
             out += [
-                Curve(run, ('r1',), f'{before}R@1 in the batch', batch, 'dot', 100, alone),
-                Curve(run, keys, f'{before}held out', held_out, 'solid', 100, alone),
+                Curve(run, ('r1',), f'{before}R@1 in the batch', batch, 'dot', 100, first),
+                Curve(run, keys, f'{before}held out', held_out, 'solid', 100, first),
             ]
         return out
 
@@ -285,7 +279,7 @@ class MaskPanel:
         self.tower = tower
 
     def subplots(self, plan):
-        titles = [f'{self.tower}: {what}' for what in ('heads', 'neurons', 'open per layer (%)')]
+        titles = [f'{self.tower}: {what}' for what in ('heads', 'neurons', 'open (%)')]
         return [(145, titles), (20, [f'{self.tower}: channels'])] if plan.masks else []
 
     def build(self, fig, cells, plan):
@@ -362,7 +356,7 @@ PANELS = [
 ]
 
 # %% ../../nbs/live/02_panels.ipynb #4871d9a5
-_COLUMNS, _GAP = 12, 43  # of the grid; pixels between its rows
+_COLUMNS, _GAP = 12, 50  # of the grid; pixels between its rows
 
 
 def _places(plan) -> tuple:  # (rows of (height, titles), cells (row, column) per panel)

@@ -56,6 +56,17 @@ def all_reduce_sum(
     "Sum over processes, through which gradients flow; the identity on one process"
     return x if rank_and_world_size()[1] == 1 else _Sum.apply(x)
 
+# %% ../../nbs/losses/01_distributed.ipynb #ee933651
+def average_gradients(
+    parameters,  # The same on every process
+):
+    "Gradients become their mean over processes, as data-parallel training does for a model's"
+    world = rank_and_world_size()[1]
+    for p in parameters:
+        if world > 1 and p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= world
+
 # %% ../../nbs/losses/01_distributed.ipynb #eb2a7967
 def local_rows(
     n: int,  # Rows of the whole batch

@@ -6,8 +6,11 @@
 __all__ = ['DAVIT', 'DaViT']
 
 # %% ../../nbs/towers/08_davit.ipynb #744a12a5
+from torch import nn
+
+from .family import Branch, channels_first, linear_map
 from .layout import Dim
-from .timm import Trunk
+from .timm import Trunk, attended, filled_up, windowed
 
 # %% ../../nbs/towers/08_davit.ipynb #0a855f31
 class DaViT(Trunk):
@@ -50,6 +53,53 @@ class DaViT(Trunk):
         F = l.axis(f'{axis}.ffn', b.mlp.fc1.out_features, units)
         l.linear(f'{p}.mlp.fc1', Dim(F), Dim(W))
         l.linear(f'{p}.mlp.fc2', Dim(W), Dim(F))
+
+    def trunk_branches(self, tower, path):
+        stages, out = tower.trunk.stages, []
+        blocks = [b for stage in stages for pair in stage.blocks for b in pair]
+        if any(not isinstance(c.act, nn.Identity) for b in blocks for c in (b.cpe1, b.cpe2)):
+            return None
+        for s, stage in enumerate(stages):
+            p = f'trunk.stages.{s}'
+            out.append([self.entry(tower, path, p)])
+            for i in range(len(stage.blocks)):
+                each = (self.block_branches(tower, path, f'{p}.blocks.{i}.{j}') for j in (0, 1))
+                out.append([b for branches in each for b in branches])
+        return out
+
+    def entry(self, tower, path, p) -> Branch:
+        "The convolution that makes the stream of a stage: the stem, or down-sampling"
+        part = tower.get_submodule(f'{p}.downsample')
+        if isinstance(part, nn.Identity):
+            stem = tower.trunk.stem
+            conv = linear_map(tower, path, 'trunk.stem.conv', filled_up(stem.stride))
+            return Branch((conv,), shortcut=None, act=channels_first(stem.norm))
+        fill = filled_up(part.conv.kernel_size) if part.even_k else filled_up((1, 1))
+        norm = channels_first(part.norm)
+        conv = linear_map(tower, path, f'{p}.downsample.conv', norm, fill)
+        return Branch((conv,), shortcut=None)
+
+    def block_branches(self, tower, path, p) -> list:
+        "Position encoding, attention, position encoding, MLP"
+        b = tower.get_submodule(p)
+
+        def attend(h):
+            return attended(b.attn, h.flatten(1, 2)).view(*h.shape[:3], -1)
+
+        before = [b.norm1]
+        if hasattr(b, 'window_size'):
+            fill, attend = windowed(b.attn, b.window_size)
+            before.append(fill)
+
+        def maps(*them):
+            return Branch(tuple(linear_map(tower, path, f'{p}.{n}', *f) for n, *f in them))
+
+        return [
+            maps(('cpe1.proj',)),
+            maps(('attn.qkv', *before), ('attn.proj', attend)),
+            maps(('cpe2.proj',)),
+            maps(('mlp.fc1', b.norm2), ('mlp.fc2', b.mlp.act)),
+        ]
 
 
 DAVIT = DaViT()

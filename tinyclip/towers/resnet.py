@@ -6,9 +6,11 @@
 __all__ = ['RESNET', 'ResNet']
 
 # %% ../../nbs/towers/06_resnet.ipynb #544ec6a1
+import torch
 from open_clip.modified_resnet import ModifiedResNet
+from torch.nn import functional as F
 
-from .family import Family
+from .family import Branch, Family, chain, channels_first, linear_map
 from .layout import Dim
 
 # %% ../../nbs/towers/06_resnet.ipynb #a4d576c9
@@ -73,6 +75,49 @@ class ResNet(Family):
 
     def rebuild(self, model, part, own):
         raise NotImplementedError  # open_clip's configuration holds all there is
+
+    def branches(self, tower, path):
+        def units(p, *before):
+            "Convolutions 1 to 3, each with its BatchNorm"
+            three = enumerate(before, 1)
+            return tuple(
+                linear_map(tower, path, f'{p}conv{i}', *b, norm=f'{p}bn{i}') for i, b in three
+            )
+
+        relu, pool = torch.relu, channels_first(tower.avgpool)
+        stem = Branch(units('', [], [relu], [relu]), shortcut=None, act=chain(relu, pool))
+        blocks = [[stem]]
+        for s in range(1, 5):
+            for i, b in enumerate(getattr(tower, f'layer{s}')):
+                p, around = f'layer{s}.{i}.', ()
+                if b.downsample is not None:
+                    name, pool = f'{p}downsample', channels_first(b.downsample[0])
+                    around = (linear_map(tower, path, f'{name}.0', pool, norm=f'{name}.1'),)
+                maps = units(p, [], [relu], [relu, channels_first(b.avgpool)])
+                blocks.append([Branch(maps, shortcut=around, act=relu)])
+        return [*blocks, [self.pooling(tower, path)]]
+
+    def pooling(self, tower, path) -> Branch:
+        "Attention of the mean of all places to them, and the projection"
+        pool = tower.attnpool
+
+        def tokens(h):
+            h = h.flatten(1, 2)
+            h = torch.cat([h.mean(1, keepdim=True), h], 1)
+            return h + pool.positional_embedding.to(h.dtype)
+
+        def attend(qkv):
+            q, k, v = (t.unflatten(-1, (pool.num_heads, -1)).transpose(1, 2) for t in qkv)
+            return F.scaled_dot_product_attention(q, k, v).flatten(1)
+
+        def first(h):
+            return h[:, :1]
+
+        def proj(n, *before):
+            return linear_map(tower, path, f'attnpool.{n}_proj', *before)
+
+        qkv = [proj('q', tokens, first), proj('k', tokens), proj('v', tokens)]
+        return Branch((qkv, proj('c', attend)), shortcut=None)
 
 
 RESNET = ResNet()

@@ -89,11 +89,17 @@ class Text(Transformer):
         names = ('text_pool_type', 'text_eos_id') if flat else ('pool_type', 'eos_id')
         return tuple(getattr(tower, n, None) for n in names)
 
+    def ends(self, tower) -> bool:
+        "Whether no feature depends on what is behind the end of its text"
+        causal = getattr(tower, 'attn_mask', None) is not None
+        pooled = self.pooling(tower)[0] in ('argmax', 'eos')
+        return causal and pooled and getattr(tower, 'cls_emb', None) is None
+
     def counted(self, tower, x):
-        "All tokens up to the end of the text, found as the tower finds it"
-        pool, eos = self.pooling(tower)
-        if pool not in ('argmax', 'eos'):
+        "All tokens up to the end of the text, found as the tower finds it; all where it has none"
+        if not self.ends(tower):
             return torch.ones_like(x, dtype=torch.bool)
+        pool, eos = self.pooling(tower)
         end = x.argmax(1) if pool == 'argmax' else (x == eos).int().argmax(1)
         return torch.arange(x.shape[1], device=x.device) <= end[:, None]
 

@@ -7,15 +7,16 @@ __all__ = []
 
 # %% ../../nbs/towers/07_timm.ipynb #67e3813c
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from open_clip.timm_model import TimmModel
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..core import TinyclipError
-from .family import Family
+from .family import Branch, Family, linear_map, with_forward
 from .layout import Dim, Layout
 
 # %% ../../nbs/towers/07_timm.ipynb #b8e52534
@@ -37,6 +38,47 @@ def trunk_sizes(
         depths=[sizes[f'{s}.layers'] for s in stages],
         num_heads=[heads(s) for s in stages],
     )
+
+# %% ../../nbs/towers/07_timm.ipynb #c0ffee32
+def filled_up(
+    multiple: tuple,  # Of height and width
+) -> Callable:  # On maps `(n, height, width, channels)`
+    "A function that adds zeros at the lower and right edge, up to whole multiples"
+
+    def fill(h):
+        down, right = (-n % m for n, m in zip(h.shape[1:3], multiple))
+        return F.pad(h, (0, 0, 0, right, 0, down))
+
+    return fill
+
+
+def attended(
+    attn: Any,  # An attention of timm with `qkv` and `proj`
+    qkv: Tensor,  # What its `qkv` gives, `(n, length, channels)`
+) -> Tensor:  # What its `proj` multiplies
+    "An attention between its two matrices"
+    with with_forward(attn.qkv, lambda x: qkv), with_forward(attn.proj, lambda x: x):
+        return attn(qkv[..., : attn.proj.out_features])
+
+
+def windowed(
+    attn: Any,  # As in `attended`
+    size: tuple,  # Height and width of a window
+) -> tuple:  # (what fills a map up before the first matrix, what stands before the second)
+    "Attention within windows of a map `(n, height, width, channels)`"
+    (a, b), shape = size, []
+
+    def fill(h):
+        shape[:] = h.shape[1:3]
+        return filled_up(size)(h)
+
+    def attend(h):
+        h = h.unflatten(2, (-1, b)).unflatten(1, (-1, a)).transpose(2, 3)
+        out = attended(attn, h.flatten(0, 2).flatten(1, 2)).unflatten(1, (a, b))
+        out = out.unflatten(0, h.shape[:3]).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return out[:, : shape[0], : shape[1]]
+
+    return fill, attend
 
 # %% ../../nbs/towers/07_timm.ipynb #849a29d8
 class Trunk(Family):
@@ -61,6 +103,20 @@ class Trunk(Family):
     def lay_out_trunk(self, l, trunk, path) -> str:
         "Add the trunk's axes and tensors to a layout; returns the axis of its last width"
         raise NotImplementedError
+
+    def branches(self, tower, path):
+        blocks = self.trunk_branches(tower, path)
+        if blocks is None:
+            return None
+
+        def pool(h):
+            return tower.trunk.forward_head(h.movedim(-1, 1))
+
+        return [*blocks, [Branch((linear_map(tower, path, 'head.proj', pool),), shortcut=None)]]
+
+    def trunk_branches(self, tower, path) -> list | None:  # None: not known
+        "The blocks of the trunk as `branches` gives them"
+        return None
 
     def static(self, tower):
         size = tower.image_size

@@ -6,8 +6,9 @@
 __all__ = ['TINYVIT', 'TinyViT']
 
 # %% ../../nbs/towers/09_tinyvit.ipynb #dc383697
+from .family import Branch, linear_map
 from .layout import Dim
-from .timm import Trunk
+from .timm import Trunk, windowed
 
 # %% ../../nbs/towers/09_tinyvit.ipynb #71483f97
 class TinyViT(Trunk):
@@ -66,6 +67,44 @@ class TinyViT(Trunk):
         l.linear(f'{p}.mlp.fc1', Dim(F), Dim(W))
         l.linear(f'{p}.mlp.fc2', Dim(W), Dim(F))
         self.conv_norm(l, f'{p}.local_conv', W, None)
+
+    def trunk_branches(self, tower, path):
+        def units(p, *before, **settings):
+            "Convolutions 1 to 3 or fewer, each with its BatchNorm"
+            names = (f'{p}.conv{i}' for i in range(1, len(before) + 1))
+            each = (self.unit(tower, path, n, *b) for n, b in zip(names, before))
+            return Branch(tuple(each), **settings)
+
+        trunk = tower.trunk
+        stem = units('trunk.patch_embed', [], [trunk.patch_embed.act], shortcut=None)
+        out = [[stem]]
+        for i, b in enumerate(trunk.stages[0].blocks):
+            p = f'trunk.stages.0.blocks.{i}'
+            out.append([units(p, [], [b.act1], [b.act2], act=b.act3)])
+        for s, stage in list(enumerate(trunk.stages))[1:]:
+            p, merge = f'trunk.stages.{s}', stage.downsample
+            acts = [], [merge.act1], [merge.act2]
+            out.append([units(f'{p}.downsample', *acts, shortcut=None)])
+            for i in range(len(stage.blocks)):
+                out.append(self.block_branches(tower, path, f'{p}.blocks.{i}'))
+        return out
+
+    def unit(self, tower, path, p, *before):
+        return linear_map(tower, path, f'{p}.conv', *before, norm=f'{p}.bn')
+
+    def block_branches(self, tower, path, p) -> list:
+        "Attention, the local convolution in the place of the stream, MLP"
+        b = tower.get_submodule(p)
+        fill, attend = windowed(b.attn, (b.window_size, b.window_size))
+
+        def maps(*them):
+            return Branch(tuple(linear_map(tower, path, f'{p}.{n}', *f) for n, *f in them))
+
+        return [
+            maps(('attn.qkv', fill, b.attn.norm), ('attn.proj', attend)),
+            Branch((self.unit(tower, path, f'{p}.local_conv'),), shortcut=None),
+            maps(('mlp.fc1', b.mlp.norm), ('mlp.fc2', b.mlp.act)),
+        ]
 
 
 TINYVIT = TinyViT()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import TinyclipError
-from .family import Branch, Family, LinearMap, tower_of
+from .family import Branch, Family, LinearMap, tower_of, with_forward
 from .layout import Dim, Layout
 
 # %% ../../nbs/towers/03_transformer.ipynb #d4c269a3
@@ -133,7 +133,7 @@ class BiasOnly(nn.Module):
         self.get_submodule(projection).bias = nn.Parameter(torch.zeros(width))
 
     def forward(self) -> Tensor:  # `(width,)`, the same for every token
-        return self.get_parameter(f'{self.projection}.bias')
+        return getattr(self, self.projection).bias  # a tensor, where masks have lent one
 
 # %% ../../nbs/towers/03_transformer.ipynb #3af32151
 class SlimBlock(nn.Module):
@@ -333,16 +333,6 @@ def missing_branches(
 
 # %% ../../nbs/towers/03_transformer.ipynb #563edaaf
 @contextlib.contextmanager
-def _with_forward(module, forward):
-    "Another `forward` for a module meanwhile"
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-
-
-@contextlib.contextmanager
 def _without(module, name):
     "A parameter or part of a module is None meanwhile"
     part = getattr(module, name)
@@ -401,13 +391,13 @@ class Transformer(Family):
             seen.append((x, attn_mask))
             return x
 
-        with _with_forward(tower_of(model, self.tower)[0].transformer, catch):
+        with with_forward(tower_of(model, self.tower)[0].transformer, catch):
             self._encode(model, x)
         return seen[0]
 
     def pooled(self, model, x, stream):
         tower, _ = tower_of(model, self.tower)
-        through = _with_forward(tower.transformer, lambda x, attn_mask=None: stream)
+        through = with_forward(tower.transformer, lambda x, attn_mask=None: stream)
         with through, _without(tower, self.projected_by):
             return self._encode(model, x)
 

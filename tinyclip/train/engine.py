@@ -20,8 +20,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core import PRECISIONS, TinyclipError, pick_device, resolve_precision, unknown
-from ..losses.mimicking import Objective
+from ..losses.distributed import average_gradients
+from ..losses.objective import Objective
 from ..losses.tiled import fused_tiles
+from ..towers.short_texts import accept_short, refuse_short, shorten_texts
 from .config import TrainConfig, takes_settings
 from .protocols import Penalty
 from .sharding import Sharded, load_whole_state, whole_state
@@ -97,20 +99,28 @@ def extension_note(
     peak: float,  # As for `learning_rate`
     warmup: int,  # As for `learning_rate`; stays what it was
     schedule: str,  # As for `learning_rate`
+    annealed=(),  # Losses with a weight that depends on the share of the run that is over
 ) -> str:
     "What changes when a run is made longer, in words"
     first = (
         f'This run was planned for {before} steps, has done {done}, and goes on to {steps} with '
         f'the same warm-up of {warmup}'
     )
-    if schedule == 'constant' or done <= warmup:
+    said = []
+    if schedule != 'constant' and done > warmup:
+        was, now = (learning_rate(done, n, peak, warmup, schedule) for n in (before, steps))
+        said.append(
+            f'From here on the learning rate follows the longer cosine: it is {now:.2g} '
+            f'where the shorter one had come to {was:.2g}.'
+        )
+    if annealed:
+        said.append(
+            f'What is annealed ({", ".join(annealed)}) follows the longer run: {done / steps:.0%} '
+            f'of it are over, where {done / before:.0%} of the shorter one were.'
+        )
+    if not said:
         return f'{first}: it ends as if it had been planned so.'
-    was, now = (learning_rate(done, n, peak, warmup, schedule) for n in (before, steps))
-    return (
-        f'{first}. From here on the learning rate follows the longer cosine: it is {now:.2g} '
-        f'where the shorter one had come to {was:.2g}. Weights, optimiser and data go on as '
-        'they were.'
-    )
+    return ' '.join([f'{first}.', *said, 'Weights, optimiser and data go on as they were.'])
 
 # %% ../../nbs/train/09_engine.ipynb #497d3299
 class LossMeter:
@@ -161,10 +171,13 @@ def make_optimizer(
     betas=(0.9, 0.98),  # Of AdamW
     penalty: Penalty
     | None = None,  # Brings groups of its own (masks, multipliers), whose rate is fixed
+    projection: nn.Module | None = None,  # Of an objective, trained as the student is
 ) -> torch.optim.AdamW:  # Fused where it can be
-    "AdamW for a student, and for what a penalty trains beside it"
+    "AdamW for a student, and for what a penalty and an objective train beside it"
     own = penalty.groups() if penalty else []
     plain = parameter_groups(student, weight_decay, [p for g in own for p in g['params']])
+    if projection:
+        plain += parameter_groups(projection, weight_decay)
     return torch.optim.AdamW(
         plain + own,
         lr=0.0,
@@ -212,6 +225,38 @@ def prepare_teacher(
     lay_out(t, accelerator.device)
     return compiled(t, compile) if compile else t
 
+# %% ../../nbs/train/09_engine.ipynb #b907cac2
+def unwrap(
+    accelerator: Accelerator,  # Has prepared the student
+    student: nn.Module,  # As it was given back then
+    forward,  # The `forward` that the student's instance had before, if it had one
+):
+    "Undo what accelerate has written to a student"
+    own = vars(accelerator.unwrap_model(student, keep_fp32_wrapper=False))
+    for name in ('forward', '_is_accelerate_prepared'):
+        own.pop(name, None)
+    if forward:
+        own['forward'] = forward
+
+
+def running_statistics(model: nn.Module) -> list[torch.Tensor]:
+    "Buffers of the batch norms"
+    return [b for m in model.modules() if isinstance(m, _BatchNorm) for b in m.buffers()]
+
+
+def lay_out_as_before(
+    model: nn.Module,  # A student or a teacher, after a run
+    compile: bool | str = False,  # Whether it was compiled
+    opened: bool = False,  # Whether it was made to take short texts
+):
+    "Undo what a run did to a model: its layout in memory, its compilation, its short texts"
+    if opened:
+        refuse_short(model)
+    if convolutional(model):
+        channels_last(model, False)
+    if compile:
+        uncompile(model)
+
 # %% ../../nbs/train/09_engine.ipynb #a7bd6cf9
 class Engine:
     "Student, teacher, optimiser and precision of a run: gradients of a batch, and the update"
@@ -229,11 +274,13 @@ class Engine:
     ):
         self.accelerator = accelerator
         self.objective = objective
+        self.projection = objective.projection and objective.projection.to(accelerator.device)
         self.penalty = penalty
         self.config = config
         device = accelerator.device
         check_compile(config.compile, device)
         self.live = student.train()
+        self.opened = [m for m in (student, teacher) if m is not None and accept_short(m)]
         self.frozen = frozen_batchnorms(student)  # their statistics stay, as their weights do
         nn.ModuleList(self.frozen.values()).eval()
         self.trainable = {n: p.requires_grad for n, p in student.named_parameters()}
@@ -254,7 +301,9 @@ class Engine:
         self.flags = checkpointing(student) if config.grad_checkpointing else []
         if config.compile:
             compiled(student, config.compile)
-        self.adamw = make_optimizer(student, config.weight_decay, config.betas, penalty)
+        self.adamw = make_optimizer(
+            student, config.weight_decay, config.betas, penalty, self.projection
+        )
         for name in self.unused:  # data-parallel training would wait for their gradients
             student.get_parameter(name).requires_grad_(False)
         self.fused = device.type in ('cpu', 'cuda')
@@ -264,20 +313,20 @@ class Engine:
         self.plain = self.sharded.whole if self.sharded else student  # what others may look at
         self.teacher = teacher and prepare_teacher(teacher, accelerator, config.compile)
         self.answers = teacher
-        self.stats = [
-            b for m in student.modules() if isinstance(m, _BatchNorm) for b in m.buffers()
-        ]
+        self.stats = running_statistics(student)
         self.tally = LossMeter(device)
 
     def backward(
         self,
         batch,  # `image` and `text`, anywhere
         watch: bool = False,  # As in `step`
-        done: float = 0.0,  # Share of the run that is over, for a penalty
+        # Share of the run that is over, for a penalty and for what the objective anneals
+        done: float = 0.0,
     ) -> dict:  # What `step` returns, detached, and the `penalty`
         "Forward and backward pass; returns detached losses"
         a, size = self.accelerator, self.config.chunk_size
         self.stats_before = [b.clone() for b in self.stats]
+        self.objective.done = done
         with (
             getattr(self.live, 'one_draw', contextlib.nullcontext)(),
             fused_tiles(self.config.compile in INDUCTOR),
@@ -301,6 +350,7 @@ class Engine:
                 a.backward(out['loss'] if penalty is None else out['loss'] + penalty)
         if self.sharded:
             self.sharded.average()
+        average_gradients(self.objective.parameters())
         out = {k: v.detach() for k, v in out.items()}
         if penalty is not None:
             out |= dict(penalty=penalty.detach(), loss=out['loss'] + penalty.detach())
@@ -338,8 +388,9 @@ class Engine:
         self.tally.add({k: v for k, v in out.items() if k not in ('r1', 'chance')}, ok)
 
     def move(self, batch):
-        "Batch on the device of the models"
-        return on_device(batch, self.accelerator.device, self.images_last)
+        "Batch on the device of the models, its texts no longer than they need them"
+        text = shorten_texts(batch.text, *filter(None, (self.live, self.teacher)))
+        return on_device(batch._replace(text=text), self.accelerator.device, self.images_last)
 
     def ask(self, model, chunk):
         "Features of a chunk that may still be elsewhere"
@@ -369,13 +420,15 @@ class Engine:
                 model.to('cpu')
 
     def state_dict(self) -> dict:
-        "Optimiser (in the first process), count of skipped steps, penalty and gradient scaler"
+        """Optimiser (in the first process), count of skipped steps, penalty, projection of the
+        objective and gradient scaler"""
         scaler = self.accelerator.scaler
         own = self.sharded or self.accelerator.is_main_process  # slices need everybody
         return dict(
             optimizer=whole_state(self.adamw) if own else None,
             skipped=self.tally.skipped.cpu(),
             penalty=self.penalty and self.penalty.state_dict(),
+            projection=self.projection and self.projection.state_dict(),
             scaler=scaler and scaler.state_dict(),
         )
 
@@ -387,30 +440,22 @@ class Engine:
         self.tally.skipped = state['skipped'].to(self.accelerator.device)
         if self.penalty and state['penalty']:
             self.penalty.load_state_dict(state['penalty'])
+        if self.projection:
+            self.projection.load_state_dict(state['projection'])
         if self.accelerator.scaler and state['scaler']:
             self.accelerator.scaler.load_state_dict(state['scaler'])
 
     def release(self):
         "Give student and teacher back as they came, the student trained: unwrapped, in eval mode"
-        own = vars(self.live)
         if self.sharded:
             self.sharded.restore()
         else:
-            self.accelerator.unwrap_model(self.student, keep_fp32_wrapper=False)
-            for name in ('forward', '_is_accelerate_prepared'):
-                own.pop(name, None)  # accelerate writes to the instance
-            if self.forward:
-                own['forward'] = self.forward
+            unwrap(self.accelerator, self.student, self.forward)
         for n, p in self.live.named_parameters():
             p.requires_grad_(self.trainable[n])
         restore_checkpointing(self.flags)
-        for m in (self.live, self.answers):
-            if m is None:
-                continue
-            if convolutional(m):
-                channels_last(m, False)
-            if self.config.compile:
-                uncompile(m)
+        for m in filter(None, (self.live, self.answers)):
+            lay_out_as_before(m, self.config.compile, m in self.opened)
         self.live.eval()
 
 # %% ../../nbs/train/09_engine.ipynb #c218fb4d

@@ -18,7 +18,8 @@ class Pairs(Protocol):
     What it may have besides: `batch_size` (to go on with another number of processes), `skipped`
     (reason -> number of samples left out), `mark(epoch, taken)` and `recall(mark)` (to find a
     place again without decoding what came before it), and, where the pairs bring a teacher's
-    features along, `teacher` (what identifies it) and `check_teacher(model)`."""
+    features along, `teacher` (what identifies it), `width` (of the features) and
+    `check_teacher(model)`."""
 
     def epoch(
         self,

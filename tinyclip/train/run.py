@@ -273,7 +273,9 @@ class Run:
         self.warmup = state['warmup']
         if (before := state['config']['steps']) != self.recipe['steps']:
             rate = (self.recipe['lr'], self.warmup, self.recipe['schedule'])
-            self.extended = extension_note(r.steps, before, self.recipe['steps'], *rate)
+            self.extended = extension_note(
+                r.steps, before, self.recipe['steps'], *rate, e.objective.annealed
+            )
         rank = e.accelerator.process_index
         position, self.resharded = reshard_plan(
             state, e.accelerator.num_processes, getattr(self.data, 'batch_size', None)

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..core import rank_and_world_size
+from ..losses.distributed import average_gradients
 
 # %% ../../nbs/train/08_sharding.ipynb #6aef10a0
 def full(
@@ -103,10 +104,7 @@ class Sharded:
 
     def average(self):
         "After the backward pass: what stayed whole has its gradient averaged, too"
-        for p in self.apart:
-            if p.grad is not None:
-                dist.all_reduce(p.grad)
-                p.grad /= rank_and_world_size()[1]
+        average_gradients(self.apart)
 
     @torch.no_grad()
     def clip(self, params, limit: float) -> torch.Tensor:  # The norm before

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..core import evaluating
 from ..data.transforms import image_dtype
 from ..losses.distributed import gather
-from ..losses.mimicking import Features, Objective
+from ..losses.objective import Features, Objective
 
 # %% ../../nbs/train/06_step.ipynb #23b21da5
 def features(
@@ -176,25 +176,46 @@ def frozen_batchnorms(
         if m.track_running_stats and not any(p.requires_grad for p in around[n].parameters())
     }
 
+# %% ../../nbs/train/06_step.ipynb #be4041f8
+def blank_pairs(
+    model: nn.Module,  # A CLIP
+) -> tuple | None:  # (2,3,h,w) and (2,context); None where it does not say which inputs it takes
+    "Two blank pairs for a CLIP"
+    size = getattr(getattr(model, 'visual', None), 'image_size', None)
+    length = getattr(model, 'context_length', None)
+    if size is None or length is None:
+        return None
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    device = next(model.parameters()).device
+    return (
+        torch.zeros(2, 3, *size, device=device),
+        torch.zeros(2, length, dtype=torch.long, device=device),
+    )
+
+
+def output_width(
+    model: nn.Module,  # A CLIP
+) -> int | None:  # None where it does not say which inputs it takes
+    "Width of a CLIP's embedding"
+    if (pairs := blank_pairs(model)) is None:
+        return None
+    with evaluating(model):
+        return features(model, *pairs).image.shape[1]
+
 # %% ../../nbs/train/06_step.ipynb #a91c3d14
 def unused_parameters(
     model: nn.Module,  # A CLIP in training mode; left as it is
     apart=(),  # Parameters that others take care of
 ) -> list[str]:  # Names; empty where the model does not say which inputs it takes
     "Parameters that the features of a CLIP do not depend on"
-    size = getattr(getattr(model, 'visual', None), 'image_size', None)
-    length = getattr(model, 'context_length', None)
-    if size is None or length is None:
+    if (pairs := blank_pairs(model)) is None:
         return []
-    size = (size, size) if isinstance(size, int) else tuple(size)
     others = {id(p) for p in apart}
     named = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in others}
     device = next(model.parameters()).device
-    image = torch.zeros(2, 3, *size, device=device)
-    text = torch.zeros(2, length, dtype=torch.long, device=device)
     state = _random_state(device)
     with preserve_batchnorm_stats(model):
-        f = features(model, image, text)
+        f = features(model, *pairs)
         total = f.image.sum() + f.text.sum() + f.scale
         grads = torch.autograd.grad(total, [*named.values()], allow_unused=True)
     _set_random_state(state, device)
@@ -210,7 +231,7 @@ def step_in_chunks(
     backward=torch.Tensor.backward,  # Called with a scalar per chunk
     # A context without exchange of gradients between processes, for all chunks but the last
     quiet: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    more=0,  # A scalar that is added to the loss, a penalty
+    more: torch.Tensor | float = 0,  # A scalar that is added to the loss, a penalty
     watch: bool = False,  # As for `step`
 ) -> dict:  # As `step`, without a graph: gradients are already where they belong
     "`step` and its backward pass, with only one chunk's activations in memory"
@@ -222,9 +243,10 @@ def step_in_chunks(
             outputs.append(ask(student, c))
     image, text, scale = zip(*outputs)
     leaves = [f.requires_grad_() for f in (torch.cat(image), torch.cat(text), scale[0].clone())]
-    s = Features(*leaves)
+    s, own = Features(*leaves), objective.parameters()
     losses = batch_losses(s, t, objective)
-    grads = torch.autograd.grad(losses['loss'], leaves, materialize_grads=True)
+    grads = torch.autograd.grad(losses['loss'], [*leaves, *own], materialize_grads=True)
+    more = more + sum((p * g).sum() for p, g in zip(own, grads[3:]))
     parts = zip(*(g.split([len(c.image) for c in chunks]) for g in grads[:2]))
     for c, state, (image, text) in zip(chunks, states, parts):
         _set_random_state(state, device)

@@ -93,6 +93,7 @@ def to_executorch(
     check_model(model)
     m, rows = float_copy(model), Parity()
     config = onnx_config(m, None)
+    config['text']['min_length'] = config['text']['context_length']  # sizes are fixed
     with replacing(Path(folder).expanduser(), PROGRAMS) as tmp:
         for kind, x in zip(IO, sample_inputs(m)):
             with torch.no_grad():

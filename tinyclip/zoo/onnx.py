@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..core import Table, TinyclipError, evaluating, read_json, unknown, write_json
 from ..evaluate.cost import context_length, image_size
 from ..evaluate.zeroshot import check_finite, retrieval, zero_shot
+from ..towers.short_texts import accept_short, shorten_texts, takes_short
 from .folders import preprocess_cfg, replacing, tokenizer_cfg
 from .vocabulary import ShortTokenizer, tokenizer_of
 
@@ -77,6 +78,7 @@ def float_copy(
     with evaluating(model):
         model.train()  # empties TinyViT's cache of position biases, which may be of another type
         new = copy.deepcopy(model)
+    accept_short(new)
     modules: list[Any] = list(new.modules())
     for o in modules:
         if hasattr(o, 'grad_checkpointing'):
@@ -141,6 +143,8 @@ def export_tower(
     "Write one tower, with its weights"
     inp, out = IO[kind]
     sizes = {0: torch.export.Dim('batch')}
+    if kind == 'text' and takes_short(model):
+        sizes[1] = torch.export.Dim('length', min=2, max=context_length(model))
     example = {inp: torch.cat([x[:1]] * 2)}
     return write_graph(Tower(model, kind), example, out, [sizes], path, opset, about)
 
@@ -374,7 +378,9 @@ def onnx_config(model, opset) -> dict:
     image, text = (dict(input=i, output=o) for i, o in IO.values())
     image |= preprocess_cfg(model) | dict(size=list(image_size(model)))
     text |= dict(
-        context_length=context_length(model), vocab_size=getattr(model, 'text', model).vocab_size
+        context_length=context_length(model),
+        min_length=2 if takes_short(model) else context_length(model),
+        vocab_size=getattr(model, 'text', model).vocab_size,
     )
 
     def number(p) -> float:
@@ -395,12 +401,16 @@ def onnx_config(model, opset) -> dict:
 def check_input(config, kind, x):
     "Refuse what a tower cannot read"
     c = config[kind]
-    shape = (3, *c['size']) if kind == 'image' else (c['context_length'],)
-    needs = (
-        f'{kind}s must be {"floats" if kind == "image" else "integers"} of shape (n, '
-        f'{", ".join(map(str, shape))})'
-    )
-    if not hasattr(x, 'shape') or tuple(x.shape[1:]) != shape or not len(x):
+    if kind == 'image':
+        shape = ', '.join(map(str, sizes := (3, *c['size'])))
+        fits = tuple(getattr(x, 'shape', ())[1:]) == sizes
+    else:
+        most = c['context_length']
+        least = c.get('min_length', most)
+        shape = f'{most}' if least == most else f'{least} to {most}'
+        fits = len(getattr(x, 'shape', ())) == 2 and least <= x.shape[1] <= most
+    needs = f'{kind}s must be {"floats" if kind == "image" else "integers"} of shape (n, {shape})'
+    if not fits or not len(x):
         raise TinyclipError(
             f'{needs}, not {tuple(x.shape) if hasattr(x, "shape") else type(x).__name__}.'
         )
@@ -413,10 +423,10 @@ def check_input(config, kind, x):
         )
 
 
-def parity(path, x, want) -> dict:
-    "Run a file on one row and on all, and compare"
+def parity(path, x, want, one) -> dict:
+    "Run a file on one row, shortened where it is a text, and on all, and compare"
     s = session(path)
-    got = np.concatenate([run_rows(s, x[:1]), run_rows(s, x)])
+    got = np.concatenate([run_rows(s, one), run_rows(s, x)])
     size = sum(p.stat().st_size for p in (path, path.with_name(f'{path.name}.data')) if p.is_file())
     return dict(file=path.name, **apart(got, np.concatenate([want[:1], want])), MB=size / 1e6)
 
@@ -483,8 +493,9 @@ def to_onnx(
                 want = check_finite(Tower(m, kind)(x)).numpy()
             path = tmp / f'{kind}.onnx'
             about = {k: config[k] for k in (kind, 'logit_scale', 'logit_bias')}
+            one = shorten_texts(x[:1], m) if kind == 'text' else x[:1]
             export_tower(m, kind, x, path, opset, about)
-            rows.append(parity(path, x, want) | dict(weights='float32'))
+            rows.append(parity(path, x, want, one) | dict(weights='float32'))
             check_parity(kind, rows[-1], f'Try another opset (this was {opset}).')
             if int8:
                 small = quantise(
@@ -492,7 +503,7 @@ def to_onnx(
                     tmp / f'{kind}.int8.onnx',
                     config['text']['vocab_size'] if kind == 'text' else 0,
                 )
-                rows.append(parity(small, x, want) | dict(weights=weight_bits(small)))
+                rows.append(parity(small, x, want, one) | dict(weights=weight_bits(small)))
         config['tokenizer'], config['tokenizer_cfg'] = save_tokenizer(model, tokenizer, tmp)
         config['files'] = {p.name: p.stat().st_size for p in sorted(tmp.glob('*.onnx*'))}
         config['parity'] = {
