@@ -92,12 +92,10 @@ def shapes(a) -> Task:
     def pairs(n, seed):
         return open_pairs(Shapes('train', seed=seed + 1), preprocess, tokenizer, n, seed=seed)
 
-    def examined(seed, m):
+    def examined(m):
         return examine(m, preprocess, tokenizer, n=1280)
 
-    return Task(
-        teacher, partial(pairs, BATCH), partial(pairs, 50), 1000, partial(examined, 5), examined
-    )
+    return Task(teacher, partial(pairs, BATCH), partial(pairs, 50), 1000, examined, examined)
 
 
 class Way(NamedTuple):
