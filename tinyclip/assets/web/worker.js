@@ -38,14 +38,12 @@ function resample(data, from, to, lines, step, lineStep, outStep, outLineStep, f
   return out
 }
 
-// `{data, width, height}` of three channels -> the same in another size; the direction that loses more
-// goes first, as in Pillow 13, and the width where both lose the same
-function resize(p, w, h, filter) {
-  const across = ({data, width, height}) => width === w ? {data, width, height}
-    : {data: resample(data, width, w, height, 3, width * 3, 3, w * 3, filter), width: w, height}
-  const down = ({data, width, height}) => height === h ? {data, width, height}
-    : {data: resample(data, height, h, width, width * 3, 3, width * 3, 3, filter), width, height: h}
-  return w * p.height > p.width * h ? across(down(p)) : down(across(p))
+// `{data, width, height}` of three channels -> the same in another size; the width goes first. Versions of
+// Pillow take the two in either order, which changes how numbers are rounded in between
+function resize({data, width, height}, w, h, filter) {
+  if (width !== w) data = resample(data, width, w, height, 3, width * 3, 3, w * 3, filter)
+  if (height !== h) data = resample(data, height, h, w, w * 3, 3, w * 3, 3, filter)
+  return {data, width: w, height: h}
 }
 
 const even = x => { const r = Math.round(x); return r - x === 0.5 && r % 2 ? r - 1 : r }  // Python's round
