@@ -287,6 +287,7 @@ def record(a):
         paper=PAPER,
         settings=SETTINGS,
         teacher=json.loads((a.work / 'teacher.json').read_text()),
+        commits=sorted({r['commit'] for rows in parts.values() for r in rows}),
     )
     print(table(parts['table']), record_run(f'budgets-{a.data}', recipe, parts, a.seeds))
 

@@ -483,7 +483,7 @@ class Distiller:
         if not run.seen:
             check_batch(batch, engine.plain)
         seed_everything(step_seed(c.seed, r.steps, a.process_index))
-        lr = learning_rate(r.steps, steps, c.lr, run.warmup, c.schedule)
+        lr = learning_rate(r.steps, steps, run.recipe['lr'], run.warmup, c.schedule)
         r.steps += 1
 
         def due(every):

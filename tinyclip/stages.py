@@ -251,10 +251,10 @@ def scored_cut(
     progress: bool,  # Show progress bars, in the first process?
 ) -> Any:  # Reconstructed against `model`
     "Student chosen by scores"
-    pairs, progress = calibration_pairs(pairs), progress and _first_process()
-    how = dict(samples=samples, progress=progress)
-    keep = scored(model, pairs, share, towers=towers, **how)
-    return inherit(model, keep, calibrate=pairs, **how)
+    own: Any = calibration_pairs(pairs)
+    how: dict[str, Any] = dict(samples=samples, progress=progress and _first_process())
+    keep = scored(model, own, share, towers=towers, **how)
+    return inherit(model, keep, calibrate=own, **how)
 
 
 def check_teacher(teacher, folder, tokenizer, calibrate):
@@ -451,7 +451,7 @@ class Stages(Phases):
         if number > 1:
             share = attainable_share(masked, share, self.masks.get('towers') == 'both')
         sparsity = Sparsity(masked, share, **self.masks)
-        how = dict(penalty=sparsity, schedule='constant', **self.weights)
+        how: dict[str, Any] = dict(penalty=sparsity, schedule='constant', **self.weights)
         phase = self.phase(number, 'masks', masked, **how)
         if not self._run(phase, stage.mask_steps, resume).finished:
             return False
