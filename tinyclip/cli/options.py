@@ -216,14 +216,11 @@ def student_options(p: argparse.ArgumentParser):
         '--calibrate',
         type=int,
         metavar='N',
-        help='reconstruct the inherited student on N pairs, before it is trained: some hundred are '
-        'good; 0 for the paper\'s way, without (default: 1000 with --share, unless masks learn)',
+        help='reconstruct the inherited student on N pairs before it is trained; 0: as the paper '
+        'does, without (default: 1000 with --share, unless masks learn)',
     )
-    p.add_argument(
-        '--random-start',
-        action='store_true',
-        help='the same shape with random weights: the control',
-    )
+    control = 'the same shape with random weights: the control'
+    p.add_argument('--random-start', action='store_true', help=control)
 
 # %% ../../nbs/cli/01_options.ipynb #a2d588cb
 def training_options(p: argparse.ArgumentParser):

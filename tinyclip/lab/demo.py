@@ -107,7 +107,8 @@ def train_students(
     if progress:
         print('reconstructed')
     run = folder / 'reconstructed'
-    began, own = time.perf_counter(), common | dict(lr=None)  # the rate after a reconstruction
+    began = time.perf_counter()
+    own: dict[str, Any] = common | dict(lr=None)  # the rate after a reconstruction
     Stages(teacher, pairs(), [Stage(SHARE, steps=steps)], run, **own).fit()
     seconds = time.perf_counter() - began
     done['reconstructed'] = load(run / 'stage-1' / 'student').model, seconds

@@ -50,13 +50,14 @@ class LinearMap(NamedTuple):
         x: Tensor,  # From `read`
     ) -> Tensor:
         "What the map and its BatchNorm make of what was read"
-        w, b, *norm = (weights[n] if n else None for n in self.names)
-        c = self.conv
+        found: list[Any] = [weights[n] if n else None for n in self.names]
+        (w, b, *norm), c = found, self.conv
         if c is None:
             y = F.linear(x, w, b)
         else:
             x = x.movedim(-1, 1)
-            y = F.conv2d(x, w, b, c.stride, c.padding, c.dilation, c.groups).movedim(1, -1)
+            padding: Any = c.padding
+            y = F.conv2d(x, w, b, c.stride, padding, c.dilation, c.groups).movedim(1, -1)
         if norm:
             y = F.batch_norm(y.movedim(-1, 1), *norm, eps=self.eps).movedim(1, -1)
         return y
@@ -66,8 +67,8 @@ class LinearMap(NamedTuple):
         x: Tensor,  # From `read`, `(n, height, width, channels)`
     ) -> Tensor:  # `(n, height, width, channels, kernel height, kernel width)`, a view
         "What a convolution multiplies at every place of its output"
-        assert self.conv is not None
-        (up, left), c = self.conv.padding, self.conv
+        c: Any = self.conv
+        up, left = c.padding
         x = F.pad(x, (0, 0, left, left, up, up))
         for dim, size, stride, step in zip((1, 2), c.kernel_size, c.stride, c.dilation):
             x = x.unfold(dim, (size - 1) * step + 1, stride)[..., ::step]

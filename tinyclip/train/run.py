@@ -120,14 +120,12 @@ class Run:
         self.recent = deque(maxlen=10)  # (R@1, chance) of the last log points
         self.warned = False
         self.warmup = math.ceil(recipe['warmup'] * recipe['steps'])  # in steps
-        self.resharded = ''  # what changed on resuming, see `reshard_plan`
-        self.extended = ''  # the same of a longer run, see `extension_note`
+        self.resharded = self.extended = ''  # see `reshard_plan` and `extension_note`
 
     def emit(self, event, **values):
         "Report an event with step and training time"
-        return self.events.emit(
-            event, step=self.result.steps, seconds=round(self.result.seconds, 3), **values
-        )
+        r = self.result
+        return self.events.emit(event, step=r.steps, seconds=round(r.seconds, 3), **values)
 
     def warn(self, message, stacklevel):
         "Warning, for the log and, in the first process, for the caller"
