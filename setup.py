@@ -32,7 +32,6 @@ setup(
     install_requires=words('requirements'),
     extras_require={
         'export': words('export_requirements'),
-        'phone': words('phone_requirements'),
         'eval': words('eval_requirements'),
         'dev': words('dev_requirements')
         + words('export_requirements')

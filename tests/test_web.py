@@ -1,5 +1,5 @@
-"""Exports for browsers and phones against torch on the same pictures: in onnxruntime and, where
-they are there, in transformers.js, in the page itself and in ExecuTorch's runtime."""
+"""Exports for browsers against torch on the same pictures: in onnxruntime and, where they are
+there, in transformers.js and in the page itself."""
 
 import functools
 import http.server
@@ -321,19 +321,3 @@ def test_the_page_try_it_shows_an_answer_of_each_model(folder, served, photograp
         assert page.inner_text('#about') == ''
         assert page.evaluate('document.documentElement.scrollWidth') <= 390
     assert not complaints
-
-
-def test_executorch_gives_what_torch_gives(slim, tmp_path):
-    pytest.importorskip(
-        'executorch', reason="executorch is optional: pip install 'tinyclip[phone]'"
-    )
-    report = FORMATS['executorch'].write(slim, tmp_path / 'phone')
-    assert all(r['difference'] <= 1e-4 for r in report['parity'])
-    opened = open_model(tmp_path / 'phone')
-    with torch.no_grad():
-        want = slim.model.encode_text(slim.tokenizer(TEXTS), normalize=True)
-    near(opened.model.encode_text(opened.tokenizer(TEXTS)), want, 1e-4)
-    pixels = slim.preprocess(Shapes('heldout', n=1)[0][0])[None]
-    with torch.no_grad():
-        want = slim.model.encode_image(pixels, normalize=True)
-    near(opened.model.encode_image(pixels), want, 1e-4)
