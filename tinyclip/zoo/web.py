@@ -79,6 +79,8 @@ class WebText(nn.Module):
     "Text tower that takes tokens as transformers.js gives them"
 
     kind = 'text'
+    model: Any
+    at: Tensor
 
     def __init__(self, model: nn.Module, rules: TextRules):
         super().__init__()
