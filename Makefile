@@ -53,6 +53,9 @@ bench: $(READY) ## time loss, step and loader into results/, half an hour; with 
 site: $(READY) ## process the website into _proc and check it: links, outputs, titles; no quarto needed
 	python tools/site.py
 
-docs: $(READY) ## the website, into _docs; needs quarto on PATH, and is lighter with npm
+# The page Try it runs on packages of npm; a folder that holds them does, too: make docs RUNTIME=folder
+RUNTIME ?= npm
+docs: $(READY) ## the website, into _docs; needs quarto and npm on PATH
 	@command -v quarto >/dev/null || { echo 'quarto is not on PATH: install it from quarto.org, then run make docs again'; exit 1; }
 	python tools/site.py && python tools/small_plotly.py _proc && cd _proc && quarto render --no-cache && rm -rf ../_docs && mv _docs ..
+	python tools/try_it.py _docs/try_it --runtime $(RUNTIME)

@@ -141,30 +141,45 @@ def export_tower(
     about: dict | None = None,  # Facts for the file's metadata
 ) -> Path:  # The file
     "Write one tower, with its weights"
-    onnx, _ = need('onnx', 'onnxscript')
-    if opset not in OPSETS:
-        raise TinyclipError(f'opset={opset} cannot be written; choose {OPSETS[0]} to {OPSETS[-1]}.')
-    path, (inp, out) = Path(path), IO[kind]
+    inp, out = IO[kind]
     sizes = {0: torch.export.Dim('batch')}
     if kind == 'text' and takes_short(model):
         sizes[1] = torch.export.Dim('length', min=2, max=context_length(model))
+    example = {inp: torch.cat([x[:1]] * 2)}
+    return write_graph(Tower(model, kind), example, out, [sizes], path, opset, about)
+
+
+def write_graph(
+    tower: Any,  # A module with its `kind`
+    example: dict,  # Input -> two rows of it
+    output: str,  # What it gives
+    free: list,  # Of every input: dimension -> its `torch.export.Dim`, where it is of any size
+    path,  # As for `export_tower`
+    opset: int = OPSET,  # One of `OPSETS`
+    about: dict | None = None,  # Facts for the file's metadata
+) -> Path:  # The file
+    "Write a module as an ONNX file"
+    onnx, _ = need('onnx', 'onnxscript')
+    if opset not in OPSETS:
+        raise TinyclipError(f'opset={opset} cannot be written; choose {OPSETS[0]} to {OPSETS[-1]}.')
+    path = Path(path)
     try:
         with quiet(), torch.no_grad():
             program: Any = torch.onnx.export(
-                Tower(model, kind).eval(),
-                (torch.cat([x[:1]] * 2),),
+                tower.eval(),
+                tuple(example.values()),
                 dynamo=True,
                 verbose=False,
-                input_names=[inp],
-                output_names=[out],
-                dynamic_shapes=(sizes,),
+                input_names=list(example),
+                output_names=[output],
+                dynamic_shapes=tuple(free),
                 opset_version=opset,
             )
             proto = program.model_proto
     except Exception as e:  # the exporter has many kinds, and the reason stands in the cause
         why = (str(e.__cause__ or e).splitlines() or [''])[0]
         raise TinyclipError(
-            f'The {kind} tower cannot be exported to ONNX at opset {opset} '
+            f'The {tower.kind} tower cannot be exported to ONNX at opset {opset} '
             f'({type(e.__cause__ or e).__name__}: {why[:200]}).'
         ) from e
     forget_origins(proto)
@@ -416,6 +431,15 @@ def parity(path, x, want, one) -> dict:
     return dict(file=path.name, **apart(got, np.concatenate([want[:1], want])), MB=size / 1e6)
 
 
+def check_parity(kind, row, remedy):
+    "Refuse a float32 file that gives something else than torch"
+    if not row['difference'] <= TOLERANCE:  # not a number is no parity either
+        raise TinyclipError(
+            f"The exported {kind} tower differs from torch by {row['difference']:.1e} of the "
+            f'largest feature, more than {TOLERANCE:.0e}; nothing was written. {remedy}'
+        )
+
+
 def save_tokenizer(model, tokenizer, folder) -> tuple:
     "Write a tokenizer that is not CLIP's own; what it is, and its configuration"
     if getattr(model, 'merges', None) is not None or isinstance(tokenizer, ShortTokenizer):
@@ -472,13 +496,7 @@ def to_onnx(
             one = shorten_texts(x[:1], m) if kind == 'text' else x[:1]
             export_tower(m, kind, x, path, opset, about)
             rows.append(parity(path, x, want, one) | dict(weights='float32'))
-            if not rows[-1]['difference'] <= TOLERANCE:  # not a number is no parity either
-                raise TinyclipError(
-                    f"The exported {kind} tower differs from torch by "
-                    f"{rows[-1]['difference']:.1e} of the largest feature, more than "
-                    f"{TOLERANCE:.0e}; nothing was written. Try another opset (this was "
-                    f"{opset})."
-                )
+            check_parity(kind, rows[-1], f'Try another opset (this was {opset}).')
             if int8:
                 small = quantise(
                     path,
@@ -557,12 +575,19 @@ class OnnxCLIP(nn.Module):
     ):
         super().__init__()
         folder = Path(folder).expanduser()
-        c = self.config = read_onnx_config(folder)
-        if int8 and 'image.int8.onnx' not in c['files']:
+        config = read_onnx_config(folder)
+        if int8 and 'image.int8.onnx' not in config['files']:
             raise TinyclipError(f'{str(folder)!r} has no 8-bit files; export with int8=True.')
-        self.sessions = {
-            k: session(folder / f'{k}{".int8" if int8 else ""}.onnx', providers) for k in IO
-        }
+        files = {k: folder / f'{k}{".int8" if int8 else ""}.onnx' for k in IO}
+        self.adopt(config, {k: session(f, providers) for k, f in files.items()})
+
+    def adopt(
+        self,
+        c: dict,  # Of an export
+        sessions: dict,  # `image` and `text`
+    ):
+        "Take the place of a CLIP, for all that asks one for its sizes"
+        self.config, self.sessions = c, sessions
         pre = {k: v for k, v in c['image'].items() if k not in ('input', 'output')} | dict(
             size=tuple(c['image']['size'])
         )
@@ -592,8 +617,11 @@ class OnnxCLIP(nn.Module):
                 'Call it with normalize=True.'
             )
         check_input(self.config, kind, x)
-        rows = run_rows(self.sessions[kind], torch.as_tensor(x).detach().to('cpu', DTYPES[kind]))
+        rows = self.run(kind, torch.as_tensor(x).detach().to('cpu', DTYPES[kind]))
         return torch.from_numpy(rows).to(x.device) if isinstance(x, Tensor) else rows
+
+    def run(self, kind: str, x: Tensor) -> np.ndarray:  # `kind`: `'image'` or `'text'`
+        return run_rows(self.sessions[kind], x)
 
     def forward(self, image, text):  # As open_clip: image features, text features, logit scale
         return self.encode_image(image), self.encode_text(text), self.logit_scale.exp()

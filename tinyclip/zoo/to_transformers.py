@@ -294,10 +294,10 @@ def image_processor_cfg(
     )
 
 
-def processor(
+def clip_tokenizer(
     model: nn.Module,  # A CLIP or a student; its vocabulary may be shortened
-):  # A `CLIPProcessor`
-    "Tokenizer and image preparation of a model, as transformers has them"
+):  # A `CLIPTokenizer`
+    "Tokenizer of a model, as transformers has it"
     tf = transformers_or_why()
     if getattr(model, 'merges', None) is None and model.vocab_size != BPE:
         raise TinyclipError(
@@ -305,14 +305,20 @@ def processor(
             'a table shortened by tinyclip.zoo.vocabulary.shorten says which ones are its own.'
         )
     vocab, merges = vocab_and_merges(tokenizer_of(model).bpe_ranks)
-    tokenizer = tf.CLIPTokenizer(
+    return tf.CLIPTokenizer(
         vocab=vocab,
         merges=[tuple(m.split()) for m in merges],  # pyright: ignore[reportArgumentType] # as read
         model_max_length=model.context_length,
     )
-    return tf.CLIPProcessor(
-        image_processor=tf.CLIPImageProcessor(**image_processor_cfg(model)), tokenizer=tokenizer
-    )
+
+
+def processor(
+    model: nn.Module,  # A CLIP or a student
+):  # A `CLIPProcessor`
+    "Tokenizer and image preparation of a model, as transformers has them"
+    tf = transformers_or_why()
+    images = tf.CLIPImageProcessor(**image_processor_cfg(model))
+    return tf.CLIPProcessor(image_processor=images, tokenizer=clip_tokenizer(model))
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #ac32300a
 # of a model, its sign first; others are left alone
