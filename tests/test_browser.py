@@ -328,7 +328,7 @@ def test_two_ways_are_watched_from_a_form(both):
     nb.fill(FORM, 'teacher', 'shapes-teacher')
     nb.fill(FORM, 'steps each', '50')
     nb.press(FORM, 'Run all')
-    nb.until('t => T.facts(t).includes("of 100")', FORM)
+    nb.until('t => T.facts(t).includes("of 150")', FORM)
     nb.grows(FORM)
     assert nb.value('app.setup.batch_size') == 8
     nb.press(FORM, 'Stop')

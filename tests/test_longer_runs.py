@@ -197,6 +197,6 @@ def test_what_has_begun_must_stay(tmp_path_factory, then, says):
     if not folder.exists():
         plan(folder, stages=[ONE, TWO], masks=MASKS).fit()
     written = (folder / 'stages.json').read_text()
-    with pytest.raises(TinyclipError, match=f'another plan: {says}'):
+    with pytest.raises(TinyclipError, match=f'another plan: (.*, )?{says}'):
         plan(folder, stages=then, masks=MASKS).fit(resume=True)
     assert (folder / 'stages.json').read_text() == written

@@ -25,7 +25,7 @@ from tinyclip.towers.short_texts import (
     shorten_texts,
     takes_short,
 )
-from tinyclip.train.engine import Engine, make_accelerator
+from tinyclip.train.engine import Engine, cut_texts, make_accelerator
 from tinyclip.zoo.vocabulary import shorten
 
 END = 299
@@ -331,3 +331,9 @@ def test_evaluation_and_stored_answers_are_the_same():
     scores = retrieval(model, batches)
     model.encode_text = lambda t, normalize: torch.nn.functional.normalize(whole(model, t), dim=1)
     assert scores == retrieval(model, batches)
+
+
+def test_texts_elsewhere_are_not_asked():
+    "Their length would be waited for, at every step"
+    text = torch.ones(4, 77, dtype=torch.long, device='meta')
+    assert cut_texts(Batch(torch.ones(4, 3, 8, 8), text), clip()).text is text

@@ -239,6 +239,13 @@ def unwrap(
         own['forward'] = forward
 
 
+def cut_texts(batch, *models):
+    "Batch with texts as short as its readers allow; elsewhere than on the CPU they are not asked"
+    if not batch.text.is_cpu:
+        return batch
+    return batch._replace(text=shorten_texts(batch.text, *filter(None, models)))
+
+
 def running_statistics(model: nn.Module) -> list[torch.Tensor]:
     "Buffers of the batch norms"
     return [b for m in model.modules() if isinstance(m, _BatchNorm) for b in m.buffers()]
@@ -389,8 +396,8 @@ class Engine:
 
     def move(self, batch):
         "Batch on the device of the models, its texts no longer than they need them"
-        text = shorten_texts(batch.text, *filter(None, (self.live, self.teacher)))
-        return on_device(batch._replace(text=text), self.accelerator.device, self.images_last)
+        batch = cut_texts(batch, self.live, self.teacher)
+        return on_device(batch, self.accelerator.device, self.images_last)
 
     def ask(self, model, chunk):
         "Features of a chunk that may still be elsewhere"
