@@ -217,16 +217,16 @@ def test_samples_are_counted():
 def test_equal_texts_are_held_out_together():
     "Ten captions said four times are held back as ten captions are"
     teacher = clip()
-    student = inherit(teacher, manual(teacher, 0.25))
-    images, texts = (torch.cat(t) for t in zip(*batches(40, 10)))
+    student = inherit(teacher, manual(teacher, 0.5, text_depth=0.5))
+    [(images, texts)] = batches(40, 40)
     few = texts[:10].repeat(4, 1)
     often = refitted(student, teacher, [(images, few)])
     once = refitted(student, teacher, [(images[:10], few[:10])])
-    of_texts = [
+    often, once = (
         [r['damping'] for r in m.reconstruction if not r['matrix'].startswith('visual')]
         for m in (often, once)
-    ]
-    assert of_texts[0] == of_texts[1] and max(filter(None, of_texts[0])) > 1e-5
+    )
+    assert often == once and any(often)
 
 
 def half_of_the_samples(rank, world, port, folder):
