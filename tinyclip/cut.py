@@ -54,6 +54,10 @@ def cut_state(
 
 def _student_name(name, l, keep):
     "The name of a tensor in the student; None if its layer is dropped"
+    if name in l.first:
+        return name
+    if name.startswith(l.dropped):
+        return None
     for axis, path in l.depth.items():
         if name.startswith(path + '.'):
             i, rest = name[len(path) + 1 :].split('.', 1)

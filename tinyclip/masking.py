@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .core import TinyclipError, rank_and_world_size, unknown
 from .inheritance import inherit
-from .keep import Keep
+from .keep import Keep, one_per_tower
 from .masks import eval_masks, expected_zeros, hard_concrete, keep_prob
 from .towers import TOWERS, Layout, ParamCount, layout
 from .towers.short_texts import accept_short
@@ -58,13 +58,35 @@ class OpenNorm(nn.LayerNorm):
         ).to(x.dtype)
 
     @classmethod
-    def of(cls, norm: nn.LayerNorm) -> nn.LayerNorm:
-        "An existing LayerNorm, with all channels open; its parameters are shared"
+    def of(cls, norm: Any) -> nn.Module:
+        "An existing norm, with all channels open; its parameters are shared"
+        if not isinstance(norm, nn.LayerNorm):
+            return OpenRMSNorm(norm)
         new = cls(list(norm.normalized_shape), norm.eps, device='meta')
         new.weight = norm.weight
         new.bias = norm.bias
         new.register_buffer('open', torch.ones_like(norm.weight.detach()), persistent=False)
         return new
+
+
+class OpenRMSNorm(nn.Module):
+    "RMSNorm over the open channels, as T5 has it: neither mean nor bias"
+
+    open: Tensor  # `(width,)`, 1 where a channel is open
+
+    def __init__(
+        self,
+        norm: Any,  # An RMSNorm; its weight is shared
+    ):
+        super().__init__()
+        self.weight = norm.weight
+        self.eps = norm.variance_epsilon
+        self.register_buffer('open', torch.ones_like(norm.weight.detach()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # `(..., width)` to the same
+        squares = (x * self.open).float().square().sum(-1, keepdim=True)
+        x = x * torch.rsqrt(squares / self.open.sum().clamp(min=1) + self.eps)
+        return self.weight * self.open * x.to(self.weight.dtype)
 
 # %% ../nbs/07_masking.ipynb #f54ec808
 class ScaledEmbedding(nn.Embedding):
@@ -109,15 +131,13 @@ class Recomputed(nn.Module):
                 raise
             return getattr(self.block, name)
 
-    def forward(self, x: Tensor, k_x=None, v_x=None, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *args, **options) -> Any:
         if not (self.recompute and torch.is_grad_enabled()):
-            return self.block(x, attn_mask=attn_mask)
+            return self.block(x, *args, **options)
         names, tensors = zip(*self.named_parameters(), *self.named_buffers())
 
         def run(x, *tensors):
-            return functional_call(
-                self.block, dict(zip(names, tensors)), (x,), dict(attn_mask=attn_mask)
-            )
+            return functional_call(self.block, dict(zip(names, tensors)), (x, *args), options)
 
         return checkpoint(run, x, *tensors, use_reentrant=False)
 
@@ -180,6 +200,12 @@ def mask_groups(
                 'tinyclip.keep.manual.'
             )
     groups = {a: n for a, n in l.sizes.items() if a.split('.')[-1] in kinds}
+    shared = [a for a in l.sizes if a.endswith('.heads') and one_per_tower(a)]
+    if shared and 'attention' in kinds:
+        raise TinyclipError(
+            f'All layers share the axis {shared[0]}, so no attention closes by itself: leave '
+            "'attention' out of kinds and mask 'heads'."
+        )
     return groups | {
         f'{t}.{k}': l.sizes[f'{t}.layers'] for t in TOWERS for k in BRANCHES if k in kinds
     }
@@ -226,10 +252,16 @@ def prepare(
     norms = {p: a for p, a in l.norms.items() if a in axes}
     for path in norms:
         replace_module(new, path, OpenNorm.of)
-    replace_module(new, l.table, ScaledEmbedding.of)
-    own: list[Any] = [m for m in new.modules() if getattr(m, 'grad_checkpointing', False)]
-    for m in own:
-        m.grad_checkpointing = False  # it would recompute with the weights of the moment
+    if l.dims[f'{l.table}.weight'][1]:
+        replace_module(new, l.table, ScaledEmbedding.of)
+    own: list[Any] = [
+        (m, n)
+        for m in new.modules()
+        for n in ('grad_checkpointing', 'gradient_checkpointing')
+        if getattr(m, n, False)
+    ]
+    for m, n in own:
+        setattr(m, n, False)  # it would recompute with the weights of the moment
     for axis, path in l.depth.items():
         for i in range(l.sizes[axis]):
             replace_module(new, f'{path}.{i}', Recomputed)
@@ -310,9 +342,10 @@ class MaskVector(nn.Module):
         self,
         shift: float = 0.0,  # Added to every log alpha
     ) -> dict:  # group -> how many of its masks are closed
-        "Expected number of closed masks per group; at least one channel stays"
+        "Expected number of closed masks per group; at least one of a whole tower's axis stays"
         n = {g: expected_zeros(a) for g, a in self.by_group(self.log_alpha.float() + shift).items()}
-        return {g: min(k, self.groups[g] - g.endswith('.width')) for g, k in n.items()}
+        least = {g: g in self.layout.sizes and one_per_tower(g) for g in n}
+        return {g: min(k, self.groups[g] - least[g]) for g, k in n.items()}
 
     @torch.no_grad()
     def values(
@@ -403,9 +436,9 @@ class MaskedCLIP(MaskVector):
             out[name] = t
         for path, axis in self.norms.items():
             out[f'{path}.open'] = (masks[axis].detach() > 0).float()
-        width = self.layout.dims[f'{self.layout.table}.weight'][1].axis
-        if width in masks:
-            out[f'{self.layout.table}.scale'] = masks[width]
+        width = self.layout.dims[f'{self.layout.table}.weight'][1]
+        if width and width.axis in masks:
+            out[f'{self.layout.table}.scale'] = masks[width.axis]
         return out
 
     def open_counts(self) -> Tensor:  # `(len(size.axes),)`, in the order of `self.size.axes`

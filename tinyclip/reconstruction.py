@@ -250,11 +250,15 @@ class Inherited:
     def kept(self, name, dim=0) -> Tensor:
         "Positions of what is kept along a dimension of the teacher's tensor"
         d = self.l.dims[name][dim]
+        if d is None:
+            return torch.arange(self.whole[name].shape[dim])
         return d.expand(torch.tensor(self.keep[d.axis], dtype=torch.long), self.l.sizes[d.axis])
 
     def values(self, name) -> Tensor:
         "Mask values along the first dimension; ones where masks are hard, or not multiplied in"
         d = self.l.dims[name][0]
+        if d is None:
+            return torch.ones(len(self.whole[name]), device=self.whole[name].device)
         ones = [1.0] * len(self.keep[d.axis])
         values = self.keep.values.get(d.axis, ones) if d.scaled else ones
         return torch.tensor(values, device=self.whole[name].device)
@@ -405,6 +409,9 @@ class TowerPair:
         self.streams.update(walk)
 
     def _refit_branch(self, own: Branch, theirs: Branch, dropped: list):
+        if not own.maps:  # the student has not even a bias of it
+            self._walk([theirs, *dropped])
+            return
         if own.shortcut:
             yield from self._refit_inner(Branch(own.shortcut), Branch(theirs.shortcut or ()))
         yield from self._refit_inner(own._replace(maps=own.maps[:-1]), theirs)

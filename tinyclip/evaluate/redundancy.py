@@ -74,7 +74,11 @@ def hooked(
             blocks[0].register_forward_pre_hook(lambda block, args: collect(args[0])).remove
         )
         for b in blocks:
-            hooks.callback(b.register_forward_hook(lambda block, args, out: collect(out)).remove)
+            hooks.callback(
+                b.register_forward_hook(
+                    lambda block, args, out: collect(out[0] if isinstance(out, tuple) else out)
+                ).remove
+            )
         yield
 
 # %% ../../nbs/evaluate/04_redundancy.ipynb #62bf694d

@@ -62,6 +62,12 @@ class Layout:
     norms: dict = field(default_factory=dict)
     # path of the token table in the model
     table: str = ''
+    # names in the state dict of what lies in the first layer, whichever that is in a student
+    first: set = field(default_factory=set)
+    # axis -> (sizes of a student) -> its size where open_clip's configuration holds the student
+    follows: dict = field(default_factory=dict)
+    # what the names of parts begin with that no student has
+    dropped: tuple = ()
     # `'image'` and `'text'` -> the `Family` of the tower
     families: dict = field(default_factory=dict)
 

@@ -15,6 +15,7 @@ from torch import nn
 from ..core import TinyclipError
 from .davit import DAVIT
 from .family import Family, tower_of
+from .hugging_face_text import BERT, M2M_100, T5_ENCODER
 from .layout import TOWERS, Layout
 from .resnet import RESNET
 from .text import TEXT
@@ -22,7 +23,7 @@ from .tinyvit import TINYVIT
 from .vit import VIT
 
 # %% ../../nbs/towers/15_registry.ipynb #588ccc17
-FAMILIES: list[Family] = [VIT, RESNET, DAVIT, TINYVIT, TEXT]
+FAMILIES: list[Family] = [VIT, RESNET, DAVIT, TINYVIT, TEXT, BERT, T5_ENCODER, M2M_100]
 
 
 def _refuse(model):
@@ -104,10 +105,12 @@ def layout(
     if isinstance(model, Layout):
         return model
     l = Layout(families={t: family_of(model, t) for t in TOWERS}, parts=parts(model))
+    l.dropped = ('text_decoder.',)  # CoCa's, which writes captions: a student is a plain CLIP
     l.axis('embed', embed_dim(model))
     for t, family in l.families.items():
         family.lay_out(l, *tower_of(model, t))
-    l.shapes = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    own = model.state_dict()
+    l.shapes = {n: tuple(t.shape) for n, t in own.items() if not n.startswith(l.dropped)}
     bad = [n for n, s in l.shapes.items() if n not in l.dims and s and not n.startswith('logit_')]
     if bad:
         raise TinyclipError(

@@ -26,6 +26,7 @@ from ..core import TinyclipError, read_json, write_json
 from ..data.transforms import token_ids, transforms
 from ..keep import Keep
 from ..towers.architecture import TOKENIZER_KEYS, architecture, build
+from ..towers.hugging_face_text import HERE
 from .vocabulary import ShortTokenizer, tokenizer_of
 from .weights import assemble, plain_names, read_weights
 
@@ -34,6 +35,9 @@ KEEP = 'keep.json'
 
 
 BPE = 'bpe.txt.gz'
+
+
+HF_CONFIG = 'config.json'  # Of a text tower from transformers
 
 # %% ../../nbs/zoo/04_folders.ipynb #7b4a2240
 CONFIG = 'open_clip_config.json'
@@ -149,7 +153,7 @@ def save(
     def cast(t):
         return t.to(dtype) if dtype and t.is_floating_point() else t
 
-    with replacing(folder, (CONFIG, WEIGHTS, KEEP, BPE)) as tmp:
+    with replacing(folder, (CONFIG, WEIGHTS, KEEP, BPE, HF_CONFIG)) as tmp:
         save_file(
             {k: cast(v.detach()).cpu().contiguous().clone() for k, v in model.state_dict().items()},
             tmp / WEIGHTS,
@@ -158,8 +162,11 @@ def save(
             (tmp / KEEP).write_text(model.keep.to_json(), encoding='utf-8')
         if getattr(model, 'merges', None) is not None:
             ShortTokenizer(tokenizer_of(model).bpe_ranks).save(tmp / BPE)
-        if 'hf_tokenizer_name' in config['model_cfg']['text_cfg']:
+        text = config['model_cfg']['text_cfg']
+        if 'hf_tokenizer_name' in text:
             tokenizer.save_pretrained(str(tmp))
+        if 'hf_config' in text:
+            write_json(tmp / HF_CONFIG, text.pop('hf_config'))
         write_json(tmp / CONFIG, config)
     return Path(folder)
 
@@ -344,6 +351,9 @@ def load_folder(
             f"{WEIGHTS}, or a name like 'ViT-B-32:laion2b_s34b_b79k'."
         )
     cfg = read_config(folder)
+    text = cfg['model_cfg']['text_cfg']
+    if text.get('hf_model_name') == HERE and (folder / HF_CONFIG).is_file():
+        text['hf_config'] = read_json(folder / HF_CONFIG, 'save the model again')
     bare = _without_tokenizer(cfg['model_cfg'])
     state = plain_names(read_weights(weights_file(folder)), repr(str(folder)))
     model = assemble(bare, state, repr(str(folder)))
