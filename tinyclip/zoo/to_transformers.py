@@ -17,7 +17,7 @@ from torch import nn
 
 import tinyclip
 from ..core import TinyclipError, check_choice
-from ..towers import VIT, family_of
+from ..towers import TEXT, VIT, family_of
 from ..towers.architecture import architecture
 from .folders import preprocess_cfg, replacing
 from .vocabulary import tokenizer_of, vocab_and_merges
@@ -54,11 +54,16 @@ def describe(
     "Description of a model for transformers; refuses what that cannot hold"
     cfg = architecture(model)
     vision, text = cfg['vision_cfg'], cfg['text_cfg']
-    if (family := family_of(model, 'image')) is not VIT:
+    for tower, own in (('image', VIT), ('text', TEXT)):
+        if (family := family_of(model, tower)) is not own:
+            raise TinyclipError(
+                f"The {tower} tower is a {family.name}; the CLIP of transformers has open_clip's "
+                f'{own.name} only. Keep this model as an open_clip folder, or export it to ONNX.'
+            )
+    if text.get('embed_cls') or text.get('proj_type') == 'none':
         raise TinyclipError(
-            f'The image tower is a {family.name}; transformers is offered '
-            'vision transformers only. Keep this model as an open_clip folder, or export it '
-            'to ONNX.'
+            'The text tower ends in a class token of its own, or has no projection (CoCa); the '
+            'CLIP of transformers has neither.'
         )
     if model.logit_bias is not None:
         raise TinyclipError(
