@@ -144,3 +144,27 @@ def test_a_new_family_is_one_page_and_one_entry():
         assert torch.equal(world['student'].visual.patch.weight, weight)
     finally:
         FAMILIES[:] = before
+
+
+def features(model):
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        image = model.encode_image(torch.randn(2, 3, 16, 16, generator=g))
+        return image, model.encode_text(torch.randint(1, 31, (2, 6), generator=g))
+
+
+def test_coca_pools_by_attention():
+    "What its queries read can be cut and masked; its decoder is not inherited"
+    torch.manual_seed(0)
+    pool = dict(attentional_pool=True, attn_pooler_heads=2, attn_pooler_queries=3)
+    cfg = TINY | dict(custom_text=True, vision_cfg=dict(TINY['vision_cfg'], **pool))
+    model = build(cfg).eval()
+    for a, b in zip(features(inherit(model, manual(model))), features(model)):
+        assert torch.equal(a, b)
+    masked = MaskedCLIP(model).eval()
+    with torch.no_grad():
+        masked.log_alpha.copy_(torch.randn_like(masked.log_alpha) * 3)
+    small = masked.cut().eval()
+    for a, b in zip(features(masked), features(small)):
+        assert (a - b).norm() < 1e-5 * b.norm()
+    assert small.visual.attn_pool.ln_k.weight.numel() < 8

@@ -43,15 +43,29 @@ class ViT(Transformer):
         l.dims[f'{path}positional_embedding'] = (None, write)
         if isinstance(tower.ln_pre, nn.LayerNorm):
             l.norm(f'{path}ln_pre', W)
-        l.norm(f'{path}ln_post', W)
-        l.dims[f'{path}proj'] = (Dim(W), Dim('embed'))
+        if tower.attn_pool is None:
+            l.norm(f'{path}ln_post', W)
+            l.dims[f'{path}proj'] = (Dim(W), Dim('embed'))
+        else:
+            self.lay_out_pool(l, tower, path, W)
+
+    def lay_out_pool(self, l, tower, path, width):
+        "Queries of CoCa read the stream; all behind that is as wide as the embedding, and stays"
+        for n, p in tower.named_parameters():
+            if n.startswith(('attn_pool.', 'ln_post.')):
+                l.dims[f'{path}{n}'] = (None,) * p.ndim
+        for n in ('k_proj_weight', 'v_proj_weight'):
+            l.dims[f'{path}attn_pool.attn.{n}'] = (None, Dim(width))
+        l.norm(f'{path}attn_pool.ln_k', width)
+        l.dims[f'{path}proj'] = (None, Dim('embed'))
 
     def refuse(self, tower):
         "A sentence for each variant that is not supported"
-        if tower.attn_pool is not None:
+        if getattr(tower, 'attn_pool_contrastive', None) is not None:
             raise TinyclipError(
-                'The image tower pools by attention (CoCa), so it can be used as it is, but '
-                'neither cut nor saved; class-token and average pooling can.'
+                f'The image tower pools by attention twice ({tower.attn_pool_type!r}), so it can '
+                'be used as it is, but neither cut nor saved; pooling by attention once, by class '
+                'token and by average can.'
             )
         if tower.pool_type == 'none':
             raise TinyclipError(
@@ -75,6 +89,9 @@ class ViT(Transformer):
         for n in ('final_ln_after_pool', 'output_tokens'):
             if getattr(tower, n):
                 cfg[n] = True
+        if (pool := tower.attn_pool) is not None:
+            cfg |= dict(attentional_pool=True, attn_pooler_heads=pool.attn.num_heads)
+            cfg['attn_pooler_queries'] = len(pool.query)
         return cfg
 
     def sizes_in(self, state, tower, path, static):
