@@ -62,7 +62,7 @@ def _check_keep(keep, l):
             f'there and {l.sizes.get(a, "absent")} here. Choose again for this teacher.'
         )
     for a in keep.axes:
-        if not keep[a] and not a.endswith(('.heads', '.ffn')):
+        if not keep[a] and not ('.layers.' in a and a.endswith(('.heads', '.ffn'))):
             raise TinyclipError(
                 f'{a}: nothing is kept; keep at least one (only the heads or neurons of a '
                 'layer may go altogether).'

@@ -8,6 +8,7 @@ __all__ = ['mask_groups', 'MaskedCLIP']
 # %% ../nbs/07_masking.ipynb #361d2666
 import contextlib
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,6 +67,13 @@ class OpenNorm(nn.LayerNorm):
         new.register_buffer('open', torch.ones_like(norm.weight.detach()), persistent=False)
         return new
 
+
+class OpenNorm2d(OpenNorm):
+    "The same for maps with channels before height and width"
+
+    def forward(self, input: Tensor) -> Tensor:  # `(n, width, height, width)` to the same
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
 # %% ../nbs/07_masking.ipynb #f54ec808
 class ScaledEmbedding(nn.Embedding):
     "An embedding whose channels are scaled after the look-up"
@@ -110,14 +118,13 @@ class Recomputed(nn.Module):
             return getattr(self.block, name)
 
     def forward(self, x: Tensor, k_x=None, v_x=None, attn_mask: Tensor | None = None) -> Tensor:
+        kwargs = {} if attn_mask is None else dict(attn_mask=attn_mask)
         if not (self.recompute and torch.is_grad_enabled()):
-            return self.block(x, attn_mask=attn_mask)
+            return self.block(x, **kwargs)
         names, tensors = zip(*self.named_parameters(), *self.named_buffers())
 
         def run(x, *tensors):
-            return functional_call(
-                self.block, dict(zip(names, tensors)), (x,), dict(attn_mask=attn_mask)
-            )
+            return functional_call(self.block, dict(zip(names, tensors)), (x,), kwargs)
 
         return checkpoint(run, x, *tensors, use_reentrant=False)
 
@@ -133,11 +140,29 @@ def gate_of(
     groups,  # Names of groups
 ):  # e.g. `('image.attention', 3)`, or None where no branch mask rules the axis
     "The branch mask that also multiplies an axis"
-    tower, *rest = axis.split('.')
-    if len(rest) < 3:
+    m = re.fullmatch(r'(.+)\.layers\.(\d+)\.(?:.+\.)?(heads|ffn)', axis)
+    if not m:
         return None
-    name = f"{tower}.{'attention' if rest[2] == 'heads' else 'mlp'}"
-    return (name, int(rest[1])) if name in groups else None
+    name = f"{m[1]}.{'attention' if m[3] == 'heads' else 'mlp'}"
+    return (name, int(m[2])) if name in groups else None
+
+
+def kind_of(
+    axis: str,  # e.g. `'image.stages.0.layers.3.inner1'`
+) -> str:  # `'heads'`, `'ffn'`, `'width'`; empty for what is not masked
+    "Which kind of masks an axis has; channels within a branch or a stem are like neurons"
+    last = axis.rsplit('.', 1)[-1]
+    if last in ('heads', 'width'):
+        return last
+    return '' if last in ('embed', 'layers') else 'ffn'
+
+
+def can_vanish(
+    group: str,  # Of masks
+    l: Layout,
+) -> bool:
+    "Whether all masks of a group may close: those of branches, and heads or neurons in a layer"
+    return group not in l.sizes or ('.layers.' in group and group.endswith(('.heads', '.ffn')))
 
 
 def masked_weights(
@@ -158,7 +183,7 @@ def masked_weights(
 
 # %% ../nbs/07_masking.ipynb #698288fe
 def mask_groups(
-    model: nn.Module | Layout,  # A CLIP with a ViT image tower, or its layout
+    model: nn.Module | Layout,  # A CLIP, or its layout
     kinds=KINDS,  # What to mask
 ) -> (
     dict
@@ -179,10 +204,14 @@ def mask_groups(
                 f'The {f.tower} tower is a {f.name}; {f.unmaskable}. Shrink this one by rule: '
                 'tinyclip.keep.manual.'
             )
-    groups = {a: n for a, n in l.sizes.items() if a.split('.')[-1] in kinds}
-    return groups | {
-        f'{t}.{k}': l.sizes[f'{t}.layers'] for t in TOWERS for k in BRANCHES if k in kinds
-    }
+    scaled = {d.axis for dims in l.dims.values() for d in dims if d and d.scaled}
+    groups = {a: n for a, n in l.sizes.items() if kind_of(a) in kinds and a in scaled}
+    for depth in l.depth:
+        part = depth.removesuffix('.layers')
+        for k in (k for k in BRANCHES if k in kinds):
+            if any(gate_of(a, [f'{part}.{k}']) for a in l.sizes):
+                groups[f'{part}.{k}'] = l.sizes[depth]
+    return groups
 
 # %% ../nbs/07_masking.ipynb #0ac325fe
 def shared_noise(
@@ -225,7 +254,7 @@ def prepare(
     accept_short(new)
     norms = {p: a for p, a in l.norms.items() if a in axes}
     for path in norms:
-        replace_module(new, path, OpenNorm.of)
+        replace_module(new, path, (OpenNorm2d if path in l.channels_first else OpenNorm).of)
     replace_module(new, l.table, ScaledEmbedding.of)
     own: list[Any] = [m for m in new.modules() if getattr(m, 'grad_checkpointing', False)]
     for m in own:
@@ -312,7 +341,8 @@ class MaskVector(nn.Module):
     ) -> dict:  # group -> how many of its masks are closed
         "Expected number of closed masks per group; at least one channel stays"
         n = {g: expected_zeros(a) for g, a in self.by_group(self.log_alpha.float() + shift).items()}
-        return {g: min(k, self.groups[g] - g.endswith('.width')) for g, k in n.items()}
+        most = {g: k - (not can_vanish(g, self.layout)) for g, k in self.groups.items()}
+        return {g: min(k, most[g]) for g, k in n.items()}
 
     @torch.no_grad()
     def values(
@@ -331,7 +361,7 @@ class MaskedCLIP(MaskVector):
 
     def __init__(
         self,
-        # An open_clip CLIP with a ViT image tower, or a student of one; it is copied
+        # An open_clip CLIP of a known family, or a student of one; it is copied
         clip: nn.Module,
         # What to mask: `'heads'`, `'ffn'` (neurons), `'width'` (channels); `'attention'`, `'mlp'`
         # (whole branches)
@@ -402,7 +432,8 @@ class MaskedCLIP(MaskVector):
                     t = t * m.view(shape)
             out[name] = t
         for path, axis in self.norms.items():
-            out[f'{path}.open'] = (masks[axis].detach() > 0).float()
+            block = self.layout.dims[f'{path}.weight'][0].block
+            out[f'{path}.open'] = (masks[axis].detach() > 0).float().repeat_interleave(block)
         width = self.layout.dims[f'{self.layout.table}.weight'][1].axis
         if width in masks:
             out[f'{self.layout.table}.scale'] = masks[width]

@@ -256,7 +256,7 @@ class Inherited:
         d = self.l.dims[name][0]
         ones = [1.0] * len(self.keep[d.axis])
         values = self.keep.values.get(d.axis, ones) if d.scaled else ones
-        return torch.tensor(values, device=self.whole[name].device)
+        return torch.tensor(values, device=self.whole[name].device).repeat_interleave(d.block)
 
     def tensors(self, m: LinearMap, target: LinearMap) -> dict:
         "All tensors of a map under the student's names"
@@ -299,6 +299,13 @@ class Inherited:
         return {n: t for n, t in zip(m.names, fitted) if n}
 
 # %% ../nbs/03_reconstruction.ipynb #4919b9de
+def fitted_around(
+    branch: Branch,
+) -> tuple:  # Of `LinearMap`s
+    "The maps of a branch's shortcut; none where it is a function"
+    return () if callable(branch.shortcut) else branch.shortcut or ()
+
+
 class TowerPair:
     "A tower of the student beside the teacher's, and the streams of both on the same inputs"
 
@@ -342,7 +349,7 @@ class TowerPair:
 
     def __len__(self):
         branches = [b for block in self.blocks for b in block]
-        maps = [m for b in branches for m in (*b.maps, *(b.shortcut or ()))]
+        maps = [m for b in branches for m in (*b.maps, *fitted_around(b))]
         return sum(len(m) if isinstance(m, list) else 1 for m in maps) + bool(self.projections[0])
 
     def refits(self) -> Iterator[dict]:
@@ -379,8 +386,8 @@ class TowerPair:
         self.streams.update(walk)
 
     def _refit_branch(self, own: Branch, theirs: Branch, dropped: list):
-        if own.shortcut:
-            yield from self._refit_inner(Branch(own.shortcut), Branch(theirs.shortcut or ()))
+        if around := fitted_around(own):
+            yield from self._refit_inner(Branch(around), Branch(fitted_around(theirs)))
         yield from self._refit_inner(own._replace(maps=own.maps[:-1]), theirs)
         # before an activation only what ends in one, too, can be taken over
         taken = dropped if own.act is None or dropped and dropped[-1].act else []
@@ -388,7 +395,8 @@ class TowerPair:
         self._walk(before, last)
         m, target = own.maps[-1], theirs.maps[-1]
         name = target.weight or target.bias
-        channels, values = self.inherited.kept(name), self.inherited.values(name)
+        channels = self.inherited.kept(name)
+        values = self.inherited.values(f'{target.norm}.weight' if target.norm else name)
 
         def outer(batch):
             x, mask, y = batch['stream'], batch.get('mask'), batch['teacher_stream']

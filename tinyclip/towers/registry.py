@@ -13,8 +13,10 @@ from open_clip.hf_model import HFTextEncoder
 from torch import nn
 
 from ..core import TinyclipError
+from .convnext import CONVNEXT
 from .davit import DAVIT
 from .family import Family, tower_of
+from .fastvit import FASTVIT
 from .layout import TOWERS, Layout
 from .resnet import RESNET
 from .text import TEXT
@@ -22,7 +24,7 @@ from .tinyvit import TINYVIT
 from .vit import VIT
 
 # %% ../../nbs/towers/15_registry.ipynb #588ccc17
-FAMILIES: list[Family] = [VIT, RESNET, DAVIT, TINYVIT, TEXT]
+FAMILIES: list[Family] = [VIT, RESNET, DAVIT, TINYVIT, CONVNEXT, FASTVIT, TEXT]
 
 
 def _refuse(model):
