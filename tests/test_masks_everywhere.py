@@ -8,7 +8,7 @@ from small_trunks import TWINS, off, pictures, twin
 
 from tinyclip.core import TinyclipError
 from tinyclip.keep import manual
-from tinyclip.masking import MaskedCLIP, mask_groups
+from tinyclip.masking import MaskedCLIP, MethodModule, mask_groups
 from tinyclip.sparsity import Goal, Sparsity, uniform_shape, zeros_for
 from tinyclip.towers import layout
 
@@ -26,7 +26,7 @@ def test_masked_equals_cut(family, seed, kinds, hard, mean):
     masked.log_alpha.data.normal_(mean, 2)
     student = masked.cut()
     assert off(masked, student) < 1e-5
-    assert off(masked, twin(family)) > 1e-3
+    assert masked.hard or off(masked, twin(family)) > 1e-3
 
 
 @families
@@ -36,28 +36,22 @@ def test_masks_reach_every_kind_of_place(family):
     groups = mask_groups(model)
     axes = [a for a in layout(model).sizes if a != 'embed' and not a.endswith('.layers')]
     assert set(groups) == set(axes)
+    torch.manual_seed(0)
     masked = MaskedCLIP(model, hard=True).eval()
-    whole = masked.encode_image(pictures(model)).detach()
+    masked.log_alpha.data.normal_()
+    whole = closing(masked, {})
     assert off(whole, model) < 1e-5
-    for g in groups:
-        zeros = dict.fromkeys(groups, 0) | {g: max(1, groups[g] // 2)}
-        with torch.no_grad():
-            masked.log_alpha.normal_()
-            out = masked.run('encode_image', pictures(model))
-            w = masked.fold(masked.values(zeros))
-            names = {f'model.{k}': v for k, v in w.items()}
-            out = torch.func.functional_call(Encode(masked.clip), names, (pictures(model),))
-        if g.startswith('image.'):
-            assert off(out, whole) > 1e-6, g
+    for g in (g for g in groups if g.startswith('image.')):
+        assert off(closing(masked, {g: max(1, groups[g] // 2)}), whole) > 1e-6, g
 
 
-class Encode(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return self.model.encode_image(x)
+@torch.no_grad()
+def closing(masked, zeros):
+    "Image features with so many masks closed, and no others"
+    values = masked.values(dict.fromkeys(masked.groups, 0) | zeros)
+    weights = {f'model.{k}': v for k, v in masked.fold(values).items()}
+    module = MethodModule(masked.clip, 'encode_image')
+    return torch.func.functional_call(module, weights, (pictures(masked.clip),))
 
 
 @families
@@ -66,12 +60,16 @@ def test_gradients_reach_masks_and_weights(family):
     masked = MaskedCLIP(twin(family)).train()
     image = pictures(twin(family), 4)
     plain = gradients(masked, image)
-    groups = masked.by_group(plain['log_alpha'])
-    assert not [g for g, a in groups.items() if g.startswith('image.') and not a.abs().sum() > 0]
+    groups = masked.by_group(plain['probe'])
+    image_groups = [a for g, a in groups.items() if g.startswith('image.')]
+    assert image_groups and all(a.abs().sum() > 0 for a in image_groups)
+    once = {n: b.clone() for n, b in masked.clip.named_buffers()}
     masked.set_grad_checkpointing()
     again = gradients(masked, image)
     for n, g in plain.items():
         assert (again[n] - g).abs().max() <= 1e-4 * g.abs().max() + 1e-7, n
+    for n, b in masked.clip.named_buffers():
+        assert not n.endswith('tracked') or b == once[n] + 1, n
 
 
 def gradients(masked, image):
@@ -89,7 +87,8 @@ def test_a_goal_is_met_exactly(family):
     masked.log_alpha.data.normal_(2, 1)
     student = masked.cut(zeros_for(masked, 0.5, ('image',)))
     n = sum(p.numel() for p in student.visual.parameters())
-    assert abs(n / masked.size.whole['image'] - 0.5) < 0.02
+    coarse = family == 'fastvit_five'  # one channel in four of every stage
+    assert abs(n / masked.size.whole['image'] - 0.5) < (0.1 if coarse else 0.02)
     counts = {a: len(student.keep[a]) for a in student.keep.sizes}
     assert masked.size.count(counts)['image'] == n
 

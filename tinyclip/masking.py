@@ -94,6 +94,9 @@ class ScaledEmbedding(nn.Embedding):
         return new
 
 # %% ../nbs/07_masking.ipynb #bda630e1
+STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')  # of a BatchNorm
+
+
 class Recomputed(nn.Module):
     "A block that gradient checkpointing may recompute, with the weights that it was called with"
 
@@ -121,10 +124,18 @@ class Recomputed(nn.Module):
         kwargs = {} if attn_mask is None else dict(attn_mask=attn_mask)
         if not (self.recompute and torch.is_grad_enabled()):
             return self.block(x, **kwargs)
-        names, tensors = zip(*self.named_parameters(), *self.named_buffers())
+        buffers, statistics = {}, {}
+        for n, b in self.named_buffers():
+            (statistics if n.rpartition('.')[2] in STATISTICS else buffers)[n] = b
+        names, tensors = zip(*self.named_parameters(), *buffers.items())
+        runs = []
 
         def run(x, *tensors):
-            return functional_call(self.block, dict(zip(names, tensors)), (x,), kwargs)
+            lent = dict(zip(names, tensors))
+            if runs:  # a batch counts once
+                lent |= {n: b.clone() for n, b in statistics.items()}
+            runs.append(True)
+            return functional_call(self.block, lent, (x,), kwargs)
 
         return checkpoint(run, x, *tensors, use_reentrant=False)
 
