@@ -14,7 +14,7 @@ from torch import nn
 
 from .core import TinyclipError
 from .cut import cut_state
-from .keep import Keep, keep_of_config, one_per_tower, student_sizes
+from .keep import Keep, keep_of_config, student_sizes
 from .reconstruction import reconstruct
 from .towers import layout
 from .towers.architecture import architecture, build, static_cfg, with_sizes
@@ -62,7 +62,7 @@ def _check_keep(keep, l):
             f'there and {l.sizes.get(a, "absent")} here. Choose again for this teacher.'
         )
     for a in keep.axes:
-        if not keep[a] and (one_per_tower(a) or not a.endswith(('.heads', '.ffn'))):
+        if not keep[a] and not ('.layers.' in a and a.endswith(('.heads', '.ffn'))):
             raise TinyclipError(
                 f'{a}: nothing is kept; keep at least one (only the heads or neurons of a '
                 'layer may go altogether).'

@@ -568,7 +568,7 @@ def _same_settings(cfg, student, teacher):
     named, own, has = _flat(cfg), _flat(static_cfg(student)), _flat(static_cfg(teacher))
     reads = getattr(teacher, 'tokenizer_cfg', {})
     for k, value in {**_UNSEEN, **{f'text_cfg.{k}': reads.get(k) for k in TOKENIZER_KEYS}}.items():
-        if named.get(k) and named[k] != value:
+        if named.get(k) and k not in has and named[k] != value:
             own[k], has[k] = named[k], value
     differ = [
         k for k in own | has if own.get(k) != has.get(k) and not k.endswith('timm_model_name')

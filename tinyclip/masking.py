@@ -8,6 +8,7 @@ __all__ = ['mask_groups', 'MaskedCLIP']
 # %% ../nbs/07_masking.ipynb #361d2666
 import contextlib
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,6 +89,13 @@ class OpenRMSNorm(nn.Module):
         x = x * torch.rsqrt(squares / self.open.sum().clamp(min=1) + self.eps)
         return self.weight * self.open * x.to(self.weight.dtype)
 
+
+class OpenNorm2d(OpenNorm):
+    "OpenNorm for maps with channels before height and width"
+
+    def forward(self, input: Tensor) -> Tensor:  # `(n, width, height, width)` to the same
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
 # %% ../nbs/07_masking.ipynb #f54ec808
 class ScaledEmbedding(nn.Embedding):
     "An embedding whose channels are scaled after the look-up"
@@ -108,6 +116,9 @@ class ScaledEmbedding(nn.Embedding):
         return new
 
 # %% ../nbs/07_masking.ipynb #bda630e1
+STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')  # of a BatchNorm
+
+
 class Recomputed(nn.Module):
     "A block that gradient checkpointing may recompute, with the weights that it was called with"
 
@@ -134,10 +145,18 @@ class Recomputed(nn.Module):
     def forward(self, x: Tensor, *args, **options) -> Any:
         if not (self.recompute and torch.is_grad_enabled()):
             return self.block(x, *args, **options)
-        names, tensors = zip(*self.named_parameters(), *self.named_buffers())
+        buffers, statistics = {}, {}
+        for n, b in self.named_buffers():
+            (statistics if n.rpartition('.')[2] in STATISTICS else buffers)[n] = b
+        names, tensors = zip(*self.named_parameters(), *buffers.items())
+        runs = []
 
         def run(x, *tensors):
-            return functional_call(self.block, dict(zip(names, tensors)), (x, *args), options)
+            lent = dict(zip(names, tensors))
+            if runs:  # a batch counts once
+                lent |= {n: b.clone() for n, b in statistics.items()}
+            runs.append(True)
+            return functional_call(self.block, lent, (x, *args), options)
 
         return checkpoint(run, x, *tensors, use_reentrant=False)
 
@@ -153,11 +172,29 @@ def gate_of(
     groups,  # Names of groups
 ):  # e.g. `('image.attention', 3)`, or None where no branch mask rules the axis
     "The branch mask that also multiplies an axis"
-    tower, *rest = axis.split('.')
-    if len(rest) < 3:
+    m = re.fullmatch(r'(.+)\.layers\.(\d+)\.(?:.+\.)?(heads|ffn)', axis)
+    if not m:
         return None
-    name = f"{tower}.{'attention' if rest[2] == 'heads' else 'mlp'}"
-    return (name, int(rest[1])) if name in groups else None
+    name = f"{m[1]}.{'attention' if m[3] == 'heads' else 'mlp'}"
+    return (name, int(m[2])) if name in groups else None
+
+
+def kind_of(
+    axis: str,  # e.g. `'image.stages.0.layers.3.inner1'`
+) -> str:  # `'heads'`, `'ffn'`, `'width'`; empty for what is not masked
+    "Which kind of masks an axis has; channels within a branch or a stem are like neurons"
+    last = axis.rsplit('.', 1)[-1]
+    if last in ('heads', 'width'):
+        return last
+    return '' if last in ('embed', 'layers') else 'ffn'
+
+
+def can_vanish(
+    group: str,  # Of masks
+    l: Layout,
+) -> bool:
+    "Whether all masks of a group may close: those of branches, and heads or neurons in a layer"
+    return group not in l.sizes or ('.layers.' in group and group.endswith(('.heads', '.ffn')))
 
 
 def masked_weights(
@@ -178,7 +215,7 @@ def masked_weights(
 
 # %% ../nbs/07_masking.ipynb #698288fe
 def mask_groups(
-    model: nn.Module | Layout,  # A CLIP with a ViT image tower, or its layout
+    model: nn.Module | Layout,  # A CLIP, or its layout
     kinds=KINDS,  # What to mask
 ) -> (
     dict
@@ -199,16 +236,20 @@ def mask_groups(
                 f'The {f.tower} tower is a {f.name}; {f.unmaskable}. Shrink this one by rule: '
                 'tinyclip.keep.manual.'
             )
-    groups = {a: n for a, n in l.sizes.items() if a.split('.')[-1] in kinds}
+    scaled = {d.axis for dims in l.dims.values() for d in dims if d and d.scaled}
+    groups = {a: n for a, n in l.sizes.items() if kind_of(a) in kinds and a in scaled}
     shared = [a for a in l.sizes if a.endswith('.heads') and one_per_tower(a)]
     if shared and 'attention' in kinds:
         raise TinyclipError(
             f'All layers share the axis {shared[0]}, so no attention closes by itself: leave '
             "'attention' out of kinds and mask 'heads'."
         )
-    return groups | {
-        f'{t}.{k}': l.sizes[f'{t}.layers'] for t in TOWERS for k in BRANCHES if k in kinds
-    }
+    for depth in l.depth:
+        part = depth.removesuffix('.layers')
+        for k in (k for k in BRANCHES if k in kinds):
+            if any(gate_of(a, [f'{part}.{k}']) for a in l.sizes):
+                groups[f'{part}.{k}'] = l.sizes[depth]
+    return groups
 
 # %% ../nbs/07_masking.ipynb #0ac325fe
 def shared_noise(
@@ -251,7 +292,7 @@ def prepare(
     accept_short(new)
     norms = {p: a for p, a in l.norms.items() if a in axes}
     for path in norms:
-        replace_module(new, path, OpenNorm.of)
+        replace_module(new, path, (OpenNorm2d if path in l.channels_first else OpenNorm).of)
     if l.dims[f'{l.table}.weight'][1]:
         replace_module(new, l.table, ScaledEmbedding.of)
     own: list[Any] = [
@@ -344,8 +385,8 @@ class MaskVector(nn.Module):
     ) -> dict:  # group -> how many of its masks are closed
         "Expected number of closed masks per group; at least one of a whole tower's axis stays"
         n = {g: expected_zeros(a) for g, a in self.by_group(self.log_alpha.float() + shift).items()}
-        least = {g: g in self.layout.sizes and one_per_tower(g) for g in n}
-        return {g: min(k, self.groups[g] - least[g]) for g, k in n.items()}
+        most = {g: k - (not can_vanish(g, self.layout)) for g, k in self.groups.items()}
+        return {g: min(k, most[g]) for g, k in n.items()}
 
     @torch.no_grad()
     def values(
@@ -364,7 +405,7 @@ class MaskedCLIP(MaskVector):
 
     def __init__(
         self,
-        # An open_clip CLIP with a ViT image tower, or a student of one; it is copied
+        # An open_clip CLIP of a known family, or a student of one; it is copied
         clip: nn.Module,
         # What to mask: `'heads'`, `'ffn'` (neurons), `'width'` (channels); `'attention'`, `'mlp'`
         # (whole branches)
@@ -435,7 +476,8 @@ class MaskedCLIP(MaskVector):
                     t = t * m.view(shape)
             out[name] = t
         for path, axis in self.norms.items():
-            out[f'{path}.open'] = (masks[axis].detach() > 0).float()
+            block = self.layout.dims[f'{path}.weight'][0].block
+            out[f'{path}.open'] = (masks[axis].detach() > 0).float().repeat_interleave(block)
         width = self.layout.dims[f'{self.layout.table}.weight'][1]
         if width and width.axis in masks:
             out[f'{self.layout.table}.scale'] = masks[width.axis]

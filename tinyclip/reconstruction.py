@@ -261,7 +261,7 @@ class Inherited:
             return torch.ones(len(self.whole[name]), device=self.whole[name].device)
         ones = [1.0] * len(self.keep[d.axis])
         values = self.keep.values.get(d.axis, ones) if d.scaled else ones
-        return torch.tensor(values, device=self.whole[name].device)
+        return torch.tensor(values, device=self.whole[name].device).repeat_interleave(d.block)
 
     def tensors(self, m: LinearMap, target: LinearMap) -> dict:
         "All tensors of a map under the student's names"
@@ -307,6 +307,13 @@ class Inherited:
 def checksum(t: Tensor) -> int:
     "Equal tensors have equal ones"
     return zlib.crc32(t.cpu().contiguous().view(torch.uint8).numpy())
+
+
+def fitted_around(
+    branch: Branch,
+) -> tuple:  # Of `LinearMap`s
+    "The maps of a branch's shortcut; none where it is a function"
+    return () if callable(branch.shortcut) else branch.shortcut or ()
 
 
 class TowerPair:
@@ -372,7 +379,7 @@ class TowerPair:
 
     def __len__(self):
         branches = [b for block in self.blocks for b in block]
-        maps = [m for b in branches for m in (*b.maps, *(b.shortcut or ()))]
+        maps = [m for b in branches for m in (*b.maps, *fitted_around(b))]
         return sum(len(m) if isinstance(m, list) else 1 for m in maps) + bool(self.projections[0])
 
     def refits(self) -> Iterator[dict]:
@@ -412,8 +419,8 @@ class TowerPair:
         if not own.maps:  # the student has not even a bias of it
             self._walk([theirs, *dropped])
             return
-        if own.shortcut:
-            yield from self._refit_inner(Branch(own.shortcut), Branch(theirs.shortcut or ()))
+        if around := fitted_around(own):
+            yield from self._refit_inner(Branch(around), Branch(fitted_around(theirs)))
         yield from self._refit_inner(own._replace(maps=own.maps[:-1]), theirs)
         # before an activation only what ends in one, too, can be taken over
         taken = dropped if own.act is None or dropped and dropped[-1].act else []
@@ -421,7 +428,8 @@ class TowerPair:
         self._walk(before, last)
         m, target = own.maps[-1], theirs.maps[-1]
         name = target.weight or target.bias
-        channels, values = self.inherited.kept(name), self.inherited.values(name)
+        channels = self.inherited.kept(name)
+        values = self.inherited.values(f'{target.norm}.weight' if target.norm else name)
 
         def outer(batch):
             x, mask, y = batch['stream'], batch.get('mask'), batch['teacher_stream']

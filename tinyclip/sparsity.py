@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import TinyclipError, rank_and_world_size, scalars_on_device, unknown
-from .masking import BRANCHES, KINDS, MaskedCLIP
+from .masking import KINDS, MaskedCLIP
 from .masks import LIMIT, LagrangianConstraint, keep_prob, target_share
 from .towers import TOWERS
 
@@ -35,7 +35,10 @@ def floor_counts(
     "Smallest counts that a target may have"
 
     def least(a):
-        return head_dim(masked, a.split('.')[0]) if a.endswith('.width') else 1
+        if a in [f'{t}.width' for t in TOWERS]:
+            return head_dim(masked, a.split('.')[0])
+        l = masked.layout
+        return l.sizes[a] // l.units[a] if a.endswith('.width') else 1
 
     return {a: min(least(a), masked.size.sizes[a]) for a in masked.axes}
 
@@ -120,6 +123,12 @@ def uniform_shape(
 ) -> dict:  # axis -> count
     "Uniform shape of a tower: the plain transformer nearest to a share"
     _check_kinds(masked)
+    if f'{tower}.width' not in masked.size.sizes:
+        raise TinyclipError(
+            f'The {tower} tower is a {masked.layout.families[tower].name}, whose stages have '
+            'widths of their own, so it has no one uniform shape: cut without uniform=True, or '
+            'choose by rule, tinyclip.keep.manual.'
+        )
 
     def of(kind):
         return [a for a in masked.axes if a.startswith(f'{tower}.layers') and a.endswith(kind)]
@@ -294,9 +303,8 @@ def params_per_mask(
     "Parameters saved per closed mask"
     whole, out = sum(masked.size.count({}).values()), {}
     for g, n in masked.groups.items():
-        tower, *rest = g.split('.')
-        if rest[-1] in BRANCHES:
-            left = {f'{tower}.layers.{i}.{BRANCHES[rest[-1]]}': 0 for i in range(n)}
+        if g not in masked.layout.sizes:  # of whole branches
+            left = {a: 0 for a, gate in masked.gates.items() if gate and gate[0] == g}
             masks = n
         else:
             left, masks = {g: n - 1}, 1

@@ -8,9 +8,9 @@ __all__ = ['DAVIT', 'DaViT']
 # %% ../../nbs/towers/08_davit.ipynb #744a12a5
 from torch import nn
 
-from .family import Branch, channels_first, linear_map
+from .family import Branch, bias_branch, channels_first, linear_map
 from .layout import Dim
-from .timm import Trunk, attended, filled_up, windowed
+from .timm import Trunk, attended, filled_up, head_dims, windowed, with_heads
 
 # %% ../../nbs/towers/08_davit.ipynb #0a855f31
 class DaViT(Trunk):
@@ -21,43 +21,60 @@ class DaViT(Trunk):
 
     def lay_out_trunk(self, l, trunk, path):
         prev = ''
+        dims = head_dims(trunk)
         for s, stage in enumerate(trunk.stages):
-            p = f'{path}.stages.{s}'
-            first = stage.blocks[0][0]
-            heads = first.attn.num_heads
-            W = l.axis(f'image.stages.{s}.width', first.norm1.normalized_shape[0], heads)
+            p, entry = f'{path}.stages.{s}', stage.downsample if s else trunk.stem
+            width = entry.conv.out_channels
+            units = width // dims[s]
+            W = l.axis(f'image.stages.{s}.width', width, units)
+            write = Dim(W, scaled=True)
             if s == 0:
-                l.conv(f'{path}.stem.conv', Dim(W), None, bias=True)
-                l.norm(f'{path}.stem.norm', W)
+                l.conv(f'{path}.stem.conv', write, None, bias=True)
+                l.norm(f'{path}.stem.norm', W, channels_first=True)
             else:
-                l.norm(f'{p}.downsample.norm', prev)
-                l.conv(f'{p}.downsample.conv', Dim(W), Dim(prev), bias=True)
+                l.norm(f'{p}.downsample.norm', prev, channels_first=True)
+                l.conv(f'{p}.downsample.conv', write, Dim(prev), bias=True)
             for axis, bp, pair in l.layered(
                 f'image.stages.{s}.layers', f'{p}.blocks', stage.blocks
             ):
                 for j, kind in enumerate(('spatial', 'channel')):
-                    self.block(l, f'{axis}.{kind}', f'{bp}.{j}', pair[j], W, heads)
+                    b = pair.get_submodule(str(j))
+                    self.block(l, f'{axis}.{kind}', f'{bp}.{j}', b, write, units, dims[s])
             prev = W
-        return prev
+        return Dim(prev)
 
-    def block(self, l, axis, p, b, W, units):
+    def fixed(self, trunk):
+        return dict(head_dims=head_dims(trunk))
+
+    def settle(self, trunk, fixed):
+        for stage, head_dim in zip(trunk.stages, fixed['head_dims']):
+            with_heads(stage, head_dim)
+
+    def block(self, l, axis, p, b, write, units, head_dim):
         "Attention and MLP, with their two convolutional position encodings"
-        H = l.axis(f'{axis}.heads', b.attn.num_heads)
-        qkv = Dim(H, b.norm1.normalized_shape[0] // b.attn.num_heads, copies=3)
-        for n in ('cpe1', 'cpe2'):
-            l.conv(f'{p}.{n}.proj', Dim(W), None, bias=True)
-        l.norm(f'{p}.norm1', W)
-        l.norm(f'{p}.norm2', W)
-        l.linear(f'{p}.attn.qkv', qkv, Dim(W), bias=b.attn.qkv.bias is not None)
-        l.linear(f'{p}.attn.proj', Dim(W), qkv._replace(copies=1))
-        F = l.axis(f'{axis}.ffn', b.mlp.fc1.out_features, units)
-        l.linear(f'{p}.mlp.fc1', Dim(F), Dim(W))
-        l.linear(f'{p}.mlp.fc2', Dim(W), Dim(F))
+        W = write.axis
+        l.depthwise(f'{p}.cpe1.proj', write)
+        l.depthwise(f'{p}.cpe2.proj', write)
+        if hasattr(b.attn, 'qkv'):
+            H = l.axis(f'{axis}.heads', b.attn.proj.in_features // head_dim)
+            qkv = Dim(H, head_dim, copies=3)
+            l.norm(f'{p}.norm1', W)
+            l.linear(f'{p}.attn.qkv', qkv, Dim(W), bias=b.attn.qkv.bias is not None)
+            l.linear(f'{p}.attn.proj', write, Dim(H, head_dim, scaled=True))
+            l.emptiable(H, f'{p}.attn', 'proj', f'{p}.norm1')
+        if hasattr(b.mlp, 'fc1'):
+            F = l.axis(f'{axis}.ffn', b.mlp.fc1.out_features, units)
+            l.norm(f'{p}.norm2', W)
+            l.linear(f'{p}.mlp.fc1', Dim(F), Dim(W))
+            l.linear(f'{p}.mlp.fc2', write, Dim(F, scaled=True))
+            l.emptiable(F, f'{p}.mlp', 'fc2', f'{p}.norm2')
+        for n in ('attn.proj', 'mlp.fc2'):
+            l.dims[f'{p}.{n}.bias'] = (write,)
 
     def trunk_branches(self, tower, path):
         stages, out = tower.trunk.stages, []
-        blocks = [b for stage in stages for pair in stage.blocks for b in pair]
-        if any(not isinstance(c.act, nn.Identity) for b in blocks for c in (b.cpe1, b.cpe2)):
+        encodings = (m for m in tower.trunk.modules() if hasattr(m, 'act') and hasattr(m, 'proj'))
+        if any(not isinstance(m.act, nn.Identity) for m in encodings):
             return None
         for s, stage in enumerate(stages):
             p = f'trunk.stages.{s}'
@@ -87,19 +104,19 @@ class DaViT(Trunk):
             return attended(b.attn, h.flatten(1, 2)).view(*h.shape[:3], -1)
 
         before = [b.norm1]
-        if hasattr(b, 'window_size'):
+        if hasattr(b, 'window_size') and hasattr(b.attn, 'qkv'):
             fill, attend = windowed(b.attn, b.window_size)
             before.append(fill)
 
         def maps(*them):
             return Branch(tuple(linear_map(tower, path, f'{p}.{n}', *f) for n, *f in them))
 
-        return [
-            maps(('cpe1.proj',)),
-            maps(('attn.qkv', *before), ('attn.proj', attend)),
-            maps(('cpe2.proj',)),
-            maps(('mlp.fc1', b.norm2), ('mlp.fc2', b.mlp.act)),
-        ]
+        attention, mlp = (bias_branch(path, f'{p}.{n}') for n in ('attn.proj', 'mlp.fc2'))
+        if hasattr(b.attn, 'qkv'):
+            attention = maps(('attn.qkv', *before), ('attn.proj', attend))
+        if hasattr(b.mlp, 'fc1'):
+            mlp = maps(('mlp.fc1', b.norm2), ('mlp.fc2', b.mlp.act))
+        return [maps(('cpe1.proj',)), attention, maps(('cpe2.proj',)), mlp]
 
 
 DAVIT = DaViT()

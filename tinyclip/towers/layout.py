@@ -58,8 +58,13 @@ class Layout:
     needed: dict = field(default_factory=dict)
     # name in the state dict -> the heads or neurons without which the tensor is of no use
     branch: dict = field(default_factory=dict)
+    # axis of heads or neurons -> (path of its attention or MLP, name of the last map there, paths
+    # of what stands before it, whether it takes maps with channels first)
+    emptied: dict = field(default_factory=dict)
     # path of a LayerNorm -> the width axis that it normalises
     norms: dict = field(default_factory=dict)
+    # paths of the LayerNorms whose input has its channels before height and width
+    channels_first: set = field(default_factory=set)
     # path of the token table in the model
     table: str = ''
     # names in the state dict of what lies in the first layer, whichever that is in a student
@@ -91,14 +96,34 @@ class Layout:
         if bias:
             self.dims[f'{path}.bias'] = (out,)
 
-    def norm(self, path, axis, batch=False):
-        "Add a LayerNorm, or a BatchNorm with its running statistics"
-        for n in ('weight', 'bias') + (('running_mean', 'running_var') if batch else ()):
-            self.dims[f'{path}.{n}'] = (Dim(axis),)
+    def depthwise(self, path, width):
+        "Add a depth-wise convolution within the stream `width`, which its bias alone writes"
+        self.dims[f'{path}.weight'] = (width._replace(scaled=False), None, None, None)
+        self.dims[f'{path}.bias'] = (width,)
+
+    def norm(self, path, axis, batch=False, channels_first=False):
+        """Add a LayerNorm, or a BatchNorm with its running statistics; `axis` is a name, or a `Dim`
+        that may be scaled in a BatchNorm"""
+        dim = axis if isinstance(axis, Dim) else Dim(axis)
+        for n in ('weight', 'bias'):
+            self.dims[f'{path}.{n}'] = (dim,)
         if batch:
+            for n in ('running_mean', 'running_var'):
+                self.dims[f'{path}.{n}'] = (dim._replace(scaled=False),)
             self.dims[f'{path}.num_batches_tracked'] = ()
         else:
-            self.norms[path] = axis
+            self.dims |= {f'{path}.{n}': (dim._replace(scaled=False),) for n in ('weight', 'bias')}
+            self.norms[path] = dim.axis
+            if channels_first:
+                self.channels_first.add(path)
+
+    def emptiable(self, axis, path, last, *before, channels_first=False):
+        """Say that an attention or an MLP at `path` is its last bias only without heads or neurons;
+        its tensors are in `dims`"""
+        self.emptied[axis] = path, last, before, channels_first
+        parts = tuple(f'{p}.' for p in (path, *before))
+        names = [n for n in self.dims if n.startswith(parts) and n != f'{path}.{last}.bias']
+        self.branch |= dict.fromkeys(names, axis)
 
     def layered(self, name, path, blocks, needed=()):
         "Add a depth axis over a list of blocks; yields (axis prefix, path prefix, block) for each"

@@ -6,60 +6,103 @@
 __all__ = ['RESNET', 'ResNet']
 
 # %% ../../nbs/towers/06_resnet.ipynb #544ec6a1
+import math
+from typing import Any
+
 import torch
-from open_clip.modified_resnet import ModifiedResNet
+from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .family import Branch, Family, chain, channels_first, linear_map
-from .layout import Dim
+from .family import Branch, Family, chain, channels_first, give_sizes, linear_map
+from .layout import Dim, Layout
+
+# %% ../../nbs/towers/06_resnet.ipynb #d6377466
+def attend_once(
+    pool: Any,  # Of a ModifiedResNet
+    q: Tensor,  # `(n, 1, channels)`
+    k: Tensor,  # `(n, length, channels)`
+    v: Tensor,  # Theirs
+) -> Tensor:  # `(n, channels)`
+    "Attention of one query, head by head"
+    q, k, v = (t.unflatten(-1, (pool.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).flatten(1)
+
+
+class PoolAttention(nn.Module):
+    "The attention pool of a ModifiedResNet whose heads need not fill the width"
+
+    def __init__(
+        self,
+        like: Any,  # An attention pool, whose parameters are taken over
+        head_dim: int,  # Channels per head
+    ):
+        super().__init__()
+        self.positional_embedding = like.positional_embedding
+        self.k_proj, self.q_proj = like.k_proj, like.q_proj
+        self.v_proj, self.c_proj = like.v_proj, like.c_proj
+        self.num_heads = like.c_proj.in_features // head_dim
+
+    def forward(self, x: Tensor) -> Tensor:  # `(n, width, height, width)` to `(n, embedding)`
+        x = x.flatten(2).mT
+        x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding.to(x.dtype)
+        out = attend_once(self, self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x))
+        return self.c_proj(out)
 
 # %% ../../nbs/towers/06_resnet.ipynb #a4d576c9
 class ResNet(Family):
     "CLIP's ModifiedResNet"
 
     name = 'ModifiedResNet'
+    key = 'resnet'
+    unmaskable = ''
 
     def recognises(self, tower):
         return isinstance(tower, ModifiedResNet)
 
     def lay_out(self, l, tower, path):
-        units = tower.conv3.out_channels // 2
+        units = max(1, tower.conv3.out_channels // 2)
         prev = None
         for i in (1, 2, 3):
             c = l.axis(f'image.stem.{i}', getattr(tower, f'conv{i}').out_channels, units)
-            l.conv(f'{path}conv{i}', Dim(c), Dim(prev) if prev else None)
-            l.norm(f'{path}bn{i}', c, batch=True)
+            read = Dim(prev, scaled=True) if prev else None
+            self.unit(l, f'{path}conv{i}', f'{path}bn{i}', Dim(c, scaled=i == 3), read)
             prev = c
         for s in range(4):
             stage, blocks = f'image.stages.{s}', getattr(tower, f'layer{s + 1}')
-            W = l.axis(f'{stage}.width', blocks[0].conv3.out_channels, units)
+            W = l.axis(f'{stage}.width', blocks.get_submodule('0').conv3.out_channels, units)
             for axis, p, b in l.layered(
                 f'{stage}.layers', f'{path}layer{s + 1}', blocks, needed=[0]
             ):
-                self.bottleneck(l, axis, p, b, prev, W, units)
+                self.bottleneck(l, axis, p, b, Dim(prev), Dim(W, scaled=True), units)
                 prev = W
         self.attention_pool(l, tower.attnpool, f'{path}attnpool', prev)
+
+    def unit(self, l, conv, norm, out, inp):
+        "A convolution and its BatchNorm, where what it writes is scaled"
+        l.conv(conv, out._replace(scaled=False), inp)
+        l.norm(norm, out, batch=True)
 
     def bottleneck(self, l, axis, p, b, inp, out, units):
         "Two inner widths between the residual widths `inp` and `out`"
         a, c = (
-            l.axis(f'{axis}.inner{i}', getattr(b, f'conv{i}').out_channels, units) for i in (1, 2)
+            Dim(l.axis(f'{axis}.inner{i}', getattr(b, f'conv{i}').out_channels, units), scaled=True)
+            for i in (1, 2)
         )
-        for i, o, n in ((1, a, inp), (2, c, a), (3, out, c)):
-            l.conv(f'{p}.conv{i}', Dim(o), Dim(n))
-            l.norm(f'{p}.bn{i}', o, batch=True)
+        inner = (1, a._replace(scaled=False), inp), (2, c._replace(scaled=False), a), (3, out, c)
+        for i, o, n in inner:
+            self.unit(l, f'{p}.conv{i}', f'{p}.bn{i}', o, n)
         if b.downsample is not None:
-            l.conv(f'{p}.downsample.0', Dim(out), Dim(inp))
-            l.norm(f'{p}.downsample.1', out, batch=True)
+            self.unit(l, f'{p}.downsample.0', f'{p}.downsample.1', out, inp)
 
     def attention_pool(self, l, pool, p, W):
         "Heads over queries, keys and values, each its own matrix"
         H = l.axis('image.pool.heads', pool.num_heads)
         hd = pool.q_proj.out_features // pool.num_heads
-        l.dims[f'{p}.positional_embedding'] = (None, Dim(W))
+        l.dims[f'{p}.positional_embedding'] = (None, Dim(W, scaled=True))
         for n in 'qkv':
             l.linear(f'{p}.{n}_proj', Dim(H, hd), Dim(W))
-        l.linear(f'{p}.c_proj', Dim('embed'), Dim(H, hd))
+        l.linear(f'{p}.c_proj', Dim('embed'), Dim(H, hd, scaled=True))
 
     def static(self, tower):
         size, pool = tower.image_size, tower.attnpool
@@ -71,10 +114,33 @@ class ResNet(Family):
 
     def sized(self, static, sizes):
         depths = [sizes[f'image.stages.{s}.layers'] for s in range(4)]
-        return static | dict(width=sizes['image.stem.3'], layers=depths), None
+        plain = static | dict(width=sizes['image.stem.3'], layers=depths)
+        if self.plain_sizes(plain) == {a: sizes[a] for a in sizes if a.startswith('image.')}:
+            return plain, None
+        head = static['head_width']
+        step = math.lcm(2, head // math.gcd(head, 32))  # heads are whole only every so many
+        plain['width'] = -(-plain['width'] // step) * step
+        built = self.plain_sizes(plain)
+        return plain, dict(sizes={a: sizes[a] for a, n in built.items() if sizes[a] != n})
+
+    def plain_sizes(self, part) -> dict:
+        "Axis -> size of the tower that open_clip builds"
+        width, sizes = part['width'], {}
+        for i, n in enumerate((width // 2, width // 2, width), 1):
+            sizes[f'image.stem.{i}'] = n
+        for s, depth in enumerate(part['layers']):
+            sizes[f'image.stages.{s}.width'] = width * 4 * 2**s
+            sizes[f'image.stages.{s}.layers'] = depth
+            for i in range(depth):
+                for k in (1, 2):
+                    sizes[f'image.stages.{s}.layers.{i}.inner{k}'] = width * 2**s
+        return sizes | {'image.pool.heads': width * 32 // part['head_width']}
 
     def rebuild(self, model, part, own):
-        raise NotImplementedError  # open_clip's configuration holds all there is
+        tower, l = model.visual, Layout()
+        self.lay_out(l, tower, '')
+        give_sizes(tower, '', l, own['sizes'])
+        tower.attnpool = PoolAttention(tower.attnpool, part['head_width'])
 
     def branches(self, tower, path):
         def units(p, *before):
@@ -107,8 +173,7 @@ class ResNet(Family):
             return h + pool.positional_embedding.to(h.dtype)
 
         def attend(qkv):
-            q, k, v = (t.unflatten(-1, (pool.num_heads, -1)).transpose(1, 2) for t in qkv)
-            return F.scaled_dot_product_attention(q, k, v).flatten(1)
+            return attend_once(pool, *qkv)
 
         def first(h):
             return h[:, :1]

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/towers/07_timm.ipynb #67e3813c
 import functools
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,28 +17,45 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import TinyclipError
-from .family import Branch, Family, linear_map, with_forward
+from tinyclip.towers.family import (
+    Branch,
+    Family,
+    empty,
+    give_sizes,
+    head_size,
+    linear_map,
+    with_forward,
+)
 from .layout import Dim, Layout
 
 # %% ../../nbs/towers/07_timm.ipynb #b8e52534
+def head_dims(
+    trunk: Any,
+) -> list:  # 0 in a stage without heads
+    "Channels per head in every stage of a trunk"
+    return [max((head_size(m) for m in stage.modules()), default=0) for stage in trunk.stages]
+
+
+def stages_of(
+    sizes: Mapping,  # Axis -> size, as in `Layout.sizes`
+    kind: str,  # What to read of every stage, e.g. `'width'`
+) -> list:
+    "A size of every stage of a hierarchical trunk, from the first to the last"
+    count = sum(a.startswith('image.stages.') and a.count('.') == 3 for a in sizes)
+    names = (f'image.stages.{s}.{kind}' for s in range(count))
+    return [sizes[a] for a in names if a in sizes]
+
+
 def trunk_sizes(
     sizes: Mapping,  # Axis -> size, as in `Layout.sizes`
+    head_dims: list | None = None,  # Channels per head in every stage, 0 in one without
 ) -> dict:  # `embed_dims`, `depths`, `num_heads`: arguments of `timm.create_model`
-    "Sizes of a hierarchical timm trunk, a number per stage"
-    count = sum(a.startswith('image.stages') and a.endswith('.width') for a in sizes)
-    stages = [f'image.stages.{s}' for s in range(count)]
-
-    def heads(stage):
-        first = (
-            n for a, n in sizes.items() if a.startswith(f'{stage}.layers.0') and a.endswith('heads')
-        )
-        return next(first, 1)
-
-    return dict(
-        embed_dims=[sizes[f'{s}.width'] for s in stages],
-        depths=[sizes[f'{s}.layers'] for s in stages],
-        num_heads=[heads(s) for s in stages],
-    )
+    """Sizes of a hierarchical timm trunk, a number per stage; where heads do not fill a width,
+    those of the next larger trunk"""
+    widths = stages_of(sizes, 'width')
+    heads = [-(-w // d) if d else 1 for w, d in zip(widths, head_dims or [0] * len(widths))]
+    filled = [h * d if d else w for w, h, d in zip(widths, heads, head_dims or [0] * len(widths))]
+    return dict(embed_dims=filled, depths=stages_of(sizes, 'layers'), num_heads=heads)
 
 # %% ../../nbs/towers/07_timm.ipynb #c0ffee32
 def filled_up(
@@ -80,28 +98,96 @@ def windowed(
 
     return fill, attend
 
+# %% ../../nbs/towers/07_timm.ipynb #6dc9f15f
+class HeadsAttention(nn.Module):
+    "An attention of timm, over places or over channels, whose heads need not fill the width"
+
+    def __init__(
+        self,
+        like: Any,  # An attention with `qkv` and `proj`, which are taken over
+        head_dim: int,  # Channels per head
+    ):
+        super().__init__()
+        self.qkv, self.proj = like.qkv, like.proj
+        self.head_dim = head_dim
+        self.num_heads = like.proj.in_features // head_dim
+        self.over_channels = not hasattr(like, 'fused_attn')
+        self.by_query = hasattr(like, 'dynamic_scale')  # the second version of DaViT
+        self.by_length = getattr(like, 'dynamic_scale', False)
+
+    def forward(self, x: Tensor) -> Tensor:  # `(n, length, width)`, or a map with channels first
+        tokens = x.flatten(2).mT if x.ndim == 4 else x
+        qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        out = (
+            self.channels(q, k, v)
+            if self.over_channels
+            else F.scaled_dot_product_attention(q, k, v)
+        )
+        out = self.proj(out.transpose(1, 2).flatten(2))
+        return out.mT.unflatten(2, x.shape[2:]) if x.ndim == 4 else out
+
+    def channels(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        "Attention of the channels of a head to each other"
+        if self.by_query:
+            scale = (q.shape[2] if self.by_length else self.head_dim) ** -0.5
+            return (((q * scale).mT @ k).softmax(-1) @ v.mT).mT
+        return (((k * self.head_dim**-0.5).mT @ v).softmax(-1) @ q.mT).mT
+
+
+def with_heads(
+    part: nn.Module,  # Of a trunk, with heads of one size
+    head_dim: int,  # Channels per head
+):
+    "Give attentions whose heads do not fill the width any more a forward that knows it, in place"
+    found: list[Any] = [(n, m) for n, m in part.named_modules() if hasattr(m, 'qkv')]
+    for name, m in found:
+        if m.proj.in_features != m.qkv.in_features:
+            part.set_submodule(name, HeadsAttention(m, head_dim))
+        elif hasattr(m, 'num_heads'):
+            m.num_heads = m.proj.in_features // head_dim
+        else:
+            m.groups = m.proj.in_features // head_dim
+
 # %% ../../nbs/towers/07_timm.ipynb #849a29d8
 class Trunk(Family):
     "What the families of hierarchical timm trunks share"
 
     key = 'trunk'
     kind = ''  # Name of the trunk's class in timm
+    unmaskable = ''
+    known: dict[str, 'Trunk'] = {}  # By the name of timm's class
+
+    def __init__(self):
+        self.known[self.kind] = self
 
     def recognises(self, tower):
         return isinstance(tower, TimmModel) and type(tower.trunk).__name__ == self.kind
 
     def lay_out(self, l, tower, path):
         W = self.lay_out_trunk(l, tower.trunk, f'{path}trunk')
-        l.norm(f'{path}trunk.head.norm', W)
-        if [n for n, _ in tower.head.named_parameters()] != ['proj.weight']:
+        trunk_head, head = tower.trunk.head, tower.head
+        if hasattr(trunk_head, 'norm'):
+            l.norm(f'{path}trunk.head.norm', W, channels_first=True)
+        names = {n.rpartition('.')[0] for n, _ in head.named_parameters()}
+        if not names and isinstance(trunk_head.fc, nn.Linear):
+            l.linear(f'{path}trunk.head.fc', Dim('embed'), W, trunk_head.fc.bias is not None)
+        elif names == {'proj'}:
+            l.linear(f'{path}head.proj', Dim('embed'), W, head.proj.bias is not None)
+        elif names == {'mlp.fc1', 'mlp.fc2'}:
+            H = l.axis('image.head.ffn', head.mlp.fc1.out_features)
+            l.linear(f'{path}head.mlp.fc1', Dim(H), W)
+            bias = head.mlp.fc2.bias is not None
+            l.linear(f'{path}head.mlp.fc2', Dim('embed'), Dim(H, scaled=True), bias)
+        else:
             raise TinyclipError(
-                "The timm tower's head is not one linear projection without bias "
-                "(timm_proj='linear'); it can be used as it is, but neither cut nor saved."
+                f"The timm tower's head is made of {', '.join(sorted(names)) or 'nothing'}; it can "
+                'be used as it is, but neither cut nor saved. Known are a linear projection, an '
+                "MLP, and timm's own classifier (timm_proj='linear', 'mlp' or null)."
             )
-        l.dims[f'{path}head.proj.weight'] = (Dim('embed'), Dim(W))
 
-    def lay_out_trunk(self, l, trunk, path) -> str:
-        "Add the trunk's axes and tensors to a layout; returns the axis of its last width"
+    def lay_out_trunk(self, l, trunk, path) -> Dim:
+        "Add the trunk's axes and tensors to a layout; returns what its last width is read by"
         raise NotImplementedError
 
     def branches(self, tower, path):
@@ -110,9 +196,17 @@ class Trunk(Family):
             return None
 
         def pool(h):
-            return tower.trunk.forward_head(h.movedim(-1, 1))
+            return tower.trunk.forward_head(h.movedim(-1, 1), pre_logits=True)
 
-        return [*blocks, [Branch((linear_map(tower, path, 'head.proj', pool),), shortcut=None)]]
+        if not len(tower.head):
+            last = (linear_map(tower, path, 'trunk.head.fc', pool),)
+        elif hasattr(tower.head, 'mlp'):
+            mlp = tower.head.mlp
+            first = linear_map(tower, path, 'head.mlp.fc1', pool)
+            last = first, linear_map(tower, path, 'head.mlp.fc2', mlp.act, mlp.norm)
+        else:
+            last = (linear_map(tower, path, 'head.proj', pool),)
+        return [*blocks, [Branch(last, shortcut=None)]]
 
     def trunk_branches(self, tower, path) -> list | None:  # None: not known
         "The blocks of the trunk as `branches` gives them"
@@ -120,36 +214,103 @@ class Trunk(Family):
 
     def static(self, tower):
         size = tower.image_size
-        return dict(
+        part = dict(
             image_size=size[0] if size[0] == size[1] else list(size),
             timm_model_name=tower.trunk.pretrained_cfg['architecture'],
             timm_pool=tower.trunk.head.global_pool.pool_type,
         )
+        head = tower.head
+        if not hasattr(head, 'proj'):
+            part['timm_proj'] = 'mlp' if len(head) else None
+        last = head.mlp.fc2 if hasattr(head, 'mlp') else getattr(head, 'proj', None)
+        if last is not None and last.bias is not None:
+            part['timm_proj_bias'] = True
+        drops = (getattr(m, 'drop_prob', 0) for m in tower.trunk.modules())
+        if rate := round(max(drops, default=0), 6):
+            part['timm_drop_path'] = rate
+        return part | {f'_{k}': v for k, v in self.fixed(tower.trunk).items()}
+
+    def fixed(self, trunk) -> dict:  # JSON-able
+        "What sizes do not show and no cut changes, beside open_clip's configuration"
+        return {}
+
+    def options(self, fixed: dict) -> dict:  # Arguments of `timm.create_model`
+        "What a trunk is built with, whatever its sizes"
+        return {}
+
+    def arguments(
+        self,
+        sizes: Mapping,  # Axis -> size
+        fixed: dict,  # From `fixed`
+    ) -> dict:  # Arguments of `timm.create_model`
+        "The smallest trunk of timm that holds these sizes"
+        return trunk_sizes(sizes, fixed.get('head_dims'))
 
     def sized(self, static, sizes):
-        own = trunk_sizes(sizes)
-        return dict(static), None if own == self.whole(static['timm_model_name']) else own
+        part = {k: v for k, v in static.items() if k[0] != '_'}
+        fixed = {k[1:]: v for k, v in static.items() if k[0] == '_'}
+        name, options = part['timm_model_name'], self.options(fixed)
+        own = self.arguments(sizes, fixed)
+        built = dict(self.built(name, json.dumps(own | options))[0])
+        if 'image.head.ffn' in sizes:
+            built['image.head.ffn'] = 2 * sizes['embed']
+        rest = {a: sizes.get(a, 0) for a, n in built.items() if sizes.get(a, 0) != n}
+        if not rest and not options and own == self.arguments(*self.built(name, '{}')):
+            return part, None
+        return part, own | options | (dict(sizes=rest) if rest else {})
 
     @functools.cache  # noqa: B019 - families live as long as the program
-    def whole(self, name) -> dict:
-        "Sizes of a trunk as timm defines it"
+    def built(self, name, own: str) -> tuple[dict, dict]:
+        "Sizes of a trunk as timm builds it, and what is fixed in it; `own` is JSON"
         import timm
 
         l = Layout()
         with torch.device('meta'):
-            trunk = timm.create_model(name, num_classes=0)
+            trunk = timm.create_model(name, num_classes=0, **json.loads(own))
         self.lay_out_trunk(l, trunk, 'trunk')
-        return trunk_sizes(l.sizes)
+        return l.sizes, self.fixed(trunk)
+
+    def stand_in(self, part):
+        return {**part, 'timm_model_name': 'test_convnext'}  # a small one, replaced at once
 
     def rebuild(self, model, part, own):
+        own, tower = dict(own), model.visual
+        sizes = own.pop('sizes', {})
+        self.build_trunk(tower, part, own)
+        family = self.known[type(tower.trunk).__name__]
+        if not sizes:
+            return
+        l, fixed = Layout(), family.fixed(tower.trunk)
+        family.lay_out(l, tower, '')
+        if unknown := next((a for a in sizes if a not in l.sizes), None):
+            raise TinyclipError(
+                f'tinyclip_cfg gives a size to {unknown}, which a {family.name} of these depths '
+                'does not have; use the configuration that tinyclip has written.'
+            )
+        for axis in (a for a, n in sizes.items() if not n):
+            empty(tower, '', l, axis)
+        left = {n for n, _ in [*tower.named_parameters(), *tower.named_buffers()]}
+        l.dims = {n: d for n, d in l.dims.items() if n in left}
+        give_sizes(tower, '', l, {a: n for a, n in sizes.items() if n})
+        family.settle(tower.trunk, fixed)
+
+    def build_trunk(self, tower, part, own):
+        "A trunk of timm in the place of a tower's, and a projection that fits it"
         import timm
 
-        tower = model.visual
-        pool = tower.trunk.head.global_pool.pool_type
-        name = tower.trunk.pretrained_cfg['architecture']
+        name, old = part['timm_model_name'], tower.trunk
+        settings = dict(num_classes=old.num_classes, global_pool=old.head.global_pool.pool_type)
+        if rate := part.get('timm_drop_path'):
+            settings['drop_path_rate'] = rate
         try:
-            trunk: Any = timm.create_model(name, num_classes=0, global_pool=pool, **own)
+            trunk: Any = timm.create_model(name, **settings, **own)
         except (TypeError, ValueError, RuntimeError, AssertionError) as e:
             raise TinyclipError(f'timm cannot build {name} with {own}: {e}.') from e
         tower.trunk, head = trunk, tower.head
-        head.proj = nn.Linear(trunk.num_features, head.proj.out_features, bias=False)
+        for parent, first in ((head, 'proj'), (getattr(head, 'mlp', None), 'fc1')):
+            if linear := getattr(parent, first, None):
+                bias = linear.bias is not None
+                setattr(parent, first, nn.Linear(trunk.num_features, linear.out_features, bias))
+
+    def settle(self, trunk, fixed: dict):
+        "What modules of a trunk hold beside tensors, after these have got other shapes"

@@ -6,9 +6,9 @@
 __all__ = ['TINYVIT', 'TinyViT']
 
 # %% ../../nbs/towers/09_tinyvit.ipynb #dc383697
-from .family import Branch, linear_map
+from .family import Branch, bias_branch, linear_map
 from .layout import Dim
-from .timm import Trunk, windowed
+from .timm import Trunk, head_dims, windowed
 
 # %% ../../nbs/towers/09_tinyvit.ipynb #71483f97
 class TinyViT(Trunk):
@@ -19,17 +19,29 @@ class TinyViT(Trunk):
 
     def lay_out_trunk(self, l, trunk, path):
         prev = self.convolutional(l, trunk, path)
+        dims = self.fixed(trunk)['head_dims']
         for s, stage in list(enumerate(trunk.stages))[1:]:
-            p = f'{path}.stages.{s}'
-            heads, c = stage.blocks[0].attn.num_heads, stage.downsample.conv3.conv.out_channels
-            W = l.axis(f'image.stages.{s}.width', c, heads)
-            merge = l.axis(f'image.stages.{s}.merge', c, heads)
-            for i, (out, inp) in enumerate(((merge, prev), (merge, None), (W, merge)), 1):
-                self.conv_norm(l, f'{p}.downsample.conv{i}', out, inp)
+            p, down = f'{path}.stages.{s}', stage.downsample
+            c = down.conv3.conv.out_channels
+            W = l.axis(f'image.stages.{s}.width', c, c // dims[s])
+            write = Dim(W, scaled=True)
+            inner = down.conv1.conv.out_channels
+            merge = Dim(l.axis(f'image.stages.{s}.merge', inner, c // dims[s]))
+            self.conv_norm(l, f'{p}.downsample.conv1', merge, Dim(prev))
+            self.conv_norm(l, f'{p}.downsample.conv2', merge, None)
+            self.conv_norm(l, f'{p}.downsample.conv3', write, merge._replace(scaled=True))
             for axis, bp, b in l.layered(f'image.stages.{s}.layers', f'{p}.blocks', stage.blocks):
-                self.block(l, axis, bp, b, W)
+                self.block(l, axis, bp, b, write, c // dims[s])
             prev = W
-        return prev
+        return Dim(prev)
+
+    def fixed(self, trunk):
+        return dict(head_dims=[0, *head_dims(trunk)[1:]])
+
+    def settle(self, trunk, fixed):
+        for a in (m for m in trunk.modules() if hasattr(m, 'attention_biases')):
+            a.num_heads = len(a.attention_biases)
+            a.out_dim = a.num_heads * a.val_dim
 
     def convolutional(self, l, trunk, path) -> str:
         "Stem and first stage; returns the axis of their width"
@@ -38,35 +50,43 @@ class TinyViT(Trunk):
         units = c // 32 if c % 32 == 0 else c
         stem = l.axis('image.stem', conv1.out_channels, units)
         W = l.axis('image.stages.0.width', c, units)
-        self.conv_norm(l, f'{path}.patch_embed.conv1', stem, None)
-        self.conv_norm(l, f'{path}.patch_embed.conv2', W, stem)
+        write = Dim(W, scaled=True)
+        self.conv_norm(l, f'{path}.patch_embed.conv1', Dim(stem), None)
+        self.conv_norm(l, f'{path}.patch_embed.conv2', write, Dim(stem, scaled=True))
         for axis, p, b in l.layered(
             'image.stages.0.layers', f'{path}.stages.0.blocks', trunk.stages[0].blocks
         ):
             inner = l.axis(f'{axis}.inner', b.conv1.conv.out_channels, units)
-            self.conv_norm(l, f'{p}.conv1', inner, W)
-            self.conv_norm(l, f'{p}.conv2', inner, None)
-            self.conv_norm(l, f'{p}.conv3', W, inner)
+            self.conv_norm(l, f'{p}.conv1', Dim(inner), Dim(W))
+            self.conv_norm(l, f'{p}.conv2', Dim(inner), None)
+            self.conv_norm(l, f'{p}.conv3', write, Dim(inner, scaled=True))
         return W
 
     def conv_norm(self, l, p, out, inp):
-        "A convolution and its BatchNorm; `inp` is None for a depth-wise one"
-        l.conv(f'{p}.conv', Dim(out), Dim(inp) if inp else None)
+        """A convolution and its BatchNorm, where what it writes is scaled; `inp` is None for a
+        depth-wise one"""
+        l.conv(f'{p}.conv', out._replace(scaled=False), inp)
         l.norm(f'{p}.bn', out, batch=True)
 
-    def block(self, l, axis, p, b, W):
+    def block(self, l, axis, p, b, write, units):
         "Attention with per-head packing and position biases, the MLP, a local convolution"
-        a = b.attn
-        H = l.axis(f'{axis}.heads', a.num_heads)
-        F = l.axis(f'{axis}.ffn', b.mlp.fc1.out_features, a.num_heads)
-        l.dims[f'{p}.attn.attention_biases'] = (Dim(H), None)
-        l.norm(f'{p}.attn.norm', W)
-        l.norm(f'{p}.mlp.norm', W)
-        l.linear(f'{p}.attn.qkv', Dim(H, a.qkv.out_features // a.num_heads), Dim(W))
-        l.linear(f'{p}.attn.proj', Dim(W), Dim(H, a.val_dim))
-        l.linear(f'{p}.mlp.fc1', Dim(F), Dim(W))
-        l.linear(f'{p}.mlp.fc2', Dim(W), Dim(F))
-        self.conv_norm(l, f'{p}.local_conv', W, None)
+        a, W = b.attn, write.axis
+        if hasattr(a, 'qkv'):
+            H = l.axis(f'{axis}.heads', a.num_heads)
+            l.dims[f'{p}.attn.attention_biases'] = (Dim(H), None)
+            l.norm(f'{p}.attn.norm', W)
+            l.linear(f'{p}.attn.qkv', Dim(H, a.qkv.out_features // a.num_heads), Dim(W))
+            l.linear(f'{p}.attn.proj', write, Dim(H, a.val_dim, scaled=True))
+            l.emptiable(H, f'{p}.attn', 'proj')
+        if hasattr(b.mlp, 'fc1'):
+            F = l.axis(f'{axis}.ffn', b.mlp.fc1.out_features, units)
+            l.norm(f'{p}.mlp.norm', W)
+            l.linear(f'{p}.mlp.fc1', Dim(F), Dim(W))
+            l.linear(f'{p}.mlp.fc2', write, Dim(F, scaled=True))
+            l.emptiable(F, f'{p}.mlp', 'fc2')
+        for n in ('attn.proj', 'mlp.fc2'):
+            l.dims[f'{p}.{n}.bias'] = (write,)
+        self.conv_norm(l, f'{p}.local_conv', write, None)
 
     def trunk_branches(self, tower, path):
         def units(p, *before, **settings):
@@ -95,16 +115,18 @@ class TinyViT(Trunk):
     def block_branches(self, tower, path, p) -> list:
         "Attention, the local convolution in the place of the stream, MLP"
         b = tower.get_submodule(p)
-        fill, attend = windowed(b.attn, (b.window_size, b.window_size))
 
         def maps(*them):
             return Branch(tuple(linear_map(tower, path, f'{p}.{n}', *f) for n, *f in them))
 
-        return [
-            maps(('attn.qkv', fill, b.attn.norm), ('attn.proj', attend)),
-            Branch((self.unit(tower, path, f'{p}.local_conv'),), shortcut=None),
-            maps(('mlp.fc1', b.mlp.norm), ('mlp.fc2', b.mlp.act)),
-        ]
+        attention, mlp = (bias_branch(path, f'{p}.{n}') for n in ('attn.proj', 'mlp.fc2'))
+        if hasattr(b.attn, 'qkv'):
+            fill, attend = windowed(b.attn, (b.window_size, b.window_size))
+            attention = maps(('attn.qkv', fill, b.attn.norm), ('attn.proj', attend))
+        if hasattr(b.mlp, 'fc1'):
+            mlp = maps(('mlp.fc1', b.mlp.norm), ('mlp.fc2', b.mlp.act))
+        local = Branch((self.unit(tower, path, f'{p}.local_conv'),), shortcut=None)
+        return [attention, local, mlp]
 
 
 TINYVIT = TinyViT()

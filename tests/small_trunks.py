@@ -1,0 +1,101 @@
+"""Small CLIPs around an image tower with stages, one per family, and what tests ask of them"""
+
+import copy
+import functools
+
+import torch
+from hypothesis import strategies as st
+
+from tinyclip.keep import Keep
+from tinyclip.towers import layout
+from tinyclip.towers.architecture import build
+
+TEXT = dict(context_length=6, vocab_size=32, width=16, heads=2, layers=1)
+
+
+def _timm(name, size=64, proj='linear', **trunk):
+    vision = dict(image_size=size, timm_model_name=name, timm_proj=proj)
+    return dict(vision_cfg=vision, tinyclip_cfg=dict(trunk=trunk))
+
+
+_CONV = dict(dims=[8, 12, 16, 20], depths=[1, 2, 1, 1])
+_FAST = dict(embed_dims=[8, 16, 32, 64], layers=[1, 2, 1, 1])
+TWINS = dict(
+    resnet=dict(
+        vision_cfg=dict(image_size=64, layers=[1, 2, 1, 1], width=8, head_width=16, patch_size=None)
+    ),
+    tinyvit=_timm(
+        'tiny_vit_5m_224', embed_dims=[16, 16, 32, 32], depths=[1, 2, 1, 1], num_heads=[1, 2, 4, 4]
+    ),
+    davit=_timm(
+        'davit_tiny', embed_dims=[8, 16, 16, 32], depths=[1, 2, 1, 1], num_heads=[2, 2, 2, 4]
+    ),
+    convnext=_timm('convnext_tiny', 32, **_CONV),
+    convnext_mlp=_timm('convnext_atto', 32, 'mlp', **_CONV),
+    fastvit=_timm('fastvit_mci0', proj=None, **_FAST),
+    fastvit_merged=_timm('fastvit_mci0', proj=None, **_FAST, inference_mode=True),
+    fastvit_five=_timm('fastvit_mci3', proj=None, embed_dims=[4, 8, 16, 32, 64], layers=[1] * 5),
+)
+
+
+def configuration(family):
+    return dict(embed_dim=12, text_cfg=TEXT, custom_text=True) | copy.deepcopy(TWINS[family])
+
+
+@functools.cache
+def twin(family, seed=0):
+    "A tiny CLIP whose biases, norms and statistics are far from where they start; do not change it"
+    torch.manual_seed(seed)
+    model = build(configuration(family)).eval()
+    for n, t in model.visual.state_dict().items():
+        if t.ndim > 1 and t.shape[-2:] != (1, 1) or t.ndim == 4:
+            torch.nn.init.normal_(t, 0, max(t[0].numel(), 4) ** -0.5)
+        elif t.ndim and t.is_floating_point():
+            torch.nn.init.normal_(t, 0.0 if n.endswith(('bias', 'mean')) else 1.0, 0.2)
+            if n.endswith(('var', 'weight', 'gamma')):
+                t.abs_()
+    return model
+
+
+def pictures(model, n=2, seed=0):
+    g, size = torch.Generator().manual_seed(seed), model.visual.image_size
+    size = size if isinstance(size, int) else size[0]
+    return torch.randn(n, 3, size, size, generator=g)
+
+
+@torch.no_grad()
+def features(model, seed=0):
+    return model.encode_image(pictures(model, seed=seed))
+
+
+def off(a, b):
+    "Relative distance of image features"
+    a, b = (t if isinstance(t, torch.Tensor) else features(t) for t in (a, b))
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def keeps(sizes, needed, values=True):
+    "Hypothesis: any keep of a model with these sizes"
+
+    @st.composite
+    def draw(draw):
+        g = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+        share, axes, soft = draw(st.sampled_from([0.3, 0.6, 0.9])), {}, {}
+        for a, n in sizes.items():
+            if a == 'embed':
+                continue
+            chosen = (torch.rand(n, generator=g) < share).nonzero()[:, 0].tolist()
+            must = list(needed.get(a, ()))
+            if not ('.layers.' in a and a.endswith(('.heads', '.ffn'))) and not chosen + must:
+                must = [n - 1]
+            axes[a] = sorted({*chosen, *must})
+            if values and not a.endswith('.layers'):
+                soft[a] = (torch.rand(len(axes[a]), generator=g) * 0.9 + 0.1).tolist()
+        return Keep(sizes, axes, soft)
+
+    return draw()
+
+
+def any_keep(model, values=False):
+    l = layout(model)
+    return keeps(l.sizes, l.needed, values)
