@@ -534,7 +534,7 @@ def test_what_lies_beside_the_weights_is_named(tmp_path, beside, what):
 
 
 # --- CoCa
-def test_coca_loads_and_says_what_it_cannot(tmp_path):
+def test_of_coca_the_contrastive_part_is_inherited(tmp_path):
     cfg = open_clip.get_model_config('coca_ViT-B-32')
     cfg['embed_dim'] = 16
     cfg['vision_cfg'] |= dict(VISION, attn_pooler_heads=2)
@@ -544,9 +544,14 @@ def test_coca_loads_and_says_what_it_cannot(tmp_path):
     torch.save(model.state_dict(), tmp_path / 'x.pt')
     loaded, _ = heard(load, tmp_path / 'x.pt', config=cfg)
     assert type(loaded.model) is type(model) and same(loaded.model, model)
-    for use in (lambda m: save(m, tmp_path / 'y'), lambda m: inherit(m, manual(m))):
-        with pytest.raises(TinyclipError, match=r'CoCa.* neither cut nor saved'):
-            use(loaded.model)
+    student = inherit(model, manual(model))
+    assert type(student) is open_clip.CustomTextCLIP
+    images, texts = torch.randn(2, 3, 16, 16), torch.randint(1, 60, (2, student.context_length))
+    with torch.no_grad():
+        assert torch.equal(student.encode_image(images), model.encode_image(images, False))
+        assert torch.equal(student.encode_text(texts), model.encode_text(texts, False))
+    save(model, tmp_path / 'y')
+    assert same(load(tmp_path / 'y').model, student)
 
 
 def test_released_files_need_no_sentence(tmp_path, monkeypatch):

@@ -476,11 +476,11 @@ def test_a_cut_model_cannot_grow(teacher):
                     head_width=4,
                     width=8,
                     layers=1,
-                    attentional_pool=True,
+                    attentional_pool='parallel',
                     attn_pooler_heads=2,
                 )
             ),
-            'pools by attention',
+            'pools by attention twice',
         ),
     ],
 )

@@ -417,6 +417,9 @@ class MaskedCLIP(MaskVector):
         whole: Mapping | None = None,
     ):
         l = layout(clip)
+        if any(n.startswith(l.dropped) for n in clip.state_dict()):  # parts that no student has
+            clip = inherit(clip, Keep(l.sizes))
+            l = layout(clip)
         super().__init__(l, kinds, start, hard)
         self.size = ParamCount(l, whole)
         self.writers = masked_weights(l, self.axes)

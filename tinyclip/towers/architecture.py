@@ -41,6 +41,8 @@ def static_cfg(
         part = family.static(tower_of(model, t)[0])
         quick.add(part.pop('quick_gelu', None))
         cfg[family.part] = part
+    if hasattr(model, 'text_decoder'):  # which alone reads what CoCa's image tower gives besides
+        cfg['vision_cfg'].pop('output_tokens', None)
     if {True, False} <= quick:
         raise TinyclipError(
             'One tower uses QuickGELU and the other does not; open_clip has one switch for both.'

@@ -115,7 +115,8 @@ class Text(Transformer):
     def counted(self, tower, x):
         "All tokens up to the end of the text, found as the tower finds it; all where it has none"
         if not self.ends(tower):
-            return torch.ones_like(x, dtype=torch.bool)
+            more = getattr(tower, 'cls_emb', None) is not None
+            return x.new_ones(len(x), x.shape[1] + more, dtype=torch.bool)
         pool, eos = self.pooling(tower)
         end = x.argmax(1) if pool == 'argmax' else (x == eos).int().argmax(1)
         return torch.arange(x.shape[1], device=x.device) <= end[:, None]

@@ -418,5 +418,6 @@ class Transformer(Family):
         return name, '', True
 
     def _encode(self, model, x):
-        out = model.encode_image(x) if self.tower == 'image' else model.encode_text(x)
+        encode = model.encode_image if self.tower == 'image' else model.encode_text
+        out = encode(x, normalize=False)  # CoCa's own default is True
         return out[0] if isinstance(out, tuple) else out
