@@ -457,20 +457,6 @@ def test_a_cut_model_cannot_grow(teacher):
         (
             dict(
                 vision_cfg=dict(
-                    image_size=64, layers=[1, 1, 1, 1], width=8, head_width=16, patch_size=None
-                )
-            ),
-            'masks learn on a ViT only',
-        ),
-        (
-            dict(
-                vision_cfg=dict(timm_model_name='tiny_vit_5m_224', image_size=64), custom_text=True
-            ),
-            'masks learn on a ViT only',
-        ),
-        (
-            dict(
-                vision_cfg=dict(
                     image_size=16,
                     patch_size=8,
                     head_width=4,
