@@ -252,7 +252,8 @@ def empty(
     axis: str,  # Heads or neurons, of which none are left
 ):
     "Leave of an attention or an MLP its last bias, in place"
-    branch, last, before, channels_first = l.emptied[axis]
+    branch, last, *rest = l.emptied[axis]
+    before, channels_first = rest
     for name in before:
         tower.set_submodule(name.removeprefix(path), nn.Identity())
     name = branch.removeprefix(path)

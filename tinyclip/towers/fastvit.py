@@ -99,8 +99,7 @@ def _vector(scale) -> Tensor | None:
 class FastViT(Trunk):
     "timm's FastViT"
 
-    name = 'FastViT'
-    kind = 'FastVit'
+    name, kind = 'FastViT', 'FastVit'
 
     def lay_out_trunk(self, l, trunk, path):
         widths, dims = stage_widths(trunk), head_dims(trunk)
@@ -108,8 +107,7 @@ class FastViT(Trunk):
         first = one_conv(trunk.stem.get_submodule('0')).out_channels
         if any(w % first for w in widths):
             raise TinyclipError(
-                f'The widths of this FastViT, {widths}, are no multiples of the first one: it can '
-                'be used as it is, but neither cut nor saved.'
+                f'This FastViT cannot be cut: of its widths {widths} the first divides not all.'
             )
         heads = [w // d for w, d in zip(widths, dims) if d]
         W = l.axis('image.trunk.width', first, min(heads, default=first))
