@@ -214,6 +214,21 @@ def test_samples_are_counted():
     assert equal(some, refitted(student, teacher, [*batches(64, 16)[:1], *batches(64, 8)[2:3]]))
 
 
+def test_equal_texts_are_held_out_together():
+    "Ten captions said four times are held back as ten captions are"
+    teacher = clip()
+    student = inherit(teacher, manual(teacher, 0.25))
+    images, texts = (torch.cat(t) for t in zip(*batches(40, 10)))
+    few = texts[:10].repeat(4, 1)
+    often = refitted(student, teacher, [(images, few)])
+    once = refitted(student, teacher, [(images[:10], few[:10])])
+    of_texts = [
+        [r['damping'] for r in m.reconstruction if not r['matrix'].startswith('visual')]
+        for m in (often, once)
+    ]
+    assert of_texts[0] == of_texts[1] and max(filter(None, of_texts[0])) > 1e-5
+
+
 def half_of_the_samples(rank, world, port, folder):
     started(rank, world, port)
     teacher = clip()

@@ -10,6 +10,7 @@ import copy
 import statistics
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -299,6 +300,11 @@ class Inherited:
         return {n: t for n, t in zip(m.names, fitted) if n}
 
 # %% ../nbs/03_reconstruction.ipynb #4919b9de
+def checksum(t: Tensor) -> int:
+    "Equal tensors have equal ones"
+    return zlib.crc32(t.cpu().contiguous().view(torch.uint8).numpy())
+
+
 class TowerPair:
     "A tower of the student beside the teacher's, and the streams of both on the same inputs"
 
@@ -321,14 +327,14 @@ class TowerPair:
         )
         self.projections = [self.family.projection(*tower_of(m, tower)) for m in (student, teacher)]
         self.inherited = Inherited(self.whole, l, self.keep)
-        self.seen = 0
+        self.contents = []  # checksums of the inputs
 
     def add(self, x: Tensor):
         "Take in inputs: a batch of images, or of texts"
         stream, mask = self.family.stem(self.student, x)
         teacher_stream, teacher_mask = self.family.stem(self.teacher, x)
         number = torch.arange(self.seen, self.seen + len(x), device=x.device)
-        self.seen += len(x)
+        self.contents += [checksum(one) for one in x]
         self.streams.append(
             x=x if self.projections[0] else None,
             stream=stream,
@@ -337,8 +343,28 @@ class TowerPair:
             teacher_mask=teacher_mask,
             counted=self.family.counted(tower_of(self.teacher, self.tower)[0], x),
             number=number,
-            held=number % 4 == 3,
         )
+
+    @property
+    def seen(self) -> int:
+        "How many inputs there were"
+        return len(self.contents)
+
+    def hold_out(self):
+        """Hold out every fourth input from the fits; equal ones, of all processes, stay together,
+        unless there are fewer than eight different ones"""
+        all_ = [self.contents] * (world := rank_and_world_size()[1])
+        if world > 1:
+            dist.all_gather_object(all_, self.contents)
+        place = {c: i for i, c in enumerate(sorted({c for some in all_ for c in some}))}
+
+        def held(batch):
+            n = batch['number']
+            if len(place) >= 8:
+                n = torch.tensor([place[self.contents[i]] for i in n.tolist()], device=n.device)
+            return dict(held=n % 4 == 3)
+
+        self.streams.update(held)
 
     def __len__(self):
         branches = [b for block in self.blocks for b in block]
@@ -636,6 +662,8 @@ def reconstruct(
             for tower, x in zip(towers, batch):
                 tower.add(x)
         report.samples = check_count(towers[0].seen, p.device)
+        for tower in towers:
+            tower.hold_out()
         total = sum(map(len, towers))
         rows = (row for tower in towers for row in tower.refits())
         for row in tqdm(rows, 'reconstruct', total, disable=not progress):
