@@ -202,25 +202,25 @@ def begin(task, a, name, share, seed, budget):
     return student, left, before
 
 
-def train(task, student, steps, seed, lr, objective='affinity'):
+def train(task, student, steps, seed, lr, objective='affinity', precision='fp32'):
     "Distil for some steps"
-    settings = dict(SETTINGS, objective=objective, lr=lr, seed=seed)
+    settings = dict(SETTINGS, objective=objective, lr=lr, seed=seed, precision=precision)
     return Distiller(student, task.teacher, task.pairs(seed), **settings).fit(steps).student
 
 
-def one(task, a, name, share, seed, budget, lr, test, objective='affinity'):
+def one(task, a, name, share, seed, budget, lr, test, **how):
     "A row: one student, from nothing to its examination"
     began = time.process_time()
     student, left, before = begin(task, a, name, share, seed, budget)
     inherited = before + time.process_time() - began
     began = time.process_time()
     if left:
-        student = train(task, student, left, seed, lr, objective)
+        student = train(task, student, left, seed, lr, **how)
     seconds = inherited + time.process_time() - began
     samples = budget * BATCH + task.samples * WAYS[name].reconstructed
-    row = dict(method=name, share=share, seed=seed, budget=budget, lr=lr, objective=objective)
+    row = dict(method=name, share=share, seed=seed, budget=budget, lr=lr, objective='affinity')
     cost = dict(samples=samples, seconds=seconds, seconds_inherited=inherited)
-    return row | cost | test(student.eval())
+    return row | how | cost | test(student.eval())
 
 
 # %% Which rows there are
@@ -241,7 +241,7 @@ def told(v):
 
 def rate_cells(a):
     "One share and one budget; a seed that the table does not use"
-    for name, lr in product(a.ways, RATES):
+    for name, lr in product(a.ways, a.rates):
         yield dict(name=name, share=0.25, seed=100, budget=120, lr=lr)
 
 
@@ -257,6 +257,7 @@ def best_rates(a):
 def table_cells(a):
     "All methods and shares, the cheap budgets first"
     rates = best_rates(a)
+    rates['masks from scores, reconstructed'] = rates.get('automatic, reconstructed')
     for budget, seed, share, name in product(a.budgets, a.seeds, a.shares, a.ways):
         if budget or not WAYS[name].masks:
             yield dict(name=name, share=share, seed=seed, budget=budget, lr=rates[name])
@@ -275,11 +276,11 @@ LOSSES = (
 
 
 def loss_cells(a):
-    "The best inheritance, with each loss"
+    "The best inheritance, with each loss; in bfloat16, unlike the table"
     name = 'scores, reconstructed'
     for seed, objective in product(a.seeds, LOSSES):
         cell = dict(name=name, share=0.25, seed=seed, budget=120, lr=best_rates(a)[name])
-        yield cell | dict(objective=objective)
+        yield cell | dict(objective=objective, precision='bf16')
 
 
 def table(found):
@@ -330,6 +331,7 @@ def main():
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     p.add_argument('--shares', type=float, nargs='+', default=SHARES)
     p.add_argument('--budgets', type=int, nargs='+', default=BUDGETS)
+    p.add_argument('--rates', type=float, nargs='+', default=RATES)
     p.add_argument('--ways', nargs='+', choices=[*WAYS], default=[*WAYS])
     p.add_argument('--work', type=Path, default=Path('runs/budgets'))
     a = p.parse_args()
