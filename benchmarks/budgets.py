@@ -22,6 +22,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from methods import row_of
 
 from tinyclip.core import Table, record_run, seed_everything, write_json
@@ -37,15 +38,16 @@ from tinyclip.keep import Keep, keep_for_size
 from tinyclip.lab.demo import examine
 from tinyclip.masking import MaskedCLIP
 from tinyclip.reconstruction import reconstruct
-from tinyclip.scores import scored
+from tinyclip.scores import scored, unit_scores
 from tinyclip.sparsity import Sparsity
 from tinyclip.stages import SHORT
+from tinyclip.towers import TOWERS
 from tinyclip.zoo import load, save
 
 BATCH = 64
 SHARES = 0.5, 0.25, 0.1
 BUDGETS = 0, 40, 120, 480
-RATES = 5e-5, 1.5e-4, 5e-4, 1.5e-3
+RATES = 1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3
 MASK_STEPS = {40: 30, 120: 30, 480: 60}  # of the budget
 WEIGHTS_LR = 3e-4  # in mask phases
 PAPER = dict(form='two-sided', lr=0.1, warmup=0.7)
@@ -116,14 +118,33 @@ WAYS = {
     'automatic, reconstructed': Way('masks', True, masks=SHORT),
     'scores': Way('scores'),
     'scores, reconstructed': Way('scores', True),
+    'masks from scores, reconstructed': Way('masks', True, masks=SHORT | dict(scored=True)),
 }
+
+
+@torch.no_grad()
+def start_from_scores(masked, task, seed):
+    "Begin every log alpha by the rank of what is lost with its unit, per parameter saved: 1 to 5"
+    pairs = task.calibration(seed)
+    lost = unit_scores(task.teacher, pairs, samples=task.samples, seed=seed, progress=False).units()
+    whole, sizes = sum(masked.size.count({}).values()), masked.size.sizes
+    each = {a: whole - sum(masked.size.count({a: sizes[a] - 1}).values()) for a in masked.groups}
+    for tower in TOWERS:
+        axes = [a for a in masked.groups if a.startswith(tower)]
+        ranks = torch.cat([lost[a] / each[a] for a in axes]).argsort().argsort().float()
+        parts = (1 + 4 * ranks / len(ranks)).split([sizes[a] for a in axes])
+        for a, part in zip(axes, parts):
+            masked.by_group(masked.log_alpha)[a].copy_(part)
 
 
 def masked_keep(task, masks, share, seed, steps):
     "What masks keep after their phase, and the student that they cut"
     masks = dict(masks)
     own = {k: masks.pop(k) for k in ('kinds', 'start', 'hard') if k in masks}
+    from_scores = masks.pop('scored', False)
     masked = MaskedCLIP(task.teacher, **own).float()
+    if from_scores:
+        start_from_scores(masked, task, seed)
     penalty = Sparsity(masked, share, **masks)
     job = Distiller(
         masked,
@@ -139,32 +160,39 @@ def masked_keep(task, masks, share, seed, steps):
     return penalty.cut()
 
 
-def masked_once(task, a, name, share, seed, steps):
-    "A student of a mask phase, which rows with other budgets and rates share; its processor time"
-    form = WAYS[name].masks['form']
-    folder, began = a.work / 'masks' / f'{form}-{share}-{seed}-{steps}', time.process_time()
-    if not (folder / 'seconds.json').exists():
-        student = masked_keep(task, WAYS[name].masks, share, seed, steps)
-        save(student, folder / 'student')
-        write_json(folder / 'seconds.json', time.process_time() - began)
-    return load(folder / 'student').model, json.loads((folder / 'seconds.json').read_text())
+def made_once(place, make):
+    "A student that rows with other budgets and rates share, and the processor time it took"
+    began = time.process_time()
+    if not (place / 'seconds.json').exists():
+        student = make()
+        save(student, place / 'student')
+        write_json(place / 'seconds.json', time.process_time() - began)
+    return load(place / 'student').model, json.loads((place / 'seconds.json').read_text())
+
+
+def chosen_by_scores(task, share, seed):
+    "What scores keep, inherited"
+    pairs = task.calibration(seed)
+    keep = scored(task.teacher, pairs, share, samples=task.samples, progress=False)
+    return inherit(task.teacher, keep)
 
 
 def begin(task, a, name, share, seed, budget):
     "An untrained student, the steps that are left of the budget, and processor time spent before"
     way, left, before = WAYS[name], budget, 0.0
     if way.masks:
-        student, before = masked_once(task, a, name, share, seed, MASK_STEPS[budget])
-        left -= MASK_STEPS[budget]
-        keep = Keep(student.keep.sizes, student.keep.axes)  # hard
+        steps = MASK_STEPS[budget]
+        kind = 'scored' if 'scored' in way.masks else way.masks['form']
+        place = a.work / 'masks' / f'{kind}-{share}-{seed}-{steps}'
+        student, before = made_once(place, lambda: masked_keep(task, way.masks, share, seed, steps))
+        left -= steps
     elif way.chosen == 'scores':
-        pairs = task.calibration(seed)
-        keep = scored(task.teacher, pairs, share, samples=task.samples, progress=False)
-        student = inherit(task.teacher, keep)
+        place = a.work / 'scores' / f'{share}-{seed}'
+        student, before = made_once(place, lambda: chosen_by_scores(task, share, seed))
     else:
-        keep = keep_for_size(task.teacher, share)
-        student = inherit(task.teacher, keep)
+        student = inherit(task.teacher, keep_for_size(task.teacher, share))
     if way.reconstructed:
+        keep = Keep(student.keep.sizes, student.keep.axes)  # hard
         student = inherit(task.teacher, keep)
         pairs = task.calibration(seed)
         student = reconstruct(student, task.teacher, pairs, task.samples, progress=False)
@@ -174,25 +202,25 @@ def begin(task, a, name, share, seed, budget):
     return student, left, before
 
 
-def train(task, student, steps, seed, lr, objective='affinity'):
+def train(task, student, steps, seed, lr, objective='affinity', precision='fp32'):
     "Distil for some steps"
-    settings = dict(SETTINGS, objective=objective, lr=lr, seed=seed)
+    settings = dict(SETTINGS, objective=objective, lr=lr, seed=seed, precision=precision)
     return Distiller(student, task.teacher, task.pairs(seed), **settings).fit(steps).student
 
 
-def one(task, a, name, share, seed, budget, lr, test, objective='affinity'):
+def one(task, a, name, share, seed, budget, lr, test, **how):
     "A row: one student, from nothing to its examination"
     began = time.process_time()
     student, left, before = begin(task, a, name, share, seed, budget)
     inherited = before + time.process_time() - began
     began = time.process_time()
     if left:
-        student = train(task, student, left, seed, lr, objective)
+        student = train(task, student, left, seed, lr, **how)
     seconds = inherited + time.process_time() - began
     samples = budget * BATCH + task.samples * WAYS[name].reconstructed
-    row = dict(method=name, share=share, seed=seed, budget=budget, lr=lr, objective=objective)
+    row = dict(method=name, share=share, seed=seed, budget=budget, lr=lr, objective='affinity')
     cost = dict(samples=samples, seconds=seconds, seconds_inherited=inherited)
-    return row | cost | test(student.eval())
+    return row | how | cost | test(student.eval())
 
 
 # %% Which rows there are
@@ -213,7 +241,7 @@ def told(v):
 
 def rate_cells(a):
     "One share and one budget; a seed that the table does not use"
-    for name, lr in product(a.ways, RATES):
+    for name, lr in product(a.ways, a.rates):
         yield dict(name=name, share=0.25, seed=100, budget=120, lr=lr)
 
 
@@ -229,6 +257,7 @@ def best_rates(a):
 def table_cells(a):
     "All methods and shares, the cheap budgets first"
     rates = best_rates(a)
+    rates['masks from scores, reconstructed'] = rates.get('automatic, reconstructed')
     for budget, seed, share, name in product(a.budgets, a.seeds, a.shares, a.ways):
         if budget or not WAYS[name].masks:
             yield dict(name=name, share=share, seed=seed, budget=budget, lr=rates[name])
@@ -247,11 +276,11 @@ LOSSES = (
 
 
 def loss_cells(a):
-    "The best inheritance, with each loss"
+    "The best inheritance, with each loss; in bfloat16, unlike the table"
     name = 'scores, reconstructed'
     for seed, objective in product(a.seeds, LOSSES):
         cell = dict(name=name, share=0.25, seed=seed, budget=120, lr=best_rates(a)[name])
-        yield cell | dict(objective=objective)
+        yield cell | dict(objective=objective, precision='bf16')
 
 
 def table(found):
@@ -302,6 +331,7 @@ def main():
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     p.add_argument('--shares', type=float, nargs='+', default=SHARES)
     p.add_argument('--budgets', type=int, nargs='+', default=BUDGETS)
+    p.add_argument('--rates', type=float, nargs='+', default=RATES)
     p.add_argument('--ways', nargs='+', choices=[*WAYS], default=[*WAYS])
     p.add_argument('--work', type=Path, default=Path('runs/budgets'))
     a = p.parse_args()

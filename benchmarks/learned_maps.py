@@ -226,7 +226,7 @@ def one(teacher, share, method, seed, plan, batches, test):
     return row | dict(seconds=seconds, shared_seconds=batches.seconds)
 
 
-GRID = (1e-4, 4e-4, 1.6e-3)
+GRID = (2.5e-5, 1e-4, 4e-4, 1.6e-3)
 # where each method starts, and its settings with their values, chosen one after the other
 SEARCH = dict(
     manual=(dict(), dict(lr=GRID)),

@@ -1,5 +1,6 @@
-"""Students that were inherited and reconstructed, and never trained: by the paper's rule and with
-what recorded masks kept, calibrated on training pairs and on photographs of another kind.
+"""Students that were inherited and reconstructed, and never trained: by the paper's rule, with what
+recorded masks kept and with what scores keep, calibrated on training pairs and on photographs of
+another kind, few and many.
 
     # writes results/reconstruction-cifar10/run.json; uses what results/methods-cifar10 kept
     python benchmarks/reconstruction.py cifar10 --shared ../shared
@@ -12,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from itertools import product
 from pathlib import Path
 
 from methods import cifar10, shapes
@@ -21,7 +23,11 @@ from tinyclip.data import open_pairs, transforms
 from tinyclip.inheritance import inherit
 from tinyclip.keep import Keep, keep_for_size
 from tinyclip.reconstruction import reconstruct
+from tinyclip.scores import scored
 from tinyclip.zoo import load
+
+USUAL = 400  # pairs
+MOST = 1000  # pairs that scores look at
 
 
 def recorded_keeps(data, share):
@@ -48,26 +54,31 @@ def one(task, keep, pairs, samples, method, share, seed, calibration):
     start = time.process_time()
     new = reconstruct(student, teacher, pairs, samples, progress=False)
     seconds = time.process_time() - start
-    row = dict(share=share, method=method, seed=seed, calibration=calibration, samples=samples)
+    seen = new.reconstruction.samples  # a source may have fewer
+    row = dict(share=share, method=method, seed=seed, calibration=calibration, samples=seen)
     return row | dict(inherited=test(student)['top1'], seconds=seconds, **test(new))
 
 
 def rows_of(task, data, a):
     "All rows, the quick ones first"
     teacher, pairs, _ = task
+    kinds = dict(own=pairs)
+    if data == 'cifar10':
+        tokenizer = load(f'{a.shared}/teachers/cifar10').tokenizer
+        kinds['flickr8k'] = lambda seed, n: photographs_of_another_kind(
+            a.shared, teacher, tokenizer, seed
+        )
     for seed in a.seeds:
         for share in a.shares:
             keeps = dict(
                 rule=keep_for_size(teacher, share), masks=recorded_keeps(data, share)[seed]
             )
-            for method, keep in keeps.items():
-                for n in a.samples if share == min(a.shares) else a.samples[-1:]:
-                    yield one(task, keep, pairs(seed, 50), n, method, share, seed, 'own')
-            if data == 'cifar10':
-                tokenizer = load(f'{a.shared}/teachers/cifar10').tokenizer
-                other = photographs_of_another_kind(a.shared, teacher, tokenizer, seed)
-                n = a.samples[-1]
-                yield one(task, keeps['masks'], other, n, 'masks', share, seed, 'flickr8k')
+            for (kind, of), (method, keep) in product(kinds.items(), keeps.items()):
+                yield one(task, keep, of(seed, 50), USUAL, method, share, seed, kind)
+    for n, seed, (kind, of) in product(a.samples, a.seeds, kinds.items()):
+        share = min(a.shares)
+        keep = scored(teacher, of(seed, 50), share, samples=min(n, MOST), progress=False)
+        yield one(task, keep, of(seed, 50), n, 'scores', share, seed, kind)
 
 
 def table(rows):
@@ -93,7 +104,7 @@ if __name__ == '__main__':
     p.add_argument('--shared', default='../shared')
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     p.add_argument('--shares', type=float, nargs='+', default=[0.5, 0.25])
-    p.add_argument('--samples', type=int, nargs='+', default=[50, 100, 400])
+    p.add_argument('--samples', type=int, nargs='+', default=[50, 100, 200, USUAL, 1000, 10000])
     a = p.parse_args()
     task = dict(cifar10=cifar10, shapes=shapes)[a.data](a.shared)
     rows = []
