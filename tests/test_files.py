@@ -385,7 +385,7 @@ def test_a_larger_picture_or_context_is_no_other_architecture(tmp_path):
 TIMM = [
     (8, dict(timm_model_name='test_vit', timm_pool='', timm_proj='linear', image_size=160)),
     (64, dict(timm_model_name='test_vit', timm_pool='map', timm_proj='none', image_size=160)),
-    (8, dict(timm_model_name='test_convnext', timm_proj='mlp', image_size=160)),
+    (8, dict(timm_model_name='test_resnet', timm_proj='mlp', image_size=160)),
     (
         192,
         dict(timm_model_name='eva02_tiny_patch14_224', timm_pool='token', timm_proj=None),
