@@ -17,6 +17,7 @@ from tinyclip.core import Table, TinyclipError, record_run
 from tinyclip.inheritance import inherit
 from tinyclip.keep import Keep, manual
 from tinyclip.masking import MaskedCLIP
+from tinyclip.scores import check_scorable
 from tinyclip.towers import TOWERS, layout, tower_of
 from tinyclip.towers.architecture import architecture
 from tinyclip.zoo.to_transformers import describe
@@ -96,19 +97,13 @@ def reconstructs(clip):
             raise TinyclipError(f'The linear maps of {family.name} are not described.')
 
 
-def scores(clip):
-    for t, family in layout(clip).families.items():
-        if not (family.blocks and family.branches(*tower_of(clip, t))):
-            raise TinyclipError(f'The parts of {family.name} cannot be scored.')
-
-
 CAN = dict(
     inherit=half,
     uneven=lambda clip: inherit(clip, uneven(layout(clip))),
     masks=MaskedCLIP,
     plain=plain,
     reconstruct=reconstructs,
-    scores=scores,
+    scores=lambda clip: check_scorable(clip, layout(clip)),
     transformers=lambda clip: describe(half(clip)),
 )
 

@@ -303,12 +303,38 @@ class Inherited:
         fitted = v, bias, mean + bias, var, ratio * (var + m.eps).sqrt(), b + ratio * mean
         return {n: t for n, t in zip(m.names, fitted) if n}
 
+# %% ../nbs/03_reconstruction.ipynb #93f89ecd
+class Samples:
+    "The inputs of one tower: which of them are held out from the fits"
+
+    def __init__(self):
+        self.checksums = []  # equal inputs have equal ones
+
+    def __len__(self):
+        return len(self.checksums)
+
+    def add(
+        self,
+        x: Tensor,  # A batch of images, or of texts
+    ) -> Tensor:  # Their numbers
+        "Take in inputs"
+        data = [one.cpu().contiguous().view(torch.uint8).numpy() for one in x]
+        self.checksums += map(zlib.crc32, data)
+        return torch.arange(len(self) - len(x), len(self), device=x.device)
+
+    def held(self) -> Tensor:  # bool, by number
+        """Every fourth is held out. Equal ones, of all processes, stay together, unless there are
+        fewer than eight different ones"""
+        all_ = [self.checksums] * (world := rank_and_world_size()[1])
+        if world > 1:
+            dist.all_gather_object(all_, self.checksums)
+        different = sorted({c for some in all_ for c in some})
+        place = {c: i for i, c in enumerate(different)}
+        few = len(different) < 8
+        places = range(len(self)) if few else [place[c] for c in self.checksums]
+        return torch.tensor(places) % 4 == 3
+
 # %% ../nbs/03_reconstruction.ipynb #4919b9de
-def checksum(t: Tensor) -> int:
-    "Equal tensors have equal ones"
-    return zlib.crc32(t.cpu().contiguous().view(torch.uint8).numpy())
-
-
 def fitted_around(
     branch: Branch,
 ) -> tuple:  # Of `LinearMap`s
@@ -338,14 +364,13 @@ class TowerPair:
         )
         self.projections = [self.family.projection(*tower_of(m, tower)) for m in (student, teacher)]
         self.inherited = Inherited(self.whole, l, self.keep)
-        self.contents = []  # checksums of the inputs
+        self.samples = Samples()
 
     def add(self, x: Tensor):
         "Take in inputs: a batch of images, or of texts"
         stream, mask = self.family.stem(self.student, x)
         teacher_stream, teacher_mask = self.family.stem(self.teacher, x)
-        number = torch.arange(self.seen, self.seen + len(x), device=x.device)
-        self.contents += [checksum(one) for one in x]
+        number = self.samples.add(x)
         self.streams.append(
             x=x if self.projections[0] else None,
             stream=stream,
@@ -356,26 +381,10 @@ class TowerPair:
             number=number,
         )
 
-    @property
-    def seen(self) -> int:
-        "How many inputs there were"
-        return len(self.contents)
-
     def hold_out(self):
-        """Hold out every fourth input from the fits; equal ones, of all processes, stay together,
-        unless there are fewer than eight different ones"""
-        all_ = [self.contents] * (world := rank_and_world_size()[1])
-        if world > 1:
-            dist.all_gather_object(all_, self.contents)
-        place = {c: i for i, c in enumerate(sorted({c for some in all_ for c in some}))}
-
-        def held(batch):
-            n = batch['number']
-            if len(place) >= 8:
-                n = torch.tensor([place[self.contents[i]] for i in n.tolist()], device=n.device)
-            return dict(held=n % 4 == 3)
-
-        self.streams.update(held)
+        "Say of every input whether the fits see it, after the last one"
+        held = self.samples.held()
+        self.streams.update(lambda batch: dict(held=held[batch['number'].cpu()]))
 
     def __len__(self):
         branches = [b for block in self.blocks for b in block]
@@ -676,7 +685,7 @@ def reconstruct(
         for batch in calibration_batches(pairs, samples, teacher):
             for tower, x in zip(towers, batch):
                 tower.add(x)
-        report.samples = check_count(towers[0].seen, p.device)
+        report.samples = check_count(len(towers[0].samples), p.device)
         for tower in towers:
             tower.hold_out()
         total = sum(map(len, towers))

@@ -212,7 +212,7 @@ class HuggingFaceText(Family):
     def select_tokens(self, tower, rows):
         table, config = self.table(tower), tower.config
         pad = config.pad_token_id
-        if rows.index(pad) != pad:
+        if rows[pad : pad + 1] != [pad]:
             raise TinyclipError(
                 f'Positions are counted from the number of the padding token, {pad}; it must keep '
                 'it: keep all tokens before it.'
