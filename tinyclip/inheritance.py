@@ -34,7 +34,7 @@ def inherit(
     nn.Module
 ):  # In eval mode, on the teacher's device, in its dtype; `student.keep` says what it is
     """Cut a student out of its teacher (TinyCLIP, section 3.2) and, with calibration pairs,
-    reconstruct it"""
+    reconstruct it. Of a CoCa the contrastive part is inherited, not the decoder of captions."""
     l = layout(teacher)
     if not isinstance(keep, Keep):
         keep = keep_of_config(l, teacher, keep)

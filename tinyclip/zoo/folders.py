@@ -11,6 +11,7 @@ import functools
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,7 +176,14 @@ def save(
 def to_hold(model) -> dict:
     "The weights that a folder holds: a CLIP's; of a CoCa without those that write captions"
     dropped = layout(model).dropped
-    return {k: t for k, t in model.state_dict().items() if not k.startswith(dropped)}
+    held = {k: t for k, t in model.state_dict().items() if not k.startswith(dropped)}
+    if hasattr(model, 'text_decoder'):
+        warnings.warn(
+            'Of this CoCa the contrastive part is saved; the decoder that writes captions '
+            '(text_decoder) is not.',
+            stacklevel=3,
+        )
+    return held
 
 # %% ../../nbs/zoo/04_folders.ipynb #7629547f
 def _config_to_save(model, tokenizer) -> dict:
