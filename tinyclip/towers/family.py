@@ -252,14 +252,14 @@ def empty(
     axis: str,  # Heads or neurons, of which none are left
 ):
     "Leave of an attention or an MLP its last bias, in place"
-    branch, last, *rest = l.emptied[axis]
-    before, channels_first = rest
-    for name in before:
-        tower.set_submodule(name.removeprefix(path), nn.Identity())
-    name = branch.removeprefix(path)
+    left = l.emptied[axis]
+    for before in left.before:
+        tower.set_submodule(before.removeprefix(path), nn.Identity())
+    name = left.path.removeprefix(path)
     module: Any = tower.get_submodule(name)
-    width = len(module.get_submodule(last).bias)
-    tower.set_submodule(name, BranchBias(last, width, channels_first, head_size(module)))
+    width = len(module.get_submodule(left.last).bias)
+    bias = BranchBias(left.last, width, left.channels_first, head_size(module))
+    tower.set_submodule(name, bias)
 
 
 def head_size(

@@ -37,6 +37,15 @@ class Dim(NamedTuple):
         one = (index[:, None] * self.block + torch.arange(self.block)).flatten()
         return (torch.arange(self.copies)[:, None] * size * self.block + one).flatten()
 
+# %% ../../nbs/towers/01_layout.ipynb #d1150bee
+class Emptied(NamedTuple):
+    "An attention or an MLP of which, without heads or neurons, the last bias is left"
+
+    path: str  # Of it
+    last: str  # Name of its last map
+    before: tuple  # Paths of what stands before it
+    channels_first: bool  # Whether it takes maps with their channels before height and width
+
 # %% ../../nbs/towers/01_layout.ipynb #8fe7e83b
 @dataclass
 class Layout:
@@ -58,8 +67,7 @@ class Layout:
     needed: dict = field(default_factory=dict)
     # name in the state dict -> the heads or neurons without which the tensor is of no use
     branch: dict = field(default_factory=dict)
-    # axis of heads or neurons -> (path of its attention or MLP, name of the last map there, paths
-    # of what stands before it, whether it takes maps with channels first)
+    # axis of heads or neurons -> what is left of its branch without any: `Emptied`
     emptied: dict = field(default_factory=dict)
     # path of a LayerNorm -> the width axis that it normalises
     norms: dict = field(default_factory=dict)
@@ -120,7 +128,7 @@ class Layout:
     def emptiable(self, axis, path, last, *before, channels_first=False):
         """Say that an attention or an MLP at `path` is its last bias only without heads or neurons;
         its tensors are in `dims`"""
-        self.emptied[axis] = path, last, before, channels_first
+        self.emptied[axis] = Emptied(path, last, before, channels_first)
         parts = tuple(f'{p}.' for p in (path, *before))
         names = [n for n in self.dims if n.startswith(parts) and n != f'{path}.{last}.bias']
         self.branch |= dict.fromkeys(names, axis)
