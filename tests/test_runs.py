@@ -329,7 +329,7 @@ def test_constants_that_a_configuration_names(tmp_path):
     [
         (changed(TINY, text_cfg__vocab_size=1000), 'vocab_size of 1000, and its tokenizer makes'),
         (changed(TINY, text_cfg__hf_tokenizer_name='./nowhere'), 'tokenizer .* cannot be made'),
-        (changed(TINY, vision_cfg__attentional_pool=True), 'pools by attention'),
+        (changed(TINY, vision_cfg__attentional_pool='cascade'), 'pools by attention twice'),
         (changed(TINY, vision_cfg__pool_type='none'), 'does not pool'),
         (changed(TINY, text_cfg__embed_cls=True), 'cannot be saved: positional_embedding'),
         (changed(TINY, vision_cfg__qk_norm=True), 'neither cut nor saved'),

@@ -161,6 +161,15 @@ def test_masks_come_to_a_share(kind):
     assert encoded(student.eval()).isfinite().all()
 
 
+def test_saving_another_model_leaves_a_file_that_is_not_its_own(tmp_path):
+    "config.json is of a text tower from transformers only; elsewhere it is somebody's"
+    cfg = dict(context_length=12, vocab_size=64, width=32, heads=2, layers=1)
+    plain = open_clip.CLIP(24, VISION, cfg)
+    (tmp_path / 'config.json').write_text('mine')
+    save(plain, tmp_path)
+    assert (tmp_path / 'config.json').read_text() == 'mine'
+
+
 def test_refusals():
     model = clip('mt5')
     with pytest.raises(TinyclipError, match='All layers share the axis text.heads'):

@@ -155,7 +155,9 @@ def save(
     def cast(t):
         return t.to(dtype) if dtype and t.is_floating_point() else t
 
-    with replacing(folder, (CONFIG, WEIGHTS, KEEP, BPE, HF_CONFIG)) as tmp:
+    text = config['model_cfg']['text_cfg']
+    names = (CONFIG, WEIGHTS, KEEP, BPE) + (HF_CONFIG,) * ('hf_config' in text)
+    with replacing(folder, names) as tmp:
         save_file(
             {k: cast(v.detach()).cpu().contiguous().clone() for k, v in to_hold(model).items()},
             tmp / WEIGHTS,
@@ -164,7 +166,6 @@ def save(
             (tmp / KEEP).write_text(model.keep.to_json(), encoding='utf-8')
         if getattr(model, 'merges', None) is not None:
             ShortTokenizer(tokenizer_of(model).bpe_ranks).save(tmp / BPE)
-        text = config['model_cfg']['text_cfg']
         if 'hf_tokenizer_name' in text:
             tokenizer.save_pretrained(str(tmp))
         if 'hf_config' in text:
