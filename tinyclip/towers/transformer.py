@@ -93,10 +93,11 @@ def refuse_blocks(
 # %% ../../nbs/towers/03_transformer.ipynb #8f4ccaee
 def by_sample(
     mask: Tensor,  # `(length, length)`, or PyTorch's `(n*heads, length, length)`
-    n: int,  # Samples
+    q: Tensor,  # Queries `(n, heads, length, head_dim)`
 ) -> Tensor:  # Broadcasts over `(n, heads, length, length)`
     "A mask of attention, where it may differ from text to text"
-    return mask if mask.ndim == 2 else mask.unflatten(0, (n, -1))
+    # q.shape, for len(q) would tie an export to one batch size
+    return mask if mask.ndim == 2 else mask.unflatten(0, (q.shape[0], -1))
 
 # %% ../../nbs/towers/03_transformer.ipynb #d7671093
 class SlimAttention(nn.Module):
@@ -123,7 +124,7 @@ class SlimAttention(nn.Module):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         if attn_mask is not None:
-            attn_mask = by_sample(attn_mask.to(q.dtype), len(q))
+            attn_mask = by_sample(attn_mask.to(q.dtype), q)
         return self.out_proj(
             F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).transpose(1, 2).flatten(2)
         )
@@ -195,7 +196,7 @@ def _attention_reader(attn) -> Callable:
 
     def read(qkv, mask):
         q, k, v = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
-        mask = None if mask is None else by_sample(mask.to(q.dtype), len(q))
+        mask = None if mask is None else by_sample(mask.to(q.dtype), q)
         heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return heads.transpose(1, 2).flatten(2)
 
