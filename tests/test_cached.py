@@ -242,7 +242,9 @@ def test_a_step_is_the_step_with_the_teacher(data, tmp_path):
         ),
         clip().logit_scale.exp().detach(),
     )
-    assert taken(own, None)[0] == want  # asked with the same batch: to the bit
+    found = taken(own, None)[0]  # asked with the same batch: to the rounding of its products
+    assert found.keys() == want.keys()
+    assert all(abs(found[k] - want[k]) <= 1e-6 * abs(want[k]) for k in want)
 
 
 def job(pairs, teacher=None, student=None, **kw):
