@@ -202,9 +202,9 @@ def begin(task, a, name, share, seed, budget):
     return student, left, before
 
 
-def train(task, student, steps, seed, lr, objective='affinity', precision='fp32'):
+def train(task, student, steps, seed, lr, objective='affinity'):
     "Distil for some steps"
-    settings = dict(SETTINGS, objective=objective, lr=lr, seed=seed, precision=precision)
+    settings = dict(SETTINGS, objective=objective, lr=lr, seed=seed)
     return Distiller(student, task.teacher, task.pairs(seed), **settings).fit(steps).student
 
 
@@ -276,11 +276,11 @@ LOSSES = (
 
 
 def loss_cells(a):
-    "The best inheritance, with each loss; in bfloat16, unlike the table"
+    "The best inheritance, with each loss"
     name = 'scores, reconstructed'
     for seed, objective in product(a.seeds, LOSSES):
         cell = dict(name=name, share=0.25, seed=seed, budget=120, lr=best_rates(a)[name])
-        yield cell | dict(objective=objective, precision='bf16')
+        yield cell | dict(objective=objective)
 
 
 def table(found):
