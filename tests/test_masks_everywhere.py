@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_trunks import TWINS, off, pictures, twin
+from small_trunks import TWINS, features, off, pictures, twin
 
 from tinyclip.core import TinyclipError
-from tinyclip.keep import manual
+from tinyclip.evaluate.cost import parameters
+from tinyclip.inheritance import inherit
+from tinyclip.keep import keep_for_size, manual
 from tinyclip.masking import MaskedCLIP, MethodModule, mask_groups
 from tinyclip.sparsity import Goal, Sparsity, uniform_shape, zeros_for
 from tinyclip.towers import layout
@@ -104,3 +106,17 @@ def test_what_has_no_uniform_shape_is_refused():
     with pytest.raises(TinyclipError, match='no one uniform shape'):
         uniform_shape(masked, 'image', 0.5)
     assert manual(twin('convnext'), image_width=0.5)
+
+
+@pytest.mark.parametrize('family', [*TWINS])
+@pytest.mark.parametrize('share', [0.8, 0.4])
+def test_the_rule_at_a_share(family, share):
+    "As exact as a twin with a width of four channels can be, and every width taken part in"
+    model = twin(family)
+    keep = keep_for_size(model, share)
+    student = inherit(model, keep)
+    got = parameters(student)['towers'] / parameters(model)['towers']
+    assert abs(got - share) < 0.06, got
+    widths = [a for a in keep.sizes if a.startswith('image.') and a.endswith('.width')]
+    assert all(len(keep[a]) < keep.sizes[a] for a in widths)
+    assert features(student).isfinite().all()

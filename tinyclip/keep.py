@@ -12,6 +12,7 @@ import json
 import math
 import re
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -338,6 +339,15 @@ def count_of_share(
     units = l.units[axis]
     return max(1, round(share * units)) * l.sizes[axis] // units
 
+
+def followed(
+    l: Layout,  # Of the teacher
+    counts: Mapping,  # Axis -> how many to keep
+) -> dict:
+    "The same, with the sizes of axes that others decide"
+    whole = l.sizes | counts
+    return counts | {a: min(size(whole), l.sizes[a]) for a, size in l.follows.items()}
+
 # %% ../nbs/01_keep.ipynb #a2e6be35
 def by_counts(
     l: Layout,  # Of the teacher
@@ -418,13 +428,12 @@ def manual(
         for a in l.sizes
         if a != 'embed'
     }
-    for a, size in l.follows.items():
-        counts[a] = min(size({**l.sizes, **counts}), l.sizes[a])
+    counts = followed(l, counts)
     return by_counts(l, counts, width_by, depth_by, _scores(model, l, width_by, depth_by))
 
 # %% ../nbs/01_keep.ipynb #26fca728
 def keep_for_size(
-    model: nn.Module | Layout,  # The teacher, with a ViT image tower, or its layout
+    model: nn.Module | Layout,  # The teacher, or its layout
     share: float,  # Of its tower parameters, the token table not counted
 ) -> Keep:  # Within a thousandth where the towers are not tiny
     """The paper's rule at a given size: text in depth (every k-th layer), image in width
@@ -433,35 +442,32 @@ def keep_for_size(
         raise TinyclipError(f'share={share} is no share; give a number above 0 and at most 1.')
     l = layout(model)
     size = ParamCount(l)
-    if l.families['image'].blocks is None:
-        raise TinyclipError(
-            'keep_for_size needs a ViT image tower; shrink this one by width and depth: '
-            'tinyclip.keep.manual.'
-        )
-    depth, count = l.sizes['text.layers'], l.sizes['image.layers']
+    depth = l.sizes['text.layers']
     text = evenly_spaced(depth, max(1, round(share * depth)))
     dropped = tuple(f'{l.depth["text.layers"]}.{i}.' for i in range(depth) if i not in text)
     rest = size.whole['text'] - sum(
         math.prod(s) for n, s in l.shapes.items() if n.startswith(dropped)
     )
-    W, H, F = (l.sizes[a] for a in ('image.width', 'image.layers.0.heads', 'image.layers.0.ffn'))
+    target = share * sum(size.whole.values()) - rest
+    widths = [a for a in l.sizes if a.startswith('image.') and not is_depth(a)]
+    neurons = [a for a in widths if '.layers.' in a and not a.endswith('.heads')]
 
-    def axes(width, ffn):
-        layers = [f'image.layers.{i}' for i in range(count)]
-        heads = max(1, round(width / W * H))
-        return (
-            {'image.width': width}
-            | {f'{a}.heads': heads for a in layers}
-            | {f'{a}.ffn': ffn for a in layers}
-        )
+    def counts(width, ffn):
+        parts = dict.fromkeys(widths, width) | dict.fromkeys(neurons, ffn)
+        return followed(l, {a: max(1, round(part * l.sizes[a])) for a, part in parts.items()})
 
-    def off(counts):
-        return abs(size.count(counts)['image'] + rest - share * sum(size.whole.values()))
+    def closest(axes, of):
+        "The part that brings the image tower closest to its size, in steps of the largest axis"
+        steps = max(l.sizes[a] for a in axes)
+        parts = [n / steps for n in range(1, steps + 1)]
+        first = bisect_left(parts, target, key=lambda part: size.count(of(part))['image'])
+        around = parts[max(0, first - 1) : first + 1]
+        return min(around, key=lambda part: abs(size.count(of(part))['image'] - target))
 
     # channels, heads and neurons alike; then neurons make up for whole heads
-    width = min(range(1, W + 1), key=lambda w: off(axes(w, max(1, round(w / W * F)))))
-    ffn = min(range(1, F + 1), key=lambda n: off(axes(width, n)))
-    return by_counts(l, axes(width, ffn) | {'text.layers': len(text)})
+    width = closest([a for a in widths if a not in neurons], lambda part: counts(part, part))
+    ffn = closest(neurons, lambda part: counts(width, part))
+    return by_counts(l, counts(width, ffn) | {'text.layers': len(text)})
 
 # %% ../nbs/01_keep.ipynb #4df9bd5c
 def choose(
