@@ -185,7 +185,7 @@ class CachedPairs(Pairs):
         self.width = sum(i['width'] for i in indexes)
         scale = torch.tensor(sum(i['scale'] for i in indexes) / len(indexes))
         biases = [i.get('bias') for i in indexes]  # None, too, in caches of before there were any
-        bias = None if None in biases else torch.tensor(sum(biases) / len(biases))
+        bias = self.bias = None if None in biases else torch.tensor(sum(biases) / len(biases))
         self.made = partial(CachedBatch, teacher_scale=scale, teacher_bias=bias)
 
     def check_teacher(self, teacher):
