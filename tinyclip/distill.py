@@ -318,6 +318,28 @@ def smallest_share(
     "Smallest kept share of a target"
     return min(share.values()) if isinstance(share, dict) else share
 
+# %% ../nbs/09_distill.ipynb #2a898b7b
+def default_objective(
+    student: nn.Module,  # To be trained
+    teacher: nn.Module | None,  # To be learned from; None where pairs bring its features
+    pairs: Pairs | None = None,  # Those from `cached_pairs` know whether it has a bias
+) -> tuple:  # An `Objective`, and what to say of it; nothing where it is the paper's
+    "Objective that suits how a teacher was trained"
+    cached = getattr(pairs, 'bias', None) if teacher is None else None
+    if getattr(teacher, 'logit_bias', None) is None and cached is None:
+        return Objective('affinity'), ''
+    if getattr(student, 'logit_bias', None) is None:
+        return Objective('affinity', student_scale='own', teacher_scale='own'), (
+            'The teacher has a logit_bias (SigLIP) and the student has none, so the student '
+            "learns the teacher's softmax rows, both at their own scales; no softmax sees a "
+            "bias. objective='affinity' is the paper's loss, at 50."
+        )
+    return Objective('sigmoid_mimicking'), (
+        'The teacher has a logit_bias: it was trained with a sigmoid per pair (SigLIP), and '
+        "so is its student, with objective 'sigmoid_mimicking'. objective='affinity' is the "
+        "paper's loss."
+    )
+
 # %% ../nbs/09_distill.ipynb #ef5ed77f
 def embedding_widths(
     objective: Objective,  # What is minimised
@@ -395,7 +417,9 @@ class Distiller:
         teacher: nn.Module | None,
         pairs: Pairs,  # `tinyclip.data.open_pairs(...)`, or anything like it
         *,
-        objective='affinity',  # A name, a list of names, a dict name -> weight, or an `Objective`
+        # A name, a list of names, a dict name -> weight, or an `Objective`; None for what suits
+        # how the teacher was trained: `'affinity'`, or `'sigmoid_mimicking'` where it has a bias
+        objective=None,
         folder=None,  # Checkpoints and `events.jsonl` go here; None to keep nothing
         # Called with the student (eval mode, no gradients); returns a dict of numbers
         evaluate=None,
@@ -407,6 +431,9 @@ class Distiller:
         self.student = student
         self.teacher = teacher
         self.pairs = pairs
+        self.remark = ''  # on the objective, where it was chosen here
+        if objective is None:
+            objective, self.remark = default_objective(student, teacher, pairs)
         self.objective = objective if isinstance(objective, Objective) else Objective(objective)
         self.folder = folder and Path(folder)
         self.evaluate = evaluate
@@ -445,7 +472,7 @@ class Distiller:
                 run.result.finished = True  # nothing left to do
                 return run.result
             run.events = self._open_events(run, last)
-            for note in notes(run):
+            for note in filter(None, [self.remark, *notes(run)]):
                 run.warn(note, stacklevel=2)
             with (
                 until_stopped(run, self.stopping, self.config.log_every) as must_stop,

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import threading
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from tinyclip.distill import (
     Distiller,
     LaterEpochs,
     calibration_pairs,
+    default_objective,
     deferred_interrupt,
     loss_parts,
     smallest_share,
@@ -385,7 +387,7 @@ class Stages(Phases):
         # and `CALIBRATION` where scores choose
         calibrate: int | None = None,
         tokenizer=None,  # Needed only for teachers with a Hugging Face tokenizer, as by `zoo.save`
-        objective='affinity',  # As for `Distiller`
+        objective=None,  # As for `Distiller`
         evaluate=None,  # As for `Distiller`; called after each cut, too
         listeners=(),  # Called with every event of every phase, with `stage` and `phase` added
         config: TrainConfig,  # Settings of every `Distiller`; each phase derives a seed from `seed`
@@ -397,6 +399,11 @@ class Stages(Phases):
         self.folder = Path(folder)
         self.calibrate = calibrate
         self.tokenizer = tokenizer
+        if objective is None:  # students are cut from the teacher: where it has a bias, they do
+            chosen, remark = default_objective(teacher, teacher)
+            (objective,) = chosen.weights
+            if remark:
+                warnings.warn(remark, stacklevel=2)
         self.objective = objective
         self.evaluate = evaluate
         self.listeners = listeners

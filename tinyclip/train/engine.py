@@ -294,8 +294,8 @@ class Engine:
         self.forward = vars(student).get('forward')
         self.images_last = lay_out(student, device)
         self.scale, bias = [getattr(student, n, None) for n in ('logit_scale', 'logit_bias')]
-        # a bias has no effect on a softmax
-        for p, fixed in ((self.scale, config.scale == 'fixed'), (bias, True)):
+        # a bias has no effect on a softmax; what does not train it leaves it as it is
+        for p, fixed in ((self.scale, config.scale == 'fixed'), (bias, not objective.reads_bias)):
             if p is not None and fixed:
                 p.requires_grad_(False)
         student.to(device)

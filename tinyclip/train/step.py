@@ -27,15 +27,14 @@ def features(
 ) -> Features:  # Unit rows (n,d) and (n,d) in float32, inverse temperature
     "Unit features of a batch, and the inverse temperature"
     out = model(image.to(image_dtype(model)), text)
-    image, text, scale = (
-        [out[k] for k in ('image_features', 'text_features', 'logit_scale')]
-        if isinstance(out, dict)
-        else out[:3]
-    )
+    names = 'image_features', 'text_features', 'logit_scale', 'logit_bias'
+    parts = [out.get(k) for k in names] if isinstance(out, dict) else [*out[:4], None][:4]
+    image, text, scale, bias = parts
     return Features(
         F.normalize(image.float(), dim=-1),
         F.normalize(text.float(), dim=-1),
         scale.float().reshape(()),
+        None if bias is None else bias.float().reshape(()),
     )
 
 # %% ../../nbs/train/06_step.ipynb #e8578211
@@ -67,14 +66,19 @@ def teacher_features(
 ) -> Features | None:  # Of all the parts, in this process
     "Features of the teacher, computed or cached"
     if hasattr(chunks[0], 'teacher_image'):
-        parts = [Features(c.teacher_image, c.teacher_text, c.teacher_scale) for c in chunks]
+        parts = [
+            Features(
+                c.teacher_image, c.teacher_text, c.teacher_scale, getattr(c, 'teacher_bias', None)
+            )
+            for c in chunks
+        ]
     elif teacher is None:
         return None
     else:
         with evaluating(teacher):
             parts = [ask(teacher, c) for c in chunks]
-    image, text, scale = zip(*parts)
-    return Features(torch.cat(image), torch.cat(text), scale[0])
+    image, text, scale, bias = zip(*parts)
+    return Features(torch.cat(image), torch.cat(text), scale[0], bias[0])
 
 # %% ../../nbs/train/06_step.ipynb #98023d60
 def batch_losses(
@@ -87,7 +91,7 @@ def batch_losses(
     "Losses of all processes' features together"
 
     def of_all(f: Features) -> Features:
-        return Features(gather(f.image), gather(f.text), f.scale)
+        return f._replace(image=gather(f.image), text=gather(f.text))
 
     s = of_all(student)
     t = None if teacher is None else of_all(teacher)
@@ -96,6 +100,8 @@ def batch_losses(
         losses = objective(s, t, distributed=True)
     # data-parallel training waits for a gradient of all that `forward` returned
     losses['loss'] = losses['loss'] + 0 * s.scale
+    if s.bias is not None:
+        losses['loss'] = losses['loss'] + 0 * s.bias
     return losses
 
 # %% ../../nbs/train/06_step.ipynb #7dc590b3
@@ -216,7 +222,7 @@ def unused_parameters(
     state = _random_state(device)
     with preserve_batchnorm_stats(model):
         f = features(model, *pairs)
-        total = f.image.sum() + f.text.sum() + f.scale
+        total = f.image.sum() + f.text.sum() + f.scale + (0 if f.bias is None else f.bias)
         grads = torch.autograd.grad(total, [*named.values()], allow_unused=True)
     _set_random_state(state, device)
     return [n for n, g in zip(named, grads) if g is None]
@@ -241,12 +247,14 @@ def step_in_chunks(
         for c in chunks:
             states.append(_random_state(device))
             outputs.append(ask(student, c))
-    image, text, scale = zip(*outputs)
-    leaves = [f.requires_grad_() for f in (torch.cat(image), torch.cat(text), scale[0].clone())]
+    image, text, scale, bias = zip(*outputs)
+    leaves = [torch.cat(image), torch.cat(text), scale[0].clone()]
+    leaves += [] if bias[0] is None else [bias[0].clone()]
+    leaves = [f.requires_grad_() for f in leaves]
     s, own = Features(*leaves), objective.parameters()
     losses = batch_losses(s, t, objective)
     grads = torch.autograd.grad(losses['loss'], [*leaves, *own], materialize_grads=True)
-    more = more + sum((p * g).sum() for p, g in zip(own, grads[3:]))
+    more = more + sum((p * g).sum() for p, g in zip(own, grads[len(leaves) :]))
     parts = zip(*(g.split([len(c.image) for c in chunks]) for g in grads[:2]))
     for c, state, (image, text) in zip(chunks, states, parts):
         _set_random_state(state, device)
@@ -258,6 +266,8 @@ def step_in_chunks(
                 + (f.text * text).sum()
                 + f.scale * (grads[2] if last else 0)
             )
+            if f.bias is not None:
+                product = product + f.bias * (grads[3] if last else 0)
             backward(product + more if last else product)
     losses = {k: v.detach() for k, v in losses.items()}
     return (
