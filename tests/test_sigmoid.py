@@ -1,22 +1,29 @@
 """SigLIP's loss and its distillation twin: against float64, in tiles, over two processes, and in
 runs whose teacher has a bias"""
 
+import copy
+import math
 import os
 import socket
 
+import caches
+import open_clip
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from caches import clip, data, opened  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
 from tinyclip.core import TinyclipError
+from tinyclip.data.pairs import Batch
 from tinyclip.distill import Distiller
 from tinyclip.losses import Features, Objective, sigmoid_contrastive, sigmoid_mimicking
 from tinyclip.losses.distributed import gather, local_rows
+from tinyclip.stages import Stage, Stages
 from tinyclip.train.step import split, step, step_in_chunks
 
 NAMES = ['sigmoid', 'sigmoid_mimicking']
@@ -158,8 +165,6 @@ class Tiny(nn.Module):
 
 class Pairs:
     def epoch(self, e, start=0):
-        from test_distill import Batch
-
         for i in range(start, 3):
             g = torch.Generator().manual_seed(10 * e + i)
             yield Batch(
@@ -188,13 +193,113 @@ def test_default_is_what_the_teacher_was_trained_with():
     assert any("objective 'sigmoid_mimicking'" in str(e) for e in heard)
     other = Distiller(Tiny(None), Tiny(-6.0), Pairs(), progress=False)
     assert other.objective.weights == {'affinity': 1.0} and other.objective.teacher_scale == 'own'
-    assert 'no softmax sees a bias' in other.remark
+    assert 'no softmax sees a bias' in other.objective.remark
     plain = Distiller(Tiny(None), Tiny(None), Pairs(), progress=False)
     assert repr(plain.objective) == 'affinity' and plain.objective.teacher_scale == 50.0
-    assert plain.remark == ''
+    assert plain.objective.remark == ''
 
 
 def test_affinity_leaves_a_bias_as_it_is():
     d = Distiller(Tiny(seed=1), Tiny(-6.0), Pairs(), objective='affinity', progress=False)
     d.fit(2)
     assert d.student.logit_bias.item() == -10.0
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_half_precision_rows_are_read_exactly(name):
+    x = [v.to(torch.bfloat16) for v in tensors(20, 16, 24)[:4]]
+    numbers = (117.0, -12.9, 110.0, -11.0)
+    for tile in (None, 6):
+        got = ours(name, *x, *numbers, tile=tile)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, ours(name, *[v.float() for v in x], *numbers))
+
+
+quiet = pytest.mark.filterwarnings('ignore:The teacher has a logit_bias')
+
+
+def siglip(seed=0, scale=117.0, bias=-12.9):
+    torch.manual_seed(seed)
+    vision = dict(image_size=16, layers=1, width=32, patch_size=8, head_width=16)
+    text = dict(context_length=8, vocab_size=64, width=32, heads=2, layers=1)
+    return open_clip.CLIP(16, vision, text, init_logit_scale=math.log(scale), init_logit_bias=bias)
+
+
+def job(student, folder=None, **kw):
+    from test_distill import Pairs as Images
+
+    how = dict(lr=1e-3, warmup=0, device='cpu', precision='fp32', progress=False, log_every=1) | kw
+    return Distiller(student, siglip(), Images(), folder=folder, **how)
+
+
+@quiet
+def test_a_scale_above_100_stays_and_a_run_resumes_to_the_bit(tmp_path):
+    from test_distill import when
+
+    whole = job(siglip(1), tmp_path / 'whole').fit(4).student
+    assert whole.logit_scale.exp() > 110 and whole.logit_bias != siglip(1).logit_bias
+    half = job(siglip(1), tmp_path / 'half', save_every=2)
+    half.listeners = [when('log', 2, half.stop)]
+    half.fit(4)
+    assert half.result.steps < 4
+    rest = job(siglip(1), tmp_path / 'half').fit(4, resume=True).student
+    for a, b in zip(whole.parameters(), rest.parameters()):
+        assert torch.equal(a, b)
+
+
+@quiet
+def test_a_copy_of_the_teacher_learns_nothing():
+    student = siglip()
+    d = job(student)
+    before = copy.deepcopy(student)
+    step(student, siglip(), next(d.pairs.epoch(0)), d.objective)['loss'].backward()
+    assert max(p.grad.abs().max() for p in student.parameters() if p.grad is not None) < 1e-4
+    d.fit(1)
+    assert student.logit_scale.item() == pytest.approx(before.logit_scale.item(), abs=2e-3)
+
+
+def biased(seed=0, scale=30.0, bias=-9.0):
+    model = clip(seed)
+    model.logit_bias = nn.Parameter(torch.tensor(bias))
+    nn.init.constant_(model.logit_scale, math.log(scale))
+    return model
+
+
+def test_a_cache_knows_the_bias(data, tmp_path):  # noqa: F811
+    teachers = [biased(0), biased(1, 60.0, -11.0)]
+    folders = [tmp_path / 'a', tmp_path / 'b']
+    for f, t in zip(folders, teachers):
+        caches.written(data, f, t)
+    pairs = opened(data, folders)
+    batch = next(pairs.epoch(0))
+    alone = [next(opened(data, f).epoch(0)) for f in folders]
+    logits = [b.teacher_scale * b.teacher_image @ b.teacher_text.T + b.teacher_bias for b in alone]
+    mean = batch.teacher_scale * batch.teacher_image @ batch.teacher_text.T + batch.teacher_bias
+    torch.testing.assert_close(mean, sum(logits) / 2, rtol=1e-4, atol=1e-4)
+    one = opened(data, folders[0])
+    twin, shown = Objective('sigmoid_mimicking'), Batch(alone[0].image, alone[0].text)
+    got = step(biased(3), None, alone[0], twin)
+    live = step(biased(3), teachers[0], shown, twin)
+    torch.testing.assert_close(got['loss'], live['loss'], rtol=1e-4, atol=1e-5)
+    for p in (pairs, one):
+        d = Distiller(biased(3), None, p, progress=False)
+        assert d.objective.weights == {'sigmoid_mimicking': 1.0}
+    caches.written(data, tmp_path / 'c', clip(2))
+    mixed = opened(data, [folders[0], tmp_path / 'c'])
+    assert mixed.bias is None
+    # of several teachers one has no bias, whichever of them is named beside their cache
+    assert Distiller(biased(3), teachers[0], mixed, progress=False).objective.weights == {
+        'affinity': 1.0
+    }
+
+
+def test_stages_of_a_siglip(tmp_path):
+    from test_distill import Pairs as Images
+
+    how = dict(lr=1e-3, device='cpu', precision='fp32', progress=False)
+    stages = Stages(siglip(), Images(), [Stage(0.7, 3, 3)], tmp_path / 'run', **how)
+    assert str(stages.objective) == 'sigmoid_mimicking'
+    with pytest.warns(UserWarning, match='sigmoid_mimicking'):
+        stages.fit()
+    student = stages.trained()
+    assert student.logit_bias != siglip().logit_bias and student.logit_scale.exp() > 105

@@ -323,22 +323,26 @@ def default_objective(
     student: nn.Module,  # To be trained
     teacher: nn.Module | None,  # To be learned from; None where pairs bring its features
     pairs: Pairs | None = None,  # Those from `cached_pairs` know whether it has a bias
-) -> tuple:  # An `Objective`, and what to say of it; nothing where it is the paper's
+) -> Objective:  # Its `remark` says why; nothing where it is the paper's
     "Objective that suits how a teacher was trained"
-    cached = getattr(pairs, 'bias', None) if teacher is None else None
-    if getattr(teacher, 'logit_bias', None) is None and cached is None:
-        return Objective('affinity'), ''
+    source, name = (pairs, 'bias') if getattr(pairs, 'teacher', None) else (teacher, 'logit_bias')
+    if getattr(source, name, None) is None:
+        return Objective('affinity')
     if getattr(student, 'logit_bias', None) is None:
-        return Objective('affinity', student_scale='own', teacher_scale='own'), (
+        chosen = Objective('affinity', student_scale='own', teacher_scale='own')
+        chosen.remark = (
             'The teacher has a logit_bias (SigLIP) and the student has none, so the student '
             "learns the teacher's softmax rows, both at their own scales; no softmax sees a "
             "bias. objective='affinity' is the paper's loss, at 50."
         )
-    return Objective('sigmoid_mimicking'), (
+        return chosen
+    chosen = Objective('sigmoid_mimicking')
+    chosen.remark = (
         'The teacher has a logit_bias: it was trained with a sigmoid per pair (SigLIP), and '
         "so is its student, with objective 'sigmoid_mimicking'. objective='affinity' is the "
         "paper's loss."
     )
+    return chosen
 
 # %% ../nbs/09_distill.ipynb #ef5ed77f
 def embedding_widths(
@@ -389,7 +393,7 @@ def notes(
     "What is worth saying before the first step"
     frozen, unused = [*run.engine.frozen], run.engine.unused
     found = [frozen_note(frozen) if frozen else '', unused_note(unused) if unused else '']
-    return [n for n in (run.extended, run.resharded, *found) if n]
+    return [n for n in (run.engine.objective.remark, run.extended, run.resharded, *found) if n]
 
 
 def check_gradients(
@@ -417,12 +421,9 @@ class Distiller:
         teacher: nn.Module | None,
         pairs: Pairs,  # `tinyclip.data.open_pairs(...)`, or anything like it
         *,
-        # A name, a list of names, a dict name -> weight, or an `Objective`; None for what suits
-        # how the teacher was trained: `'affinity'`, or `'sigmoid_mimicking'` where it has a bias
-        objective=None,
+        objective=None,  # Name, names, name -> weight, `Objective`; None: `default_objective`
         folder=None,  # Checkpoints and `events.jsonl` go here; None to keep nothing
-        # Called with the student (eval mode, no gradients); returns a dict of numbers
-        evaluate=None,
+        evaluate=None,  # Called with the student (eval mode, no gradients); returns numbers
         # Added to the loss: a `Sparsity` for the student's masks, or anything that works like it
         penalty: Penalty | None = None,
         listeners=(),  # Called with every event, see `tinyclip.train.events`
@@ -431,10 +432,8 @@ class Distiller:
         self.student = student
         self.teacher = teacher
         self.pairs = pairs
-        self.remark = ''  # on the objective, where it was chosen here
-        if objective is None:
-            objective, self.remark = default_objective(student, teacher, pairs)
-        self.objective = objective if isinstance(objective, Objective) else Objective(objective)
+        chosen = default_objective(student, teacher, pairs) if objective is None else objective
+        self.objective = chosen if isinstance(chosen, Objective) else Objective(chosen)
         self.folder = folder and Path(folder)
         self.evaluate = evaluate
         self.penalty: Any = penalty
@@ -472,7 +471,7 @@ class Distiller:
                 run.result.finished = True  # nothing left to do
                 return run.result
             run.events = self._open_events(run, last)
-            for note in filter(None, [self.remark, *notes(run)]):
+            for note in notes(run):
                 run.warn(note, stacklevel=2)
             with (
                 until_stopped(run, self.stopping, self.config.log_every) as must_stop,

@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import threading
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -287,6 +286,7 @@ def _first_process() -> bool:
 
 def _settings(objective, config: TrainConfig) -> dict:
     "Settings of the phases that decide what is learned, where they are not the default"
+    objective = str(objective) if isinstance(objective, Objective) else objective
     recipe = dict(objective=objective, **config.part('recipe'), precision=config.precision)
     return {k: v for k, v in recipe.items() if k != 'seed' and v != _DEFAULTS[k]}
 
@@ -400,10 +400,7 @@ class Stages(Phases):
         self.calibrate = calibrate
         self.tokenizer = tokenizer
         if objective is None:  # students are cut from the teacher: where it has a bias, they do
-            chosen, remark = default_objective(teacher, teacher)
-            (objective,) = chosen.weights
-            if remark:
-                warnings.warn(remark, stacklevel=2)
+            objective = default_objective(teacher, teacher, pairs)
         self.objective = objective
         self.evaluate = evaluate
         self.listeners = listeners
@@ -419,7 +416,7 @@ class Stages(Phases):
         masked = self.masked(teacher)
         for s in self.stages:  # what cannot be had is refused now, not at the last stage
             check_stage(s, teacher, masked, masks, calibrated(s, calibrate))
-        Distiller(masked, teacher, pairs, objective=objective, config=config)
+        Distiller(masked, teacher, pairs, objective=self.objective, config=config)
 
     def fit(
         self,

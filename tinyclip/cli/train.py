@@ -33,12 +33,7 @@ from ..data.inspect import check
 from ..data.pairs import open_pairs
 from ..data.sources import SyntheticSource
 from ..data.transforms import differing_inputs, expected_inputs, token_ids, transforms
-from tinyclip.distill import (
-    CalibratedDistiller,
-    Distiller,
-    default_objective,
-    deferred_interrupt,
-)
+from ..distill import CalibratedDistiller, Distiller, deferred_interrupt
 from ..inheritance import inherit, reinitialized
 from ..keep import Keep, keep_for_config, manual
 from ..lab import demo
@@ -322,22 +317,19 @@ def _pairs(args, student: Loaded):
     )
 
 
-def _objective(args, student: Loaded, teacher: Loaded | None, pairs) -> list | None:
-    "Names of the losses; None where a `Distiller` should choose, because its teacher has a bias"
-    if args.objective:
+def _objective(args, student: Loaded) -> list | None:
+    "Names of the losses; None where the teacher's training decides, see `default_objective`"
+    if args.objective or args.teacher or args.cache:
         return args.objective
-    if not (args.teacher or args.cache):
-        return ['contrastive' if getattr(student.model, 'logit_bias', None) is None else 'sigmoid']
-    remark = default_objective(student.model, teacher and teacher.model, pairs)[1]
-    return None if remark else ['affinity']
+    return ['contrastive' if getattr(student.model, 'logit_bias', None) is None else 'sigmoid']
 
 
-def _settings(args, student: Loaded, teacher: Loaded | None, pairs) -> dict:
+def _settings(args, student: Loaded) -> dict:
     "Settings of the `Distiller`s: the objective, the evaluation, and what differs from a default"
     config = from_options(args)
     given = {f.name: getattr(config, f.name) for f in fields(config)}
     settings = {f.name: given[f.name] for f in fields(config) if given[f.name] != f.default}
-    settings |= dict(objective=_objective(args, student, teacher, pairs))
+    settings |= dict(objective=_objective(args, student))
     if args.eval_data:
         settings['evaluate'] = partial(
             evaluation,
@@ -391,7 +383,7 @@ def run_distill(args) -> dict:
     check_calibrate(args, teacher)
     student = teacher if args.share and teacher else make_student(args, teacher)
     pairs = _pairs(args, student)
-    settings = _settings(args, student, teacher, pairs)
+    settings = _settings(args, student)
     _rehearse(args, student, settings)
     if teacher and isinstance(pairs, CachedPairs) and not args.share:
         pairs.check_teacher(teacher.model)

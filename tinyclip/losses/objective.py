@@ -188,6 +188,7 @@ class Objective:
         self.annealed = [n for n in self.weights if LOSSES[n].anneals]
         self.projection: Projection | None = None  # Learned with the student, see `for_run`
         self.done = 0.0  # Share of the run that is over, for what is annealed; a trainer sets it
+        self.remark = ''  # On the choice, where nobody asked for it: `default_objective`
 
     def for_run(
         self,

@@ -52,14 +52,15 @@ def _pairwise(student: tuple, teacher: tuple | None, tile, distributed: bool) ->
     def parts(x, rows=slice(None)):
         return None if x is None else x[rows].split(size)
 
-    A, B, Ct, Dt = parts(a, own), parts(b), parts(c, own), parts(d)
+    A, B = parts(a, own), parts(b)
+    C, D = parts(c, own), parts(d)
     total = a.new_zeros((), dtype=s[0].dtype)
     for i, x in enumerate(A):
         for j, y in enumerate(B):
             total = total + checkpoint(
                 _sum_of_tile,
                 *(x, y, *s),
-                *(None if Ct is None else Ct[i], None if Dt is None else Dt[j], *t),
+                *(None if C is None else C[i], None if D is None else D[j], *t),
                 (own.start or 0) + (i - j) * size,
                 use_reentrant=False,
                 preserve_rng_state=False,
