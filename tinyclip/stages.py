@@ -399,9 +399,8 @@ class Stages(Phases):
         self.folder = Path(folder)
         self.calibrate = calibrate
         self.tokenizer = tokenizer
-        if objective is None:  # students are cut from the teacher: where it has a bias, they do
-            objective = default_objective(teacher, teacher, pairs)
-        self.objective = objective
+        chosen = default_objective(teacher, teacher, pairs) if objective is None else objective
+        self.objective = chosen
         self.evaluate = evaluate
         self.listeners = listeners
         self.config = config
