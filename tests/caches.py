@@ -82,4 +82,7 @@ def opened(data, folder, **kw):
 
 
 def same(a, b):
-    return len(a) == len(b) and all(torch.equal(x, y) for p, q in zip(a, b) for x, y in zip(p, q))
+    def equal(x, y):
+        return x is y if x is None or y is None else torch.equal(x, y)
+
+    return len(a) == len(b) and all(equal(x, y) for p, q in zip(a, b) for x, y in zip(p, q))

@@ -49,6 +49,6 @@ def test_gradient_is_the_slope(name):
     t = [unit(5, 4, seed=i) for i in (2, 3)]
     objective = Objective(name, student_scale=5.0, teacher_scale=5.0)
     assert torch.autograd.gradcheck(
-        lambda x: objective(Features(x, s[1], 5.0), Features(*t, 5.0))['loss'],
+        lambda x: objective(Features(x, s[1], 5.0, -2.0), Features(*t, 5.0, -3.0))['loss'],
         s[0].requires_grad_(),
     )

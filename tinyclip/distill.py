@@ -318,6 +318,32 @@ def smallest_share(
     "Smallest kept share of a target"
     return min(share.values()) if isinstance(share, dict) else share
 
+# %% ../nbs/09_distill.ipynb #2a898b7b
+def default_objective(
+    student: nn.Module,  # To be trained
+    teacher: nn.Module | None,  # To be learned from; None where pairs bring its features
+    pairs: Pairs | None = None,  # Those from `cached_pairs` know whether it has a bias
+) -> Objective:  # Its `remark` says why; nothing where it is the paper's
+    "Objective that suits how a teacher was trained"
+    source, name = (pairs, 'bias') if getattr(pairs, 'teacher', None) else (teacher, 'logit_bias')
+    if getattr(source, name, None) is None:
+        return Objective('affinity')
+    if getattr(student, 'logit_bias', None) is None:
+        chosen = Objective('affinity', student_scale='own', teacher_scale='own')
+        chosen.remark = (
+            'The teacher has a logit_bias (SigLIP) and the student has none, so the student '
+            "learns the teacher's softmax rows, both at their own scales; no softmax sees a "
+            "bias. objective='affinity' is the paper's loss, at 50."
+        )
+        return chosen
+    chosen = Objective('sigmoid_mimicking')
+    chosen.remark = (
+        'The teacher has a logit_bias: it was trained with a sigmoid per pair (SigLIP), and '
+        "so is its student, with objective 'sigmoid_mimicking'. objective='affinity' is the "
+        "paper's loss."
+    )
+    return chosen
+
 # %% ../nbs/09_distill.ipynb #ef5ed77f
 def embedding_widths(
     objective: Objective,  # What is minimised
@@ -367,7 +393,7 @@ def notes(
     "What is worth saying before the first step"
     frozen, unused = [*run.engine.frozen], run.engine.unused
     found = [frozen_note(frozen) if frozen else '', unused_note(unused) if unused else '']
-    return [n for n in (run.extended, run.resharded, *found) if n]
+    return [n for n in (run.engine.objective.remark, run.extended, run.resharded, *found) if n]
 
 
 def check_gradients(
@@ -395,10 +421,9 @@ class Distiller:
         teacher: nn.Module | None,
         pairs: Pairs,  # `tinyclip.data.open_pairs(...)`, or anything like it
         *,
-        objective='affinity',  # A name, a list of names, a dict name -> weight, or an `Objective`
+        objective=None,  # Name, names, name -> weight, `Objective`; None: `default_objective`
         folder=None,  # Checkpoints and `events.jsonl` go here; None to keep nothing
-        # Called with the student (eval mode, no gradients); returns a dict of numbers
-        evaluate=None,
+        evaluate=None,  # Called with the student (eval mode, no gradients); returns numbers
         # Added to the loss: a `Sparsity` for the student's masks, or anything that works like it
         penalty: Penalty | None = None,
         listeners=(),  # Called with every event, see `tinyclip.train.events`
@@ -407,7 +432,8 @@ class Distiller:
         self.student = student
         self.teacher = teacher
         self.pairs = pairs
-        self.objective = objective if isinstance(objective, Objective) else Objective(objective)
+        chosen = default_objective(student, teacher, pairs) if objective is None else objective
+        self.objective = chosen if isinstance(chosen, Objective) else Objective(chosen)
         self.folder = folder and Path(folder)
         self.evaluate = evaluate
         self.penalty: Any = penalty

@@ -26,6 +26,7 @@ from tinyclip.distill import (
     Distiller,
     LaterEpochs,
     calibration_pairs,
+    default_objective,
     deferred_interrupt,
     loss_parts,
     smallest_share,
@@ -285,6 +286,7 @@ def _first_process() -> bool:
 
 def _settings(objective, config: TrainConfig) -> dict:
     "Settings of the phases that decide what is learned, where they are not the default"
+    objective = str(objective) if isinstance(objective, Objective) else objective
     recipe = dict(objective=objective, **config.part('recipe'), precision=config.precision)
     return {k: v for k, v in recipe.items() if k != 'seed' and v != _DEFAULTS[k]}
 
@@ -385,7 +387,7 @@ class Stages(Phases):
         # and `CALIBRATION` where scores choose
         calibrate: int | None = None,
         tokenizer=None,  # Needed only for teachers with a Hugging Face tokenizer, as by `zoo.save`
-        objective='affinity',  # As for `Distiller`
+        objective=None,  # As for `Distiller`
         evaluate=None,  # As for `Distiller`; called after each cut, too
         listeners=(),  # Called with every event of every phase, with `stage` and `phase` added
         config: TrainConfig,  # Settings of every `Distiller`; each phase derives a seed from `seed`
@@ -397,7 +399,8 @@ class Stages(Phases):
         self.folder = Path(folder)
         self.calibrate = calibrate
         self.tokenizer = tokenizer
-        self.objective = objective
+        chosen = default_objective(teacher, teacher, pairs) if objective is None else objective
+        self.objective = chosen
         self.evaluate = evaluate
         self.listeners = listeners
         self.config = config
@@ -412,7 +415,7 @@ class Stages(Phases):
         masked = self.masked(teacher)
         for s in self.stages:  # what cannot be had is refused now, not at the last stage
             check_stage(s, teacher, masked, masks, calibrated(s, calibrate))
-        Distiller(masked, teacher, pairs, objective=objective, config=config)
+        Distiller(masked, teacher, pairs, objective=self.objective, config=config)
 
     def fit(
         self,

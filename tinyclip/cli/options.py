@@ -245,7 +245,8 @@ def training_options(p: argparse.ArgumentParser):
         '--objective',
         action='append',
         choices=names_in('losses.objective', 'LOSSES'),
-        help="loss; repeat to add several (default: affinity, without a teacher contrastive)",
+        help='loss; repeat to add several (default: affinity, without a teacher contrastive; for '
+        'models with a logit_bias, as SigLIP has, sigmoid_mimicking and sigmoid)',
     )
     p.add_argument(
         '--steps',

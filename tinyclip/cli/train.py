@@ -317,13 +317,19 @@ def _pairs(args, student: Loaded):
     )
 
 
+def _objective(args, student: Loaded) -> list | None:
+    "Names of the losses; None where the teacher's training decides, see `default_objective`"
+    if args.objective or args.teacher or args.cache:
+        return args.objective
+    return ['contrastive' if getattr(student.model, 'logit_bias', None) is None else 'sigmoid']
+
+
 def _settings(args, student: Loaded) -> dict:
     "Settings of the `Distiller`s: the objective, the evaluation, and what differs from a default"
     config = from_options(args)
     given = {f.name: getattr(config, f.name) for f in fields(config)}
     settings = {f.name: given[f.name] for f in fields(config) if given[f.name] != f.default}
-    default = 'affinity' if args.teacher or args.cache else 'contrastive'
-    settings |= dict(objective=args.objective or [default])
+    settings |= dict(objective=_objective(args, student))
     if args.eval_data:
         settings['evaluate'] = partial(
             evaluation,

@@ -560,10 +560,12 @@ def _check_inputs_of(teacher, preprocess, tokenizer):
 
 
 def _teacher_facts(teacher):
+    bias = getattr(teacher, 'logit_bias', None)
     return dict(
         teacher=teacher_fingerprint(teacher),
         parameters=sum(p.numel() for p in teacher.parameters()),
         scale=teacher.logit_scale.detach().float().exp().item(),
+        **({} if bias is None else dict(bias=bias.detach().float().item())),
     )
 
 

@@ -167,6 +167,8 @@ class CachedBatch(NamedTuple):
     teacher_image: torch.Tensor  # (n,d) unit rows
     teacher_text: torch.Tensor  # (n,d) unit rows
     teacher_scale: torch.Tensor  # The teacher's inverse temperature; of several, the mean
+    # Of its logits; of several, the mean. None where one has none
+    teacher_bias: torch.Tensor | None = None
 
 
 class CachedPairs(Pairs):
@@ -182,7 +184,9 @@ class CachedPairs(Pairs):
         }
         self.width = sum(i['width'] for i in indexes)
         scale = torch.tensor(sum(i['scale'] for i in indexes) / len(indexes))
-        self.made = partial(CachedBatch, teacher_scale=scale)
+        biases = [i.get('bias') for i in indexes]  # None, too, in caches of before there were any
+        bias = self.bias = None if None in biases else torch.tensor(sum(biases) / len(biases))
+        self.made = partial(CachedBatch, teacher_scale=scale, teacher_bias=bias)
 
     def check_teacher(self, teacher):
         "Check that a teacher is one of those whose features are cached"

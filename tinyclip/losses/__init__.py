@@ -2,3 +2,4 @@
 from .later import *
 from .mimicking import *
 from .objective import *
+from .sigmoid import *

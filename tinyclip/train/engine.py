@@ -294,8 +294,8 @@ class Engine:
         self.forward = vars(student).get('forward')
         self.images_last = lay_out(student, device)
         self.scale, bias = [getattr(student, n, None) for n in ('logit_scale', 'logit_bias')]
-        # a bias has no effect on a softmax
-        for p, fixed in ((self.scale, config.scale == 'fixed'), (bias, True)):
+        self.ceiling = math.log(100) if bias is None else None
+        for p, fixed in ((self.scale, config.scale == 'fixed'), (bias, not objective.reads_bias)):
             if p is not None and fixed:
                 p.requires_grad_(False)
         student.to(device)
@@ -391,7 +391,7 @@ class Engine:
         for b, old in zip(self.stats, self.stats_before):
             b.copy_(torch.where(ok, b, old))
         if self.scale is not None:
-            self.scale.data.clamp_(0, math.log(100))
+            self.scale.data.clamp_(0, self.ceiling)
         self.tally.add({k: v for k, v in out.items() if k not in ('r1', 'chance')}, ok)
 
     def move(self, batch):
