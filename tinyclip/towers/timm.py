@@ -248,7 +248,8 @@ class TimmTrunk(Family):
         return l.sizes, self.fixed(trunk)
 
     def stand_in(self, part):  # a small one, replaced at once
-        return {**part, 'timm_model_name': 'test_convnext', 'timm_pool': 'avg'}
+        part = {k: v for k, v in part.items() if k != 'patch_dropout'}  # of a ViT only
+        return part | dict(timm_model_name='test_convnext', timm_pool='avg')
 
     def rebuild(self, model, part, own):
         own, tower = dict(own), model.visual
