@@ -150,13 +150,14 @@ def with_heads(
             m.groups = m.proj.in_features // head_dim
 
 # %% ../../nbs/towers/07_timm.ipynb #849a29d8
-class Trunk(Family):
-    "What the families of hierarchical timm trunks share"
+class TimmTrunk(Family):
+    "What the families of timm trunks share of their configuration: `create_model`, and the rest"
 
     key = 'trunk'
     kind = ''  # Name of the trunk's class in timm
+    classifier = 'head'  # Path of timm's own classifier in the trunk
     unmaskable = ''
-    known: dict[str, 'Trunk'] = {}  # By the name of timm's class
+    known: dict[str, 'TimmTrunk'] = {}  # By the name of timm's class
 
     def __init__(self):
         self.known[self.kind] = self
@@ -164,77 +165,50 @@ class Trunk(Family):
     def recognises(self, tower):
         return isinstance(tower, TimmModel) and type(tower.trunk).__name__ == self.kind
 
-    def lay_out(self, l, tower, path):
-        W = self.lay_out_trunk(l, tower.trunk, f'{path}trunk')
-        trunk_head, head = tower.trunk.head, tower.head
-        if hasattr(trunk_head, 'norm'):
-            l.norm(f'{path}trunk.head.norm', W, channels_first=True)
-        names = {n.rpartition('.')[0] for n, _ in head.named_parameters()}
-        if not names and isinstance(trunk_head.fc, nn.Linear):
-            l.linear(f'{path}trunk.head.fc', Dim('embed'), W, trunk_head.fc.bias is not None)
-        elif names == {'proj'}:
-            l.linear(f'{path}head.proj', Dim('embed'), W, head.proj.bias is not None)
-        elif names == {'mlp.fc1', 'mlp.fc2'}:
-            H = l.axis('image.head.ffn', head.mlp.fc1.out_features)
-            l.linear(f'{path}head.mlp.fc1', Dim(H), W)
-            bias = head.mlp.fc2.bias is not None
-            l.linear(f'{path}head.mlp.fc2', Dim('embed'), Dim(H, scaled=True), bias)
-        else:
-            raise TinyclipError(
-                f"The timm tower's head is made of {', '.join(sorted(names)) or 'nothing'}; it can "
-                'be used as it is, but neither cut nor saved. Known are a linear projection, an '
-                "MLP, and timm's own classifier (timm_proj='linear', 'mlp' or null)."
-            )
-
-    def lay_out_trunk(self, l, trunk, path) -> Dim:
-        "Add the trunk's axes and tensors to a layout; returns what its last width is read by"
+    def pool_type(self, trunk) -> str:
+        "How the trunk pools, in timm's words"
         raise NotImplementedError
-
-    def branches(self, tower, path):
-        blocks = self.trunk_branches(tower, path)
-        if blocks is None:
-            return None
-
-        def pool(h):
-            return tower.trunk.forward_head(h.movedim(-1, 1), pre_logits=True)
-
-        if not len(tower.head):
-            last = (linear_map(tower, path, 'trunk.head.fc', pool),)
-        elif hasattr(tower.head, 'mlp'):
-            mlp = tower.head.mlp
-            first = linear_map(tower, path, 'head.mlp.fc1', pool)
-            last = first, linear_map(tower, path, 'head.mlp.fc2', mlp.act, mlp.norm)
-        else:
-            last = (linear_map(tower, path, 'head.proj', pool),)
-        return [*blocks, [Branch(last, shortcut=None)]]
-
-    def trunk_branches(self, tower, path) -> list | None:  # None: not known
-        "The blocks of the trunk as `branches` gives them"
-        return None
 
     def static(self, tower):
         size = tower.image_size
         part = dict(
             image_size=size[0] if size[0] == size[1] else list(size),
             timm_model_name=tower.trunk.pretrained_cfg['architecture'],
-            timm_pool=tower.trunk.head.global_pool.pool_type,
+            timm_pool=self.pool_type(tower.trunk),
         )
         head = tower.head
         if not hasattr(head, 'proj'):
-            part['timm_proj'] = 'mlp' if len(head) else None
+            own = tower.trunk.get_submodule(self.classifier)
+            none = None if isinstance(own, nn.Linear) else 'none'
+            part['timm_proj'] = 'mlp' if len(head) else none
         last = head.mlp.fc2 if hasattr(head, 'mlp') else getattr(head, 'proj', None)
         if last is not None and last.bias is not None:
             part['timm_proj_bias'] = True
         drops = (getattr(m, 'drop_prob', 0) for m in tower.trunk.modules())
         if rate := round(max(drops, default=0), 6):
             part['timm_drop_path'] = rate
+        if dropout := getattr(getattr(tower.trunk, 'patch_drop', None), 'prob', 0):
+            part['patch_dropout'] = dropout
         return part | {f'_{k}': v for k, v in self.fixed(tower.trunk).items()}
+
+    def lay_out_trunk(self, l, trunk, path) -> Dim:
+        "Add the trunk's axes and tensors to a layout; returns what its last width is read by"
+        raise NotImplementedError
+
+    def lay_out_pool(self, l, trunk, path, width: Dim, ends: bool) -> Dim:
+        """Add what pools; returns what the head reads. `ends`: there is no head, so the pooled
+        feature is the embedding"""
+        return width
 
     def fixed(self, trunk) -> dict:  # JSON-able
         "What sizes do not show and no cut changes, beside open_clip's configuration"
         return {}
 
-    def options(self, fixed: dict) -> dict:  # Arguments of `timm.create_model`
+    def options(
+        self,
+        fixed: dict,  # From `fixed`
+        usual: dict,  # The same of a trunk as timm builds it by its name
+    ) -> dict:  # Arguments of `timm.create_model`
         "What a trunk is built with, whatever its sizes"
         return {}
 
@@ -249,29 +223,33 @@ class Trunk(Family):
     def sized(self, static, sizes):
         part = {k: v for k, v in static.items() if k[0] != '_'}
         fixed = {k[1:]: v for k, v in static.items() if k[0] == '_'}
-        name, options = part['timm_model_name'], self.options(fixed)
+        asked = json.dumps({k: v for k, v in part.items() if k.startswith('timm_')})
+        usual = self.built(asked, '{}')
+        options = self.options(fixed, usual[1])
         own = self.arguments(sizes, fixed)
-        built = dict(self.built(name, json.dumps(own | options))[0])
-        if 'image.head.ffn' in sizes:
-            built['image.head.ffn'] = 2 * sizes['embed']
+        built = dict(self.built(asked, json.dumps(own | options))[0])
+        built |= self.head_sizes(part, built, sizes)
         rest = {a: sizes.get(a, 0) for a, n in built.items() if sizes.get(a, 0) != n}
-        if not rest and not options and own == self.arguments(*self.built(name, '{}')):
+        if not rest and not options and own == self.arguments(*usual):
             return part, None
         return part, own | options | (dict(sizes=rest) if rest else {})
 
-    @functools.cache  # noqa: B019 - families live as long as the program
-    def built(self, name, own: str) -> tuple[dict, dict]:
-        "Sizes of a trunk as timm builds it, and what is fixed in it; `own` is JSON"
-        import timm
+    def head_sizes(self, part: dict, built: dict, sizes: Mapping) -> dict:
+        "Sizes behind a trunk as open_clip and timm build them"
+        return {'image.head.ffn': 2 * sizes['embed']} if 'image.head.ffn' in sizes else {}
 
+    @functools.cache  # noqa: B019 - families live as long as the program
+    def built(self, part: str, own: str) -> tuple[dict, dict]:
+        "Sizes of a trunk as timm builds it, and what is fixed in it; from JSON for `create`"
         l = Layout()
         with torch.device('meta'):
-            trunk = timm.create_model(name, num_classes=0, **json.loads(own))
-        self.lay_out_trunk(l, trunk, 'trunk')
+            trunk = self.create(json.loads(part), json.loads(own))
+        self.lay_out_pool(l, trunk, 'trunk', self.lay_out_trunk(l, trunk, 'trunk'), False)
         return l.sizes, self.fixed(trunk)
 
-    def stand_in(self, part):
-        return {**part, 'timm_model_name': 'test_convnext'}  # a small one, replaced at once
+    def stand_in(self, part):  # a small one, replaced at once
+        part = {k: v for k, v in part.items() if k != 'patch_dropout'}  # of a ViT only
+        return part | dict(timm_model_name='test_convnext', timm_pool='avg')
 
     def rebuild(self, model, part, own):
         own, tower = dict(own), model.visual
@@ -281,6 +259,7 @@ class Trunk(Family):
         if not sizes:
             return
         l, fixed = Layout(), family.fixed(tower.trunk)
+        l.axis('embed', 0)  # whatever it is by now
         family.lay_out(l, tower, '')
         if unknown := next((a for a in sizes if a not in l.sizes), None):
             raise TinyclipError(
@@ -294,17 +273,26 @@ class Trunk(Family):
         give_sizes(tower, '', l, {a: n for a, n in sizes.items() if n})
         family.settle(tower.trunk, fixed)
 
-    def build_trunk(self, tower, part, own):
-        "A trunk of timm in the place of a tower's, and a projection that fits it"
+    def create(self, part, own, classes=0) -> Any:
+        "A trunk as open_clip asks timm for it, with more arguments"
         import timm
 
-        name, old = part['timm_model_name'], tower.trunk
-        settings = dict(num_classes=old.num_classes, global_pool=old.head.global_pool.pool_type)
-        if rate := part.get('timm_drop_path'):
-            settings['drop_path_rate'] = rate
+        name, pool = part['timm_model_name'], part.get('timm_pool', 'avg')
+        headed = part.get('timm_proj', 'linear') in ('linear', 'mlp')
+        settings = {} if headed else dict(num_classes=classes, global_pool=pool)
+        rates = dict(drop_path_rate='timm_drop_path', patch_drop_rate='patch_dropout')
+        settings |= {k: part[n] for k, n in rates.items() if part.get(n)}
+        trunk: Any = timm.create_model(name, **settings, **own)
+        if headed:
+            trunk.reset_classifier(0, **(dict(global_pool=pool) if pool else {}))
+        return trunk
+
+    def build_trunk(self, tower, part, own):
+        "A trunk of timm in the place of a tower's, and a projection that fits it"
         try:
-            trunk: Any = timm.create_model(name, **settings, **own)
+            trunk = self.create(part, own, tower.trunk.num_classes)
         except (TypeError, ValueError, RuntimeError, AssertionError) as e:
+            name = part['timm_model_name']
             raise TinyclipError(f'timm cannot build {name} with {own}: {e}.') from e
         tower.trunk, head = trunk, tower.head
         for parent, first in ((head, 'proj'), (getattr(head, 'mlp', None), 'fc1')):
@@ -314,3 +302,77 @@ class Trunk(Family):
 
     def settle(self, trunk, fixed: dict):
         "What modules of a trunk hold beside tensors, after these have got other shapes"
+
+# %% ../../nbs/towers/07_timm.ipynb #c0ffee35
+class TimmTower(TimmTrunk):
+    "What the families of timm trunks share of open_clip's head on them"
+
+    def lay_out(self, l, tower, path):
+        W = self.lay_out_trunk(l, tower.trunk, f'{path}trunk')
+        head, own = tower.head, tower.trunk.get_submodule(self.classifier)
+        names = {n.rpartition('.')[0] for n, _ in head.named_parameters()}
+        ends = not names and not isinstance(own, nn.Linear)
+        W = self.lay_out_pool(l, tower.trunk, f'{path}trunk', W, ends)
+        if not names and isinstance(own, nn.Linear):
+            name = f'{path}trunk.{self.classifier}'
+            l.linear(name, Dim('embed'), W, own.bias is not None)
+        elif names == {'proj'}:
+            l.linear(f'{path}head.proj', Dim('embed'), W, head.proj.bias is not None)
+        elif names == {'mlp.fc1', 'mlp.fc2'}:
+            H = l.axis('image.head.ffn', head.mlp.fc1.out_features)
+            l.linear(f'{path}head.mlp.fc1', Dim(H), W)
+            bias = head.mlp.fc2.bias is not None
+            l.linear(f'{path}head.mlp.fc2', Dim('embed'), Dim(H, scaled=True), bias)
+        elif not (ends and W.axis == 'embed'):
+            raise TinyclipError(
+                f"The timm tower's head is made of {', '.join(sorted(names)) or 'nothing'}; it can "
+                'be used as it is, but neither cut nor saved. Known are a linear projection, an '
+                "MLP, and timm's own classifier (timm_proj='linear', 'mlp' or null)."
+            )
+
+    def branches(self, tower, path):
+        blocks = self.trunk_branches(tower, path)
+        return None if blocks is None else [*blocks, self.pool_branches(tower, path)]
+
+    def trunk_branches(self, tower, path) -> list | None:  # None: not known
+        "The blocks of the trunk as `branches` gives them"
+        return None
+
+    def pool_branches(self, tower, path) -> list:
+        "From what the last block gives to the embedding"
+        return self.head_branches(tower, path, lambda h: self.features(tower.trunk, h))
+
+    def features(self, trunk, h: Tensor) -> Tensor:  # `(n, width)`
+        "What the head reads, from what the last block gives"
+        raise NotImplementedError
+
+    def head_branches(self, tower, path, *read: Callable) -> list:
+        "The head as a branch, after what gives its input; none where the trunk ends"
+        if hasattr(tower.head, 'mlp'):
+            mlp = tower.head.mlp
+            first = linear_map(tower, path, 'head.mlp.fc1', *read)
+            maps = first, linear_map(tower, path, 'head.mlp.fc2', mlp.act, mlp.norm)
+        elif hasattr(tower.head, 'proj'):
+            maps = (linear_map(tower, path, 'head.proj', *read),)
+        elif isinstance(tower.trunk.get_submodule(self.classifier), nn.Linear):
+            maps = (linear_map(tower, path, f'trunk.{self.classifier}', *read),)
+        else:
+            return []
+        return [Branch(maps, shortcut=None)]
+
+# %% ../../nbs/towers/07_timm.ipynb #c0ffee37
+class Trunk(TimmTower):
+    "What the families of hierarchical timm trunks share"
+
+    classifier = 'head.fc'
+
+    def lay_out_pool(self, l, trunk, path, width, ends):
+        if hasattr(trunk.head, 'norm'):
+            l.norm(f'{path}.head.norm', width.axis, channels_first=True)
+        return width
+
+    def features(self, trunk, h):
+        return trunk.forward_head(h.movedim(-1, 1), pre_logits=True)
+
+    def pool_type(self, trunk):
+        return trunk.head.global_pool.pool_type
