@@ -19,6 +19,7 @@ from typing import Any
 from open_clip.tokenizer import HFTokenizer
 
 from ..core import TinyclipError, read_json, write_json
+from ..towers.hugging_face_text import HERE
 
 # %% ../../nbs/data/09_subwords.ipynb #80282929
 def _as_string(byte: int) -> str:
@@ -103,8 +104,8 @@ class Bpe(WordPiece):
         super().__init__(model)
         if model.get('dropout'):
             raise TinyclipError(
-                'This tokenizer leaves out merges by chance (dropout), so no text has tokens of its '
-                'own; set backend_tokenizer.model.dropout = None first.'
+                'This tokenizer leaves out merges by chance (dropout), so no text has tokens of '
+                'its own; set backend_tokenizer.model.dropout = None first.'
             )
         self.ranks = {}
         self.ways = defaultdict(list)
@@ -250,9 +251,6 @@ def tokens_used(
     return sorted(kept)
 
 # %% ../../nbs/data/09_subwords.ipynb #699ef7ad
-HERE = '.'  # Name of a tokenizer that lies beside its model and nowhere else
-
-
 def _comparable(backend) -> dict:
     "A tokenizer as its file, without what every call sets anew"
     return json.loads(backend.to_str()) | dict(padding=None, truncation=None)
@@ -273,7 +271,7 @@ def _reread(fast, state: dict) -> Any:
             with contextlib.suppress(Exception):  # a class may need the tokens that are gone
                 new = AutoTokenizer.from_pretrained(d)
                 if _comparable(new.backend_tokenizer) == want:
-                    new.name_or_path = HERE
+                    new.name_or_path = HERE  # it lies beside its model, and nowhere else
                     return new
     raise TinyclipError(
         f'transformers does not read this {type(fast).__name__} from its file as it is in memory, '
