@@ -22,6 +22,7 @@ from open_clip.tokenizer import HFTokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
 from tokenizers import pre_tokenizers as pre
 
+from tinyclip.cli.main import main
 from tinyclip.core import TinyclipError
 from tinyclip.data.subwords import (
     KINDS,
@@ -118,7 +119,9 @@ def gemma():
     ids = {t: i for i, t in enumerate(vocab)}
     ways = [(t[:i], t[i:]) for t in vocab for i in range(1, len(t))]
     merges = [w for w in ways if all(p in ids for p in w) and ''.join(w) not in BYTES]
-    fast = transformers.GemmaTokenizer(vocab=ids, merges=merges, eos_token='</s>', bos_token='<s>')
+    fast = transformers.GemmaTokenizer(
+        vocab=ids, merges=merges, eos_token='</s>', bos_token='<s>', padding_side='right'
+    )
     fast._tokenizer.post_processor = ends(fast._tokenizer, 'last')
     return fast
 
@@ -538,6 +541,77 @@ def test_shortening_and_cutting_commute(tower, tmp_path):
     assert torch.equal(features(again, own, CORPUS), features(a, short, CORPUS))
 
 
+def t5():
+    "As in a SigLIP: T5's tokenizer, which brings a hundred tokens that the table has no rows for"
+    vocab = [['<pad>', 0.0], ['</s>', 0.0], ['<unk>', 0.0], ['▁', -2.0]]
+    own = json.loads(unigram()._tokenizer.to_str())['model']['vocab']
+    vocab += [p for p in own if p[0] not in [*SPECIAL, '▁']]
+    return transformers.T5Tokenizer(vocab=[tuple(p) for p in vocab], extra_ids=100)
+
+
+MADE['t5'] = t5
+
+
+def test_tokens_of_t5_that_have_no_rows(tmp_path):
+    rows = made('t5').tokenizer.vocab_size
+    model, tokenizer = clip('last', 't5', vocab_size=rows)
+    assert len(tokenizer.tokenizer) == rows + 100
+    student, short = shorten(model, CORPUS[:3], tokenizer)
+    assert student.vocab_size == len(short.tokenizer) < rows
+    assert torch.equal(features(student, short, CORPUS[:3]), features(model, tokenizer, CORPUS[:3]))
+    save(student, tmp_path, tokenizer=short)
+    again, _, own = load(tmp_path)
+    seen = [*CORPUS, 'a <extra_id_3> gap']
+    assert torch.equal(features(again, own, seen), features(student, short, seen))
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path)) == student.vocab_size
+
+
+def test_tokens_of_t5_that_have_rows():
+    model, tokenizer = clip('last', 't5')
+    student, short = shorten(model, CORPUS[:3], tokenizer)
+    assert '<extra_id_99>' in short.tokenizer.get_vocab()
+    assert torch.equal(features(student, short, CORPUS[:3]), features(model, tokenizer, CORPUS[:3]))
+
+
+# --- the ways out
+
+
+def test_the_command_line_shortens(tmp_path, capsys):
+    model, tokenizer = clip('last', 'gemma')
+    save(model, tmp_path / 'm', tokenizer=tokenizer)
+    (tmp_path / 'texts.txt').write_text('\n'.join(CORPUS[:3]))
+    out = tmp_path / 'short'
+    texts = f'--texts={tmp_path}/texts.txt'
+    command = [
+        'export',
+        str(tmp_path / 'm'),
+        '--to',
+        'open_clip',
+        '--out',
+        str(out),
+        texts,
+        '--json',
+    ]
+    assert main(command) == 0
+    said = json.loads(capsys.readouterr().out)['vocabulary']
+    small, _, own = load(out)
+    assert said['same'] == 1 and said['of'] == len(tokenizer.tokenizer)
+    assert said['tokens'] == small.vocab_size == len(own.tokenizer) < said['of']
+    assert torch.equal(features(small, own, CORPUS[:3]), features(model, tokenizer, CORPUS[:3]))
+
+
+@pytest.mark.parametrize('kind', ['gemma', 'wordpiece', 'unigram, bytes', 'bytes'])
+def test_browsers_read_it(kind, tmp_path):
+    "The tokenizer of an export for browsers, as the library of browsers reads it"
+    pytest.importorskip('onnx')
+    from tinyclip.zoo.web import text_rules, write_tokenizer
+
+    model, tokenizer = clip('last', kind)
+    student, short = shorten(model, CORPUS[:3], tokenizer)
+    web = write_tokenizer(student, short, tmp_path, text_rules(short))
+    assert torch.equal(web(CORPUS[:7]), short(CORPUS[:7]))
+
+
 # --- refusals
 
 
@@ -568,7 +642,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
 
 def test_a_vocabulary_larger_than_the_table_is_refused():
     model, tokenizer = clip('last', 'wordpiece', vocab_size=100)
-    with refuses(r'a token \d+, and the token table has 100 rows'):
+    with refuses(r'\d+ tokens, and the token table has 100 rows'):
         shorten(model, CORPUS, tokenizer)
 
 
@@ -631,6 +705,15 @@ def test_a_damaged_file_is_refused(cut, tmp_path):
     path = tmp_path / 'tokenizer.json'
     path.write_bytes(path.read_bytes()[:cut])
     with refuses('tokenizer'):
+        load(tmp_path)
+
+
+def test_files_of_two_models_are_refused(tmp_path):
+    model, tokenizer = clip('last', 'gemma')
+    student, short = shorten(model, CORPUS, tokenizer)
+    save(student, tmp_path, tokenizer=short)
+    tokenizer.save_pretrained(str(tmp_path))
+    with refuses('not of one model'):
         load(tmp_path)
 
 

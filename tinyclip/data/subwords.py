@@ -225,17 +225,34 @@ def _named(
     return seen | ({0} if tokenizer.strip_sep_token else set())  # it becomes 0
 
 
+def beyond(
+    tokenizer: HFTokenizer,
+    size: int,  # Rows of a token table
+) -> list:  # Tokens
+    "The tokens of a tokenizer for which a table has no rows; more than T5's extra ones are refused"
+    held = tokenizer.tokenizer.get_vocab()
+    over = [t for t, i in held.items() if i >= size]
+    if wrong := [t for t in over if '<extra_id_' not in t]:
+        raise TinyclipError(
+            f'The tokenizer has {len(held)} tokens, and the token table has {size} rows, none for '
+            f'{wrong[0]!r}; pass the tokenizer that belongs to this model as tokenizer=.'
+        )
+    return over
+
+
 def tokens_used(
     tokenizer: HFTokenizer,
     counts: Counter,  # Number of a token -> how often it stands in the texts
     least: int = 1,  # Leave out tokens that are made less often than this
     fixed: Iterable = (),  # Numbers that stay in any case
+    size: int | None = None,  # Rows of the token table: what is beyond them goes, see `beyond`
 ) -> list:  # Numbers, from the lowest to the highest
     "Tokens that stay: those of a corpus, those that make them, the alphabet, and the named ones"
     state = read_state(tokenizer)
     model = KINDS[state['model']['type']](state['model'])
     fast: Any = tokenizer.tokenizer
-    names = {i: t for t, i in fast.backend_tokenizer.get_vocab(with_added_tokens=True).items()}
+    held = fast.backend_tokenizer.get_vocab(with_added_tokens=True)
+    names = {i: t for t, i in held.items()}
     times = Counter()
     for number, n in counts.items():
         if names[number] in model.ids:
@@ -243,6 +260,8 @@ def tokens_used(
                 times[token] += n * each
     kept = {model.ids[t] for t, n in times.items() if t in model.ids and n >= max(1, least)}
     kept |= {model.ids[t] for t in model.alphabet()} | _named(tokenizer, state) | set(fixed)
+    if size is not None:
+        kept -= {held[t] for t in beyond(tokenizer, size)}
     if lacking := sorted(kept - names.keys()):
         raise TinyclipError(
             f'The tokenizer has no token with the number {lacking[0]}, which the text tower or the '
@@ -256,6 +275,11 @@ def _comparable(backend) -> dict:
     return json.loads(backend.to_str()) | dict(padding=None, truncation=None)
 
 
+def _content(token) -> str:
+    "A token, also of a file"
+    return token['content'] if isinstance(token, dict) else str(token)
+
+
 def _reread(fast, state: dict) -> Any:
     "A tokenizer of transformers with another `tokenizer.json`"
     from transformers import AutoTokenizer
@@ -266,6 +290,9 @@ def _reread(fast, state: dict) -> Any:
         (Path(d) / 'tokenizer.json').write_text(json.dumps(state), encoding='utf-8')
         config = Path(d) / 'tokenizer_config.json'
         named = read_json(config, 'save the tokenizer again')
+        if more := named.get('extra_special_tokens'):
+            there = {t['content'] for t in state['added_tokens']}
+            named['extra_special_tokens'] = [t for t in more if _content(t) in there]
         for name in (named['tokenizer_class'], 'PreTrainedTokenizerFast'):
             write_json(config, named | dict(tokenizer_class=name))
             with contextlib.suppress(Exception):  # a class may need the tokens that are gone
@@ -291,7 +318,8 @@ def part_of(
     ids = {t: places[i] for t, i in sorted(held.items(), key=lambda e: e[1]) if i in places}
     model = KINDS[state['model']['type']](state['model'])
     state['model'] = model.part({t: i for t, i in ids.items() if t in model.ids})
-    state['added_tokens'] = [t | dict(id=places[t['id']]) for t in state['added_tokens']]
+    added = [t for t in state['added_tokens'] if t['id'] in places]
+    state['added_tokens'] = [t | dict(id=places[t['id']]) for t in added]
     state['post_processor'] = _renumbered(state['post_processor'], places.__getitem__)
     if padding := state.get('padding'):
         padding['pad_id'] = places[padding['pad_id']]
@@ -332,6 +360,7 @@ def shortened(
     texts: Iterable,  # All that it shall read as before; read once
     least: int = 1,  # As in `tokens_used`
     fixed: Iterable = (),  # As in `tokens_used`
+    size: int | None = None,  # As in `tokens_used`
 ) -> tuple:  # (`HFTokenizer`, the numbers that its tokens had)
     "The tokenizer with the tokens that texts need"
     read_state(tokenizer)
@@ -340,7 +369,7 @@ def shortened(
         for chunk in _set_aside(texts, file):
             for ids in numbers_of(tokenizer, chunk):
                 counts.update(ids)
-        rows = tokens_used(tokenizer, counts, least, fixed)
+        rows = tokens_used(tokenizer, counts, least, fixed, size)
         short = part_of(tokenizer, rows)
         file.seek(0)
         _check_same(tokenizer, short, rows, map(json.loads, file))

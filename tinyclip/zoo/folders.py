@@ -25,7 +25,7 @@ from torch import nn
 from ..core import TinyclipError, read_json, write_json
 from ..data.transforms import token_ids, transforms, vocabulary
 from ..keep import Keep
-from ..towers import layout
+from ..towers import layout, token_table
 from ..towers.architecture import TOKENIZER_KEYS, architecture, build
 from ..towers.hugging_face_text import HERE
 from .vocabulary import ShortTokenizer, tokenizer_cfg, tokenizer_of
@@ -236,6 +236,16 @@ def read_keep(path: Path) -> Keep:
         ) from e
 
 # %% ../../nbs/zoo/04_folders.ipynb #de92c5a9
+def _check_rows(model, tokenizer):
+    "Refuse a folder of which tokenizer and weights belong to two models"
+    rows, tokens = token_table(model).num_embeddings, len(tokenizer.tokenizer)
+    if rows != tokens:
+        raise TinyclipError(
+            f'The tokenizer in this folder has {tokens} tokens, and the token table {rows} rows: '
+            'they are not of one model. Save the model again, with its tokenizer.'
+        )
+
+
 def finish(
     model: Any,  # With its weights in place
     model_cfg: dict,  # Its configuration: says which tokenizer
@@ -280,6 +290,8 @@ def finish(
     try:
         tokenizer = named_tokenizer(own, model.context_length, source) if own else None
         tokenizer = tokenizer or clip_tokenizer(model)
+        if own.get('hf_tokenizer_name') == HERE:
+            _check_rows(model, tokenizer)
         model.token_ids = token_ids(tokenizer)
         if (held := vocabulary(tokenizer)) is not None:
             model.vocabulary = held

@@ -22,7 +22,7 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, bytes_to_unicode, 
 from torch import nn
 
 from ..core import Table, TinyclipError, atomic_path, human
-from ..data.subwords import shortened
+from ..data.subwords import beyond, shortened
 from tinyclip.data.transforms import (
     differing_inputs,
     expected_inputs,
@@ -259,12 +259,7 @@ def _check_subwords(model, tokenizer, rows: int) -> HFTokenizer:
             f'This model has a Hugging Face tokenizer: pass it as tokenizer={given}, as '
             'tinyclip.zoo.load or open_clip.get_tokenizer gives it.'
         )
-    most = max(tokenizer.tokenizer.get_vocab().values())
-    if most >= rows:
-        raise TinyclipError(
-            f'The tokenizer has a token {most}, and the token table has {rows} rows; pass the '
-            'tokenizer that belongs to this model as tokenizer=.'
-        )
+    beyond(tokenizer, rows)
     found = differing_inputs(expected_inputs(model), made_inputs(None, tokenizer))
     if getattr(model, 'merges', None) is not None:
         found = 'tokens', "some of CLIP's own", "another tokenizer's"
@@ -349,7 +344,8 @@ def shorten(
     tokenizer = tokenizer_of(model, tokenizer)
     if isinstance(tokenizer, HFTokenizer):
         fixed = family_of(model, 'text').fixed_tokens(tower_of(model, 'text')[0])
-        short, rows = shortened(tokenizer, strings(texts), least, fixed)
+        size = token_table(model).num_embeddings
+        short, rows = shortened(tokenizer, strings(texts), least, fixed, size)
         new = _with_rows(model, rows, short)
         new.tokenizer_cfg = tokenizer_cfg(model, tokenizer) | dict(hf_tokenizer_name=HERE)
         new.vocabulary = vocabulary(short)
