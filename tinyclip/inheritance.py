@@ -94,10 +94,9 @@ def _carry_over(teacher, student):
             setattr(student.visual, n, copy.deepcopy(getattr(teacher.visual, n)))
     if hasattr(teacher, 'tokenizer_cfg'):
         student.tokenizer_cfg = dict(teacher.tokenizer_cfg)
-    if hasattr(teacher, 'token_ids'):
-        student.token_ids = teacher.token_ids
-    if hasattr(teacher, 'merges'):
-        student.merges = teacher.merges  # a shortened vocabulary
+    for n in ('token_ids', 'merges', 'vocabulary'):  # what its tokenizer is known by
+        if hasattr(teacher, n):
+            setattr(student, n, getattr(teacher, n))
     student.output_dict = getattr(teacher, 'output_dict', False)
     student.context_length = teacher.context_length
 

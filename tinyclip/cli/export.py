@@ -16,6 +16,7 @@ from .options import format_options
 from ..core import Table, evaluating
 from ..data.sources import SamplingPlan, as_source
 from ..evaluate.cost import inputs
+from ..towers import token_table
 from ..towers.short_texts import encode_text
 from ..zoo.folders import Loaded
 from ..zoo.formats import FORMATS, Format
@@ -47,11 +48,11 @@ def texts_in(
 
 
 def shortened(
-    loaded: Loaded,  # A model with CLIP's tokenizer
+    loaded: Loaded,  # A model with its tokenizer
     source,  # As in `texts_in`
 ) -> Loaded:
     "The same model with the tokens of these texts"
-    model, tokenizer = shorten(loaded.model, texts_in(source))
+    model, tokenizer = shorten(loaded.model, texts_in(source), loaded.tokenizer)
     return loaded._replace(model=model, tokenizer=tokenizer)
 
 # %% ../../nbs/cli/03_export.ipynb #fcca5ce5
@@ -91,8 +92,8 @@ def run_export(args) -> dict:
         full = loaded
         loaded = shortened(loaded, args.texts)
         report['vocabulary'] = dict(
-            tokens=loaded.tokenizer.vocab_size,
-            of=full.tokenizer.vocab_size,
+            tokens=_rows(loaded),
+            of=_rows(full),
             **coverage(texts_in(args.texts), loaded.tokenizer, full.tokenizer),
         )
     f = FORMATS[args.to]
@@ -102,6 +103,12 @@ def run_export(args) -> dict:
     if not args.json:
         print(described(result, f))
     return result
+
+
+def _rows(loaded) -> int:
+    "Tokens of a model: rows of its table"
+    table: Any = token_table(loaded.model)
+    return table.num_embeddings
 
 
 def _compared(loaded, f, args, source) -> Table:

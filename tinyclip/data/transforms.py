@@ -7,13 +7,16 @@ __all__ = ['transforms', 'Chunk']
 
 # %% ../../nbs/data/04_transforms.ipynb #09c9fa0f
 import contextlib
+import json
 import random
+import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
 import open_clip
 import torch
 from open_clip.hf_model import HFTextEncoder
+from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import nn
@@ -44,6 +47,16 @@ def token_ids(
     return tuple(tokenizer([PROBE])[0].tolist())
 
 
+def vocabulary(
+    tokenizer,  # As for `token_ids`
+) -> str | None:  # None for CLIP's own
+    "Fingerprint of all tokens of a Hugging Face tokenizer and of their numbers"
+    if not isinstance(tokenizer, HFTokenizer):
+        return None
+    held = json.dumps(sorted(tokenizer.tokenizer.get_vocab().items()))
+    return f'{held.count("[") - 1} tokens, {zlib.crc32(held.encode()):08x}'
+
+
 def _inputs(mean, std, merges=None, **others) -> dict:
     "Inputs in words, without what is not known"
 
@@ -65,8 +78,8 @@ def expected_inputs(
     cfg = getattr(visual, 'preprocess_cfg', {})
     mean, std = (cfg.get(k, getattr(visual, f'image_{k}', None)) for k in ('mean', 'std'))
     ids = getattr(model, 'token_ids', None)
-    merges = getattr(model, 'merges', None)
-    return _inputs(mean, std, interpolation=cfg.get('interpolation'), tokens=ids, merges=merges)
+    own = {k: getattr(model, k, None) for k in ('merges', 'vocabulary')}
+    return _inputs(mean, std, interpolation=cfg.get('interpolation'), tokens=ids, **own)
 
 
 def made_inputs(
@@ -77,8 +90,8 @@ def made_inputs(
     steps = getattr(preprocess, 'transforms', [])
     last = next((s for s in steps if isinstance(s, Normalize)), None)
     mean, std = getattr(last, 'mean', None), getattr(last, 'std', None)
-    merges = getattr(tokenizer, 'merges', None)
-    return _inputs(mean, std, tokens=token_ids(tokenizer), merges=merges)
+    own = dict(merges=getattr(tokenizer, 'merges', None), vocabulary=vocabulary(tokenizer))
+    return _inputs(mean, std, tokens=token_ids(tokenizer), **own)
 
 
 def differing_inputs(

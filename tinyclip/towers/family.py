@@ -364,6 +364,10 @@ class Family(ABC):
         "Keep a part of the token table of a family of texts, in place"
         raise NotImplementedError
 
+    def fixed_tokens(self, tower: Any) -> set[int]:
+        "Tokens that a family of texts knows by number, e.g. that of padding: their rows stay"
+        return set()
+
     def plain(self, width: int, ffn: int) -> bool:
         "Whether open_clip's configuration can hold so many neurons at this width"
         return False

@@ -212,17 +212,31 @@ class HuggingFaceText(Family):
     def select_tokens(self, tower, rows):
         table, config = self.table(tower), tower.config
         pad = config.pad_token_id
-        if rows[pad : pad + 1] != [pad]:
+        if self.counts_from_padding(tower) and rows[pad : pad + 1] != [pad]:
             raise TinyclipError(
                 f'Positions are counted from the number of the padding token, {pad}; it must keep '
                 'it: keep all tokens before it.'
             )
+        if pad not in rows:
+            raise TinyclipError(
+                f'By the padding token, {pad}, the text tower knows where a text ends; the table '
+                'must keep it.'
+            )
         table.weight = nn.Parameter(table.weight.detach()[rows])
+        table.padding_idx = None if table.padding_idx is None else rows.index(pad)
         table.num_embeddings = tower.vocab_size = config.vocab_size = len(rows)
         names = [n for n in vars(config) if n.endswith('_token_id')]
         for n in names:
             old = getattr(config, n)
             setattr(config, n, rows.index(old) if old in rows else None)
+
+    def fixed_tokens(self, tower):
+        pad = tower.config.pad_token_id
+        return {pad, *(range(pad) if self.counts_from_padding(tower) else ())}
+
+    def counts_from_padding(self, tower) -> bool:
+        "Whether the first position is the one behind the number of the padding token"
+        return tower.config.model_type in ('roberta', 'xlm-roberta', 'm2m_100')
 
     def stem(self, model, x):
         tower, seen = model.text, []

@@ -145,6 +145,11 @@ class Text(Transformer):
         rows,  # Rows of the token table to keep, in their new order
     ):
         "Keep a part of the token table; the token that ends a text is renumbered, too"
+        if lacking := self.fixed_tokens(tower) - set(rows):
+            raise TinyclipError(
+                f'The text tower knows token {min(lacking)} by its number (eos_id, pad_id); the '
+                'table must keep it.'
+            )
         table = self.table(tower).weight.detach()[rows]
         tower.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
         tower.vocab_size = len(rows)
@@ -152,6 +157,11 @@ class Text(Transformer):
         for n in (name, 'pad_id'):
             if getattr(tower, n, None) in rows:
                 setattr(tower, n, rows.index(getattr(tower, n)))
+
+    def fixed_tokens(self, tower):
+        pool, eos = self.pooling(tower)
+        ends = {eos} if pool == 'eos' else set()
+        return ends | ({tower.pad_id} if getattr(tower, 'cls_emb', None) is not None else set())
 
 
 TEXT = Text()

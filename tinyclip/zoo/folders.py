@@ -17,19 +17,18 @@ from typing import Any, NamedTuple
 
 import open_clip
 import torch
-from open_clip.hf_model import HFTextEncoder
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, get_clean_fn
+from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors.torch import save_file
 from torch import nn
 
 from ..core import TinyclipError, read_json, write_json
-from ..data.transforms import token_ids, transforms
+from ..data.transforms import token_ids, transforms, vocabulary
 from ..keep import Keep
-from ..towers import layout
+from ..towers import layout, token_table
 from ..towers.architecture import TOKENIZER_KEYS, architecture, build
 from ..towers.hugging_face_text import HERE
-from .vocabulary import ShortTokenizer, tokenizer_of
+from .vocabulary import ShortTokenizer, tokenizer_cfg, tokenizer_of
 from .weights import assemble, plain_names, read_weights
 
 # %% ../../nbs/zoo/04_folders.ipynb #65126855
@@ -110,35 +109,6 @@ def preprocess_cfg(
             cfg[key] = getattr(model.visual, attr)
     cfg = merge_preprocess_dict(cfg, getattr(model.visual, 'preprocess_cfg', {}))
     return cfg | dict(size=model.visual.image_size)
-
-# %% ../../nbs/zoo/04_folders.ipynb #7b541b11
-CLEANING = ('whitespace', 'lower', 'canonicalize')  # Of open_clip's `get_clean_fn`
-
-
-def tokenizer_cfg(
-    model: nn.Module,  # A CLIP or a student
-    tokenizer=None,  # The one that it is used with; None for CLIP's own
-) -> dict:  # Part of `text_cfg`, as in `TOKENIZER_KEYS`; empty for CLIP's own
-    "The configuration of a model's tokenizer: what the model came with, else what is given"
-    own = getattr(model, 'tokenizer_cfg', None) or {}
-    name = own.get('hf_tokenizer_name')
-    needed = name or isinstance(getattr(model, 'text', None), HFTextEncoder)
-    if needed and not hasattr(tokenizer, 'save_pretrained'):
-        raise TinyclipError(
-            'This model uses a Hugging Face tokenizer; pass it as tokenizer=tokenizer, so that '
-            'the folder is complete.'
-        )
-    if own or tokenizer is None or isinstance(tokenizer, SimpleTokenizer):
-        return own
-    if not isinstance(tokenizer, HFTokenizer):
-        raise TinyclipError(
-            f'The tokenizer is a {type(tokenizer).__name__}, and a folder can hold '
-            "open_clip's SimpleTokenizer and HFTokenizer; pass one from open_clip.get_tokenizer."
-        )
-    cleaning = next(n for n in CLEANING if get_clean_fn(n) is tokenizer.clean_fn)
-    options = dict(clean=cleaning, strip_sep_token=tokenizer.strip_sep_token)
-    own = dict(hf_tokenizer_name=tokenizer.tokenizer.name_or_path, tokenizer_kwargs=options)
-    return own | (dict(tokenizer_mode=mode) if (mode := tokenizer.tokenizer_mode) else {})
 
 # %% ../../nbs/zoo/04_folders.ipynb #1df03774
 def save(
@@ -243,6 +213,11 @@ def named_tokenizer(own: dict, context_length: int, source: str = ''):
         return open_clip.get_tokenizer(source, context_length=context_length)
     options = own.get('tokenizer_kwargs') or {}
     if name := own.get('hf_tokenizer_name'):
+        if name == HERE:
+            raise TinyclipError(
+                'The tokenizer of this model lies in its folder; load the folder, not its weights '
+                'alone.'
+            )
         mode = own.get('tokenizer_mode')
         return HFTokenizer(name, context_length, tokenizer_mode=mode, **options)
     return open_clip.SimpleTokenizer(context_length=context_length, **options)
@@ -261,6 +236,16 @@ def read_keep(path: Path) -> Keep:
         ) from e
 
 # %% ../../nbs/zoo/04_folders.ipynb #de92c5a9
+def _check_rows(model, tokenizer):
+    "Refuse a folder of which tokenizer and weights belong to two models"
+    rows, tokens = token_table(model).num_embeddings, len(tokenizer.tokenizer)
+    if rows != tokens:
+        raise TinyclipError(
+            f'The tokenizer in this folder has {tokens} tokens, and the token table {rows} rows: '
+            'they are not of one model. Save the model again, with its tokenizer.'
+        )
+
+
 def finish(
     model: Any,  # With its weights in place
     model_cfg: dict,  # Its configuration: says which tokenizer
@@ -305,7 +290,11 @@ def finish(
     try:
         tokenizer = named_tokenizer(own, model.context_length, source) if own else None
         tokenizer = tokenizer or clip_tokenizer(model)
+        if own.get('hf_tokenizer_name') == HERE:
+            _check_rows(model, tokenizer)
         model.token_ids = token_ids(tokenizer)
+        if (held := vocabulary(tokenizer)) is not None:
+            model.vocabulary = held
         return Loaded(model, transforms(model)[1], tokenizer)
     except TinyclipError:
         raise

@@ -17,13 +17,22 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.tokenizer import SimpleTokenizer, bytes_to_unicode, get_clean_fn
+from open_clip.hf_model import HFTextEncoder
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, bytes_to_unicode, get_clean_fn
 from torch import nn
 
 from ..core import Table, TinyclipError, atomic_path, human
-from ..data.transforms import token_ids
+from ..data.subwords import beyond, shortened
+from tinyclip.data.transforms import (
+    differing_inputs,
+    expected_inputs,
+    made_inputs,
+    token_ids,
+    vocabulary,
+)
 from ..evaluate.cost import parameters
-from ..towers import select_tokens, token_table
+from ..towers import family_of, select_tokens, token_table, tower_of
+from ..towers.hugging_face_text import HERE
 
 # %% ../../nbs/zoo/03_vocabulary.ipynb #f324eefa
 def merges_used(
@@ -66,8 +75,8 @@ def check_tokenizer(tokenizer) -> SimpleTokenizer:
     "Refuse tokenizers that a list of merges does not describe"
     if not isinstance(tokenizer, SimpleTokenizer):
         raise TinyclipError(
-            "Only CLIP's own BPE can be shortened (open_clip's SimpleTokenizer); this "
-            f"tokenizer is a {type(tokenizer).__name__}."
+            "Only CLIP's own BPE (open_clip's SimpleTokenizer) and tokenizers of Hugging Face "
+            f"(its HFTokenizer) can be shortened; this tokenizer is a {type(tokenizer).__name__}."
         )
     if (
         len(tokenizer.all_special_ids) != 2
@@ -188,10 +197,10 @@ def read_merges(
 # %% ../../nbs/zoo/03_vocabulary.ipynb #adf62317
 def tokenizer_of(
     model: nn.Module,  # A CLIP or a student of one
-    # The tokenizer it came with, to be checked; None for CLIP's own, or for what `model.merges`
-    # says
+    # The tokenizer it came with, to be checked: needed where it is one of Hugging Face; None for
+    # CLIP's own, or for what `model.merges` says
     tokenizer=None,
-) -> SimpleTokenizer:  # Its tokens are the rows of the token table
+) -> Any:  # open_clip's; its tokens are the rows of the token table
     "The tokenizer that belongs to a model's token table"
     if hasattr(model, 'log_alpha'):
         raise TinyclipError(
@@ -204,14 +213,19 @@ def tokenizer_of(
             'tinyclip.zoo.load or open_clip.create_model.'
         )
     table = token_table(model)
-    own = getattr(model, 'tokenizer_cfg', None)
-    merges = getattr(model, 'merges', None)
-    if own or not isinstance(table, nn.Embedding):
+    if not isinstance(table, nn.Embedding):
         raise TinyclipError(
-            "This model does not use CLIP's own BPE"
-            + (f' ({next(iter(own.values()))})' if own else '')
-            + '; only that can be shortened.'
+            'The text tower has no token table that is known here, so it cannot be shortened.'
         )
+    own = getattr(model, 'tokenizer_cfg', None) or {}
+    if isinstance(tokenizer, HFTokenizer) or _reads_subwords(model):
+        return _check_subwords(model, tokenizer, table.num_embeddings)
+    if own:
+        raise TinyclipError(
+            f"This model does not use CLIP's own BPE as it is ({next(iter(own.values()))}); its "
+            'settings would be lost with the other tokens.'
+        )
+    merges = getattr(model, 'merges', None)
     if tokenizer is None:
         tokenizer = (
             SimpleTokenizer(context_length=model.context_length)
@@ -230,6 +244,66 @@ def tokenizer_of(
         )
     return tokenizer
 
+
+def _reads_subwords(model) -> bool:
+    "Whether a model says that its tokenizer is one of Hugging Face"
+    named = 'hf_tokenizer_name' in (getattr(model, 'tokenizer_cfg', None) or {})
+    return named or isinstance(getattr(model, 'text', None), HFTextEncoder)
+
+
+def _check_subwords(model, tokenizer, rows: int) -> HFTokenizer:
+    "Refuse a tokenizer that is not the Hugging Face tokenizer of this model"
+    if not isinstance(tokenizer, HFTokenizer):
+        given = '' if tokenizer is None else f' (this one is a {type(tokenizer).__name__})'
+        raise TinyclipError(
+            f'This model has a Hugging Face tokenizer: pass it as tokenizer={given}, as '
+            'tinyclip.zoo.load or open_clip.get_tokenizer gives it.'
+        )
+    beyond(tokenizer, rows)
+    found = differing_inputs(expected_inputs(model), made_inputs(None, tokenizer))
+    if getattr(model, 'merges', None) is not None:
+        found = 'tokens', "some of CLIP's own", "another tokenizer's"
+    if found:
+        what, wants, makes = found
+        raise TinyclipError(
+            f'This is the tokenizer of another model: of {what}, it makes {makes}, and the model '
+            f'was trained with {wants}. Pass its own as tokenizer=.'
+        )
+    return tokenizer
+
+# %% ../../nbs/zoo/03_vocabulary.ipynb #82fbb13e
+CLEANING = ('whitespace', 'lower', 'canonicalize')  # Of open_clip's `get_clean_fn`
+
+
+def tokenizer_cfg(
+    model: nn.Module,  # A CLIP or a student
+    tokenizer=None,  # The one that it is used with; None for CLIP's own
+) -> dict:  # Part of `text_cfg`, as in `TOKENIZER_KEYS`; empty for CLIP's own
+    "The configuration of a model's tokenizer: what the model came with, else what is given"
+    own = getattr(model, 'tokenizer_cfg', None) or {}
+    if _reads_subwords(model) and not hasattr(tokenizer, 'save_pretrained'):
+        raise TinyclipError(
+            'This model uses a Hugging Face tokenizer; pass it as tokenizer=tokenizer, so that '
+            'the folder is complete.'
+        )
+    known, given = getattr(model, 'vocabulary', None), vocabulary(tokenizer)
+    if known and given and known != given:
+        raise TinyclipError(
+            f'This is not the tokenizer of this model: it has {given}, and the model was loaded or '
+            f'shortened with {known}. Pass its own as tokenizer=.'
+        )
+    if own or tokenizer is None or isinstance(tokenizer, SimpleTokenizer):
+        return own
+    if not isinstance(tokenizer, HFTokenizer):
+        raise TinyclipError(
+            f'The tokenizer is a {type(tokenizer).__name__}, and a folder can hold '
+            "open_clip's SimpleTokenizer and HFTokenizer; pass one from open_clip.get_tokenizer."
+        )
+    cleaning = next(n for n in CLEANING if get_clean_fn(n) is tokenizer.clean_fn)
+    options = dict(clean=cleaning, strip_sep_token=tokenizer.strip_sep_token)
+    own = dict(hf_tokenizer_name=tokenizer.tokenizer.name_or_path, tokenizer_kwargs=options)
+    return own | (dict(tokenizer_mode=mode) if (mode := tokenizer.tokenizer_mode) else {})
+
 # %% ../../nbs/zoo/03_vocabulary.ipynb #d009d91d
 def select_rows(
     model: nn.Module,  # A CLIP or a student of one; left alone
@@ -245,22 +319,37 @@ def select_rows(
             f'The model has no token {lacking!r}: its vocabulary was shortened to other '
             'texts. Start from the model with the longer one.'
         )
-    rows = [ids[t] for t in short.encoder]
+    new = _with_rows(model, [ids[t] for t in short.encoder], short)
+    new.merges = short.merges
+    return new
+
+
+def _with_rows(model, rows: list, short) -> Any:
+    "A copy with these rows of the token table, for a tokenizer that numbers them from 0"
     new: Any = copy.deepcopy(model).requires_grad_(True).eval()
     select_tokens(new, rows)
-    new.merges = short.merges
     new.token_ids = token_ids(short)
     return new
 
 # %% ../../nbs/zoo/03_vocabulary.ipynb #a1eb3392
 def shorten(
-    model: Any,  # A CLIP with CLIP's own tokenizer, or a student of one; left alone
-    texts: Iterable,  # All that it shall read as before, as in `merges_used`
+    model: Any,  # A CLIP or a student of one; left alone
+    texts: Iterable,  # All that it shall read as before. Read once, one at a time
     tokenizer=None,  # Its tokenizer, as in `tokenizer_of`
-    least: int = 1,  # As in `merges_used`
-) -> tuple:  # The model with a shorter token table, and its `ShortTokenizer`
+    # Leave out tokens that are made less often than this, counted over all texts: for corpora from
+    # the web, where nearly every token occurs
+    least: int = 1,
+) -> tuple:  # The model with a shorter token table, and its tokenizer, of the same kind as before
     "Keep only the tokens that `texts` need; their features stay the same, bit for bit"
     tokenizer = tokenizer_of(model, tokenizer)
+    if isinstance(tokenizer, HFTokenizer):
+        fixed = family_of(model, 'text').fixed_tokens(tower_of(model, 'text')[0])
+        size = token_table(model).num_embeddings
+        short, rows = shortened(tokenizer, strings(texts), least, fixed, size)
+        new = _with_rows(model, rows, short)
+        new.tokenizer_cfg = tokenizer_cfg(model, tokenizer) | dict(hf_tokenizer_name=HERE)
+        new.vocabulary = vocabulary(short)
+        return new, short
     short = ShortTokenizer(merges_used(texts, tokenizer, least), model.context_length)
     return select_rows(model, short, tokenizer), short
 
@@ -281,11 +370,18 @@ def coverage(
     after = 0
     for text in strings(texts):
         n = n + 1
-        a, b = ([t.decoder[i] for i in t.encode(text)] for t in (full, short))
+        a, b = (_tokens(t, text) for t in (full, short))
         same = same + (a == b)
         before = before + len(a)
         after = after + len(b)
     return dict(same=same / n, tokens_before=before / n, tokens_after=after / n, texts=n)
+
+
+def _tokens(tokenizer, text: str) -> list:
+    "A text in tokens, as strings"
+    if isinstance(tokenizer, HFTokenizer):
+        return tokenizer.tokenizer.tokenize(tokenizer.clean_fn(text))
+    return [tokenizer.decoder[i] for i in tokenizer.encode(text)]
 
 # %% ../../nbs/zoo/03_vocabulary.ipynb #4e9217bc
 def table_sizes(
