@@ -123,11 +123,15 @@ def reads(
             if not branch.maps[-1].weight:
                 h = branch.add(weights, h, mask)
                 continue
-            y = h
+            y: Any = h
             for m in branch.maps:
-                x_in = m.read(y, mask)
-                y = F.linear(x_in, weights[m.weight], weights[m.bias])
-                read(x_in, y if m is branch.maps[-1] else x_in, m.weight, m.bias)
+                many, above, y = isinstance(m, list), y, []
+                for one in m if many else [m]:  # side by side: gates; queries, keys and values
+                    x_in = one.read(above, mask)
+                    y.append(F.linear(x_in, weights[one.weight], weights.get(one.bias)))
+                    read(x_in, y[-1] if m is branch.maps[-1] else x_in, one.weight, one.bias)
+                y = y if many else y[0]
+            y = y if branch.behind is None else branch.behind(y)
             h = h + (y if branch.scale is None else y * branch.scale)
         pooled = family.pooled(model, x, h)
         name, bias, transposed = family.projection(module, path)
@@ -568,7 +572,7 @@ def _one_stream(l, tower, family, module, path) -> bool:
     whole = all(b.shortcut == () and b.act is None for b in branches)
     name, _, transposed = projection
     reads_stream = l.dims[name][0 if transposed else 1] is not None
-    return whole and reads_stream and not any(isinstance(m, list) for b in branches for m in b.maps)
+    return whole and reads_stream
 
 
 def check_scorable(teacher: nn.Module, l: Layout):
@@ -577,7 +581,7 @@ def check_scorable(teacher: nn.Module, l: Layout):
         if not _one_stream(l, tower, family, *tower_of(teacher, tower)):
             raise TinyclipError(
                 f'The {tower} tower is a {family.name}, whose parts cannot be scored yet: only '
-                'towers of pre-norm attention blocks with a projection behind them can. Choose by '
+                'attention blocks on one stream with a projection behind them can. Choose by '
                 'rule, tinyclip.keep.manual, or let masks learn it, mask_steps=.'
             )
 
