@@ -13,8 +13,8 @@ from tinyclip.towers.architecture import build
 TEXT = dict(context_length=6, vocab_size=32, width=16, heads=2, layers=1)
 
 
-def _timm(name, size=64, proj='linear', **trunk):
-    vision = dict(image_size=size, timm_model_name=name, timm_proj=proj)
+def _timm(name, size=64, proj='linear', pool='avg', **trunk):
+    vision = dict(image_size=size, timm_model_name=name, timm_proj=proj, timm_pool=pool)
     return dict(vision_cfg=vision, tinyclip_cfg=dict(trunk=trunk))
 
 
@@ -36,10 +36,23 @@ TWINS = dict(
     fastvit_merged=_timm('fastvit_mci0', proj=None, **_FAST, inference_mode=True),
     fastvit_five=_timm('fastvit_mci3', proj=None, embed_dims=[4, 8, 16, 32, 64], layers=[1] * 5),
 )
+_SMALL = dict(img_size=32, patch_size=8, embed_dim=12, num_heads=3, depth=3, mlp_ratio=2)
+_STEM = {'image.width': 12}  # convolutions before the blocks are not built to size
+_STEM |= {f'image.layers.{i}.{k}': n for i in range(2) for k, n in (('heads', 2), ('ffn', 20))}
+_STEM = dict(img_size=32, depth=2, sizes=_STEM)
+FLAT = dict(  # of one stream, in timm
+    siglip=_timm('vit_base_patch16_siglip_224', 32, 'none', 'map', **_SMALL),
+    siglip_proj=_timm('vit_base_patch32_siglip_256', 32, 'linear', 'map', **_SMALL),
+    token=_timm('vit_large_patch14_clip_224', 32, None, 'token', **_SMALL),
+    medium=_timm('vit_medium_patch16_gap_256', 32, 'mlp', '', **_SMALL),
+    mobileclip_b=_timm('vit_base_mci_224', 32, None, 'token', **_STEM),
+    vitamin=_timm('vitamin_small_224', 32, **_STEM),
+)
 
 
 def configuration(family):
-    return dict(embed_dim=12, text_cfg=TEXT, custom_text=True) | copy.deepcopy(TWINS[family])
+    cfg = dict(embed_dim=12, text_cfg=TEXT, custom_text=True)
+    return cfg | copy.deepcopy((TWINS | FLAT)[family])
 
 
 @functools.cache

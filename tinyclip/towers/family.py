@@ -242,7 +242,7 @@ class BranchBias(nn.Module):
         self.add_module(projection, nn.Module())
         self.get_submodule(projection).bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor, **options) -> Tensor:  # `(n, ..., width)`, or channels first
+    def forward(self, x: Tensor, **ignored) -> Tensor:  # `(n, ..., width)`, or channels first
         bias: Any = getattr(self, self.projection).bias
         return (bias[:, None, None] if self.channels_first else bias).expand_as(x)
 

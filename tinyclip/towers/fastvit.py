@@ -201,7 +201,7 @@ class FastViT(Trunk):
             out['merged'] = True
         return out
 
-    def options(self, fixed):
+    def options(self, fixed, usual):
         return dict(inference_mode=True) if fixed.get('merged') else {}
 
     def arguments(self, sizes, fixed):
