@@ -196,13 +196,12 @@ def test_saved_and_loaded_in_a_fresh_process(tmp_path):
 
 @twins
 def test_even_students_are_timms_own(kind):
-    "Two of three heads, two thirds of the width: nothing is left to `sizes`, and no slim attention"
+    "Two of three heads, two thirds of the width: `sizes` has no layer, and no attention is slim"
     student = inherit(twin(kind), manual(twin(kind), image_width=2 / 3))
     own = architecture(student)['tinyclip_cfg']['trunk']
     assert own['embed_dim'] == 32 and own['num_heads'] == 2
     assert not any(isinstance(m, EvaHeads) for m in student.modules())
-    if kind != 'pe':  # whose four pooling heads of 12 do not fill 32 channels
-        assert 'sizes' not in own
+    assert set(own.get('sizes', {})) <= {'image.pool.query'}  # which no cut makes smaller
     assert load_state(student)
 
 
@@ -270,7 +269,7 @@ def test_scores(kind, by):
 
 def test_redundancy_sees_the_layers():
     model = twin('eva02')
-    found = layer_features(model, pairs(model), 'image', samples=64)
+    found = layer_features(model, pairs(model), 'image')
     assert similarity(found).shape == (4, 4)
 
 
@@ -295,8 +294,8 @@ def test_every_architecture_is_inherited_and_masked(name):
         model = build(dict(embed_dim=64, vision_cfg=config(name)['vision_cfg'], text_cfg=TEXT))
         assert 'tinyclip_cfg' not in architecture(model)
         student = inherit(model, manual(model, image_width=0.5))
-        assert 'sizes' not in architecture(student)['tinyclip_cfg']['trunk']
-        inherit(model, choose(model, {'image.layers.0.heads': [0, 2]}))
+        sizes = architecture(student)['tinyclip_cfg']['trunk'].get('sizes', {})
+        assert set(sizes) <= {'image.pool.query'} or name == 'PE-Core-T-16-384'  # 1.5 of 3 heads
         assert MaskedCLIP(model).groups
 
 
