@@ -27,7 +27,7 @@ from tinyclip.core import (
     evaluating,
     rank_and_world_size,
 )
-from .keep import Keep, is_depth, magnitudes
+from .keep import Keep, magnitudes
 from .reconstruction import Streams, calibration_batches, check_count
 from .towers import TOWERS, Layout, ParamCount, layout, tower_of
 
@@ -115,6 +115,9 @@ def reads(
     def read(x, side, name, bias, transposed=False):
         w = weights[name].T if transposed else weights[name]
         axis = l.dims[name][0 if transposed else 1].axis
+        if axis == 'embed':  # the MLP of a pooling whose feature is the embedding
+            return
+        side = x if axis.endswith('.width') else side
         found.append((side, Read(name, axis, w.detach().float(), bool(bias), x, side)))
 
     with torch.enable_grad():
@@ -123,21 +126,25 @@ def reads(
             if not branch.maps[-1].weight:
                 h = branch.add(weights, h, mask)
                 continue
-            y: Any = h
-            for m in branch.maps:
-                many, above, y = isinstance(m, list), y, []
-                for one in m if many else [m]:  # side by side: gates; queries, keys and values
-                    x_in = one.read(above, mask)
-                    y.append(F.linear(x_in, weights[one.weight], weights.get(one.bias)))
-                    read(x_in, y[-1] if m is branch.maps[-1] else x_in, one.weight, one.bias)
-                y = y if many else y[0]
+            y = h
+            for maps in branch.maps:
+                side_by_side = isinstance(maps, list)
+                y, before = [], y
+                for m in maps if side_by_side else [maps]:
+                    x_in = m.read(before, mask)
+                    y.append(F.linear(x_in, weights[m.weight], weights.get(m.bias)))
+                    read(x_in, y[-1], m.weight, m.bias)
+                y = y if side_by_side else y[0]
             y = y if branch.behind is None else branch.behind(y)
-            h = h + (y if branch.scale is None else y * branch.scale)
-        pooled = family.pooled(model, x, h)
-        name, bias, transposed = family.projection(module, path)
-        w = weights[name].T if transposed else weights[name]
-        read(pooled, pooled, name, bias, transposed)
-        z = F.normalize(F.linear(pooled, w, weights.get(bias)).float(), dim=-1)
+            y = y if branch.scale is None else y * branch.scale
+            h = y if branch.shortcut is None else h + y
+            h = h if branch.act is None else branch.act(h)
+        if projection := family.projection(module, path):
+            name, bias, transposed = projection
+            h, w = family.pooled(model, x, h), weights[name]
+            read(h, h, name, bias, transposed)
+            h = F.linear(h, w.T if transposed else w, weights.get(bias))
+        z = F.normalize(h.float(), dim=-1)
         grads = torch.autograd.grad((z * v).sum(), [side for side, _ in found])
     return [_counted(r, u, counted) for (_, r), u in zip(found, grads)]
 
@@ -145,7 +152,7 @@ def reads(
 def _counted(read, u, counted) -> Read:
     "A read without the rows that do not count"
     x, u = read.x.detach().float(), u.float()
-    if x.ndim == 3:
+    if x.shape[:2] == counted.shape:  # not what is pooled
         x, u = x * counted[..., None], u * counted[..., None]
     return read._replace(x=x, u=u)
 
@@ -320,13 +327,19 @@ def hull(
 CHANNELS = 2.0  # weight of what is lost with channels: all that is computed later lacks them, too
 
 
+def least(axis: str) -> int:
+    "How many units of an axis stay at least: only heads and neurons of a layer may go altogether"
+    return int(not ('.layers.' in axis and axis.endswith(('.heads', '.ffn'))))
+
+
 class Budget:
     "The cheapest numbers of channels, heads and neurons of a tower for a number of parameters"
 
     def __init__(self, tower: str, lost: Mapping, size: ParamCount):
         self.tower, self.size, self.width = tower, size, f'{tower}.width'
         self.branches = [a for a in lost if a.startswith(f'{tower}.') and a != self.width]
-        steps = [(k, e, i) for i, a in enumerate(self.branches) for k, e in hull(lost[a].tolist())]
+        each = enumerate(lost[a][: len(lost[a]) - least(a)].tolist() for a in self.branches)
+        steps = [(k, e, i) for i, some in each for k, e in hull(some)]
         self.units, self.errors, self.axis = np.array(steps).reshape(-1, 3).T
         self.axis = self.axis.astype(int)
         self.lost = CHANNELS * np.array([0.0, *lost[self.width].tolist()])
@@ -382,7 +395,7 @@ class Budget:
         for a, price in zip(self.branches, prices):  # what went with the last unit of a branch
             if a.endswith('.ffn') and out[a] == max(out[b] for b in self.branches):
                 off = round((params - self.count(out)) / price)
-                out[a] = min(max(out[a] + off, 0), self.size.sizes[a])
+                out[a] = min(max(out[a] + off, least(a)), self.size.sizes[a])
         return out
 
 
@@ -390,11 +403,12 @@ def evenly(
     tower: str,  # `'image'` or `'text'`
     size: ParamCount,  # Of the teacher
     params: float,  # Parameters of the tower
+    axes: Iterable,  # What may be cut
 ) -> dict:  # axis -> how many stay, to within a neuron
     "Channels, heads and neurons in the same proportion in every layer"
     width = f'{tower}.width'
-    branches = [a for a in size.sizes if a.startswith(f'{tower}.layers.')]
-    neurons = [a for a in branches if a.endswith('.ffn')]
+    branches = [a for a in axes if a.startswith(f'{tower}.') and a != width]
+    neurons = [a for a in branches if a.endswith('.ffn') and not least(a)]
 
     def counts(w):
         share = w / size.sizes[width]
@@ -438,13 +452,15 @@ class Scores:
         size = ParamCount(self.layout)
         params = {t: shares[t] * size.whole[t] for t in TOWERS}
         global_ = self.by in COMPARABLE
-        _check_least(params, size, towers, int(not global_))
+        _check_least(params, size, towers, {a: max(least(a), not global_) for a in self.lost})
         budgets = {t: Budget(t, self.lost, size) for t in TOWERS if global_}
         if towers == 'both' and global_:
             params = _divided(budgets, sum(params.values()))
         counts = {}
         for t in TOWERS:
-            counts |= budgets[t].counts(params[t]) if budgets else evenly(t, size, params[t])
+            counts |= (
+                budgets[t].counts(params[t]) if budgets else evenly(t, size, params[t], self.lost)
+            )
         return self._keep(counts)
 
     def _keep(self, counts) -> Keep:
@@ -492,10 +508,9 @@ def _shares(share, towers) -> dict:
 
 def _check_least(params, size, towers, units):
     "Refuse a size that is below one channel, with `units` heads and neurons in every layer"
-    least = {a: 1 if a.endswith('.width') else units for a in size.sizes if not is_depth(a)}
-    least = size.count({a: n for a, n in least.items() if a != 'embed'})
+    fewest = size.count(units)
     for some in [TOWERS] if towers == 'both' else [(t,) for t in TOWERS]:
-        asked, low = (sum(n[t] for t in some) for n in (params, least))
+        asked, low = (sum(n[t] for t in some) for n in (params, fewest))
         if asked < low:
             raise TinyclipError(
                 f'The {" and ".join(some)} tower cannot shrink to {asked:,.0f} parameters: one '
@@ -563,16 +578,18 @@ def _by_reconstruction(l, sums, axes, progress) -> Scores:
 
 # %% ../nbs/05_scores.ipynb #b2dc1c19
 def _one_stream(l, tower, family, module, path) -> bool:
-    "Whether every matrix reads one stream or what stands beside it, and the last one projects"
+    "Whether every matrix reads one stream or what stands beside it, up to what pools or projects"
     blocks = family.blocks and family.branches(module, path)
-    projection = family.projection(module, path)
-    if not blocks or not projection or f'{tower}.width' not in l.sizes:
+    if not blocks or f'{tower}.width' not in l.sizes or f'{tower}.heads' in l.sizes:
         return False
-    branches = [b for block in blocks for b in block]
-    whole = all(b.shortcut == () and b.act is None for b in branches)
+    projection = family.projection(module, path)
+    inner, (last, *_) = blocks if projection else blocks[:-1], blocks[-1]
+    if not all(b.shortcut == () and b.act is None for block in inner for b in block):
+        return False
+    if not projection:
+        return last.shortcut is None
     name, _, transposed = projection
-    reads_stream = l.dims[name][0 if transposed else 1] is not None
-    return whole and reads_stream
+    return l.dims[name][0 if transposed else 1] is not None
 
 
 def check_scorable(teacher: nn.Module, l: Layout):
@@ -581,8 +598,9 @@ def check_scorable(teacher: nn.Module, l: Layout):
         if not _one_stream(l, tower, family, *tower_of(teacher, tower)):
             raise TinyclipError(
                 f'The {tower} tower is a {family.name}, whose parts cannot be scored yet: only '
-                'attention blocks on one stream with a projection behind them can. Choose by '
-                'rule, tinyclip.keep.manual, or let masks learn it, mask_steps=.'
+                'towers of pre-norm attention blocks with a projection or a pooling by attention '
+                'behind them can. Choose by rule, tinyclip.keep.manual, or let masks learn it, '
+                'mask_steps=.'
             )
 
 # %% ../nbs/05_scores.ipynb #0e1f1d2b
@@ -599,7 +617,8 @@ def unit_scores(
     check_positive('samples', samples, whole=True)
     l = layout(teacher)
     check_scorable(teacher, l)
-    axes = [a for a in l.sizes if a != 'embed' and a not in l.depth]
+    scaled = {d.axis for dims in l.dims.values() for d in dims if d and d.scaled}
+    axes = [a for a in l.sizes if a in scaled and a not in l.depth]
     if by == 'magnitude':
         units = magnitudes(teacher, l)
     elif by == 'random':
