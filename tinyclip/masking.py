@@ -90,6 +90,13 @@ class OpenRMSNorm(nn.Module):
         return self.weight * self.open * x.to(self.weight.dtype)
 
 
+class OpenInnerNorm(OpenNorm):
+    "OpenNorm over heads or neurons, of which closed ones are not zero on the way in"
+
+    def forward(self, input: Tensor) -> Tensor:  # `(..., heads * head_dim)` to the same
+        return super().forward(input * self.open.to(input.dtype))
+
+
 class OpenNorm2d(OpenNorm):
     "OpenNorm for maps with channels before height and width"
 
@@ -291,8 +298,9 @@ def prepare(
     new = copy.deepcopy(clip).requires_grad_(True)
     accept_short(new)
     norms = {p: a for p, a in l.norms.items() if a in axes}
-    for path in norms:
-        replace_module(new, path, (OpenNorm2d if path in l.channels_first else OpenNorm).of)
+    for path, axis in norms.items():
+        inner = OpenNorm if kind_of(axis) == 'width' else OpenInnerNorm
+        replace_module(new, path, (OpenNorm2d if path in l.channels_first else inner).of)
     if l.dims[f'{l.table}.weight'][1]:
         replace_module(new, l.table, ScaledEmbedding.of)
     own: list[Any] = [

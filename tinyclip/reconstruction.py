@@ -431,6 +431,9 @@ class TowerPair:
         if around := fitted_around(own):
             yield from self._refit_inner(Branch(around), Branch(fitted_around(theirs)))
         yield from self._refit_inner(own._replace(maps=own.maps[:-1]), theirs)
+        if own.behind is not None:
+            yield from self._refit_before_norm(own, theirs, dropped)
+            return
         # before an activation only what ends in one, too, can be taken over
         taken = dropped if own.act is None or dropped and dropped[-1].act else []
         *before, last = theirs, *taken
@@ -461,6 +464,25 @@ class TowerPair:
         self.streams.update(join)
         if dropped and not taken:
             self._walk(dropped)
+
+    def _refit_before_norm(self, own: Branch, theirs: Branch, dropped: list):
+        "Refit the last map to what the teacher's gives: no map undoes the norm behind it"
+        m, target = own.maps[-1], theirs.maps[-1]
+        name = target.weight or target.bias
+        channels, values = self.inherited.kept(name), self.inherited.values(name)
+
+        def rows(batch):
+            x, mask = batch['stream'], batch.get('mask')
+            y = theirs.run(self.whole, batch['teacher_stream'], batch.get('teacher_mask'))
+            before = own.run(self.weights, x, mask, len(own.maps) - 1)
+            y = y[..., channels] * values.to(x.dtype)
+            return m.read(before, mask) if m.weight else x[..., :0], y
+
+        yield self._refit(m, target, rows)
+        self.streams.update(
+            lambda batch: dict(stream=own.add(self.weights, batch['stream'], batch.get('mask')))
+        )
+        self._walk([theirs, *dropped])
 
     def _refit_inner(self, own: Branch, theirs: Branch):
         "Refit maps to what the teacher's own maps give"

@@ -135,6 +135,7 @@ def reads(
                     y.append(F.linear(x_in, weights[m.weight], weights.get(m.bias)))
                     read(x_in, y[-1], m.weight, m.bias)
                 y = y if side_by_side else y[0]
+            y = y if branch.behind is None else branch.behind(y)
             y = y if branch.scale is None else y * branch.scale
             h = y if branch.shortcut is None else h + y
             h = h if branch.act is None else branch.act(h)

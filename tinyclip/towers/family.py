@@ -87,6 +87,7 @@ class Branch(NamedTuple):
     # fitted; None where it ends here
     shortcut: tuple | Callable | None = ()
     act: Callable | None = None  # What follows the sum
+    behind: Callable | None = None  # What follows the last map before the sum: a post-norm
 
     def run(
         self,
@@ -115,6 +116,7 @@ class Branch(NamedTuple):
     def sum(self, weights: Mapping, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "The stream behind the branch, before the activation that may follow"
         out = self.run(weights, x, mask)
+        out = out if self.behind is None else self.behind(out)
         out = out if self.scale is None else out * self.scale
         return out if self.shortcut is None else self.around(weights, x, mask) + out
 
