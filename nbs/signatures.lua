@@ -13,24 +13,26 @@ function CodeBlock(block)
 end
 
 -- A table's columns are as wide as what stands in them (pandoc shares the page out among the columns of a long one),
--- and only numbers stand at the right: names do not.
+-- but for sentences, which styles.css keeps readable; and only numbers stand at the right: names do not.
+local SENTENCE = 40 -- characters
+
 local function is_number(text)
   local said = text:gsub('^[^%w]+', '')
   return said == '' or said:match('^%d') or said:match('^inf') or said:match('^nan')
 end
 
 function Table(t)
-  for i, spec in ipairs(t.colspecs) do
-    local align = spec[1]
-    for _, body in ipairs(t.bodies) do
-      for _, row in ipairs(body.body) do
-        local cell = row.cells[i]
-        if align == 'AlignRight' and cell and not is_number(pandoc.utils.stringify(cell.contents)) then
-          align = 'AlignLeft'
-        end
+  local align = {}
+  for i, spec in ipairs(t.colspecs) do align[i] = spec[1] end
+  for _, body in ipairs(t.bodies) do
+    for _, row in ipairs(body.body) do
+      for i, cell in ipairs(row.cells) do
+        local said = pandoc.utils.stringify(cell.contents)
+        if align[i] == 'AlignRight' and not is_number(said) then align[i] = 'AlignLeft' end
+        if #said > SENTENCE then cell.contents = {pandoc.Div(cell.contents, {class = 'sentence'})} end
       end
     end
-    t.colspecs[i] = {align, nil}
   end
+  for i in ipairs(t.colspecs) do t.colspecs[i] = {align[i], nil} end
   return t
 end
