@@ -1,5 +1,38 @@
 -- nbdev links every name it knows between backticks, in the signatures of show_doc too, where a link cannot be one and is only noise.
+-- Pages that explain show what came out: code that is longer than a glance opens when it is asked for.
+local explains = (quarto.doc.input_file or ''):match('[/\\]explain[/\\]')
+local GLANCE = 12 -- lines
+
 function CodeBlock(block)
   block.text = block.text:gsub('%[(`[^`]+`)%]%(https?://[^%s)]*%)', '%1')
+  local _, breaks = block.text:gsub('\n', '')
+  if explains and breaks >= GLANCE and block.classes:includes('cell-code') and not block.attributes['code-fold'] then
+    block.attributes['code-fold'] = 'true'
+  end
   return block
+end
+
+-- A table's columns are as wide as what stands in them (pandoc shares the page out among the columns of a long one),
+-- but for sentences, which styles.css keeps readable; and only numbers stand at the right: names do not.
+local SENTENCE = 40 -- characters
+
+local function is_number(text)
+  local said = text:gsub('^[^%w]+', '')
+  return said == '' or said:match('^%d') or said:match('^inf') or said:match('^nan')
+end
+
+function Table(t)
+  local align = {}
+  for i, spec in ipairs(t.colspecs) do align[i] = spec[1] end
+  for _, body in ipairs(t.bodies) do
+    for _, row in ipairs(body.body) do
+      for i, cell in ipairs(row.cells) do
+        local said = pandoc.utils.stringify(cell.contents)
+        if align[i] == 'AlignRight' and not is_number(said) then align[i] = 'AlignLeft' end
+        if #said > SENTENCE then cell.contents = {pandoc.Div(cell.contents, {class = 'sentence'})} end
+      end
+    end
+  end
+  for i in ipairs(t.colspecs) do t.colspecs[i] = {align[i], nil} end
+  return t
 end
