@@ -227,10 +227,11 @@ class TimmTrunk(Family):
         usual = self.built(asked, '{}')
         options = self.options(fixed, usual[1])
         own = self.arguments(sizes, fixed)
-        built = dict(self.built(asked, json.dumps(own | options))[0])
+        plain = not options and own == self.arguments(*usual)
+        built = dict((usual if plain else self.built(asked, json.dumps(own | options)))[0])
         built |= self.head_sizes(part, built, sizes)
         rest = {a: sizes.get(a, 0) for a, n in built.items() if sizes.get(a, 0) != n}
-        if not rest and not options and own == self.arguments(*usual):
+        if plain and not rest:
             return part, None
         return part, own | options | (dict(sizes=rest) if rest else {})
 
