@@ -290,7 +290,7 @@ def _reread(fast, state: dict) -> Any:
         (Path(d) / 'tokenizer.json').write_text(json.dumps(state), encoding='utf-8')
         config = Path(d) / 'tokenizer_config.json'
         named = read_json(config, 'save the tokenizer again')
-        if more := named.get('extra_special_tokens'):
+        if isinstance(more := named.get('extra_special_tokens'), list):
             there = {t['content'] for t in state['added_tokens']}
             named['extra_special_tokens'] = [t for t in more if _content(t) in there]
         for name in (named['tokenizer_class'], 'PreTrainedTokenizerFast'):

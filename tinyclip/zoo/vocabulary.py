@@ -255,9 +255,10 @@ def _check_subwords(model, tokenizer, rows: int) -> HFTokenizer:
     "Refuse a tokenizer that is not the Hugging Face tokenizer of this model"
     if not isinstance(tokenizer, HFTokenizer):
         given = '' if tokenizer is None else f' (this one is a {type(tokenizer).__name__})'
+        name = (getattr(model, 'tokenizer_cfg', None) or {}).get('hf_tokenizer_name')
         raise TinyclipError(
-            f'This model has a Hugging Face tokenizer: pass it as tokenizer={given}, as '
-            'tinyclip.zoo.load or open_clip.get_tokenizer gives it.'
+            f'This model has a Hugging Face tokenizer{f" ({name})" if name else ""}: pass it as '
+            f'tokenizer={given}, as tinyclip.zoo.load or open_clip.get_tokenizer gives it.'
         )
     beyond(tokenizer, rows)
     found = differing_inputs(expected_inputs(model), made_inputs(None, tokenizer))
