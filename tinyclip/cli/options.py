@@ -168,8 +168,8 @@ def student_options(p: argparse.ArgumentParser):
     p.add_argument(
         '--student',
         metavar='CONFIG',
-        help="a configuration: a name like TinyCLIP-ViT-40M-32-Text-19M, or a JSON file; or a model "
-        "folder, which inherits nothing and reads what it always did",
+        help="a configuration: a name like TinyCLIP-ViT-40M-32-Text-19M, or a JSON file; or a "
+        "model folder, which inherits nothing and reads what it always did",
     )
     for tower in ('image', 'text'):
         for what in ('width', 'depth'):

@@ -10,7 +10,6 @@ import glob
 import hashlib
 import io
 import json
-import re
 import shutil
 import tarfile
 import time
