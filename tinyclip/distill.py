@@ -28,7 +28,8 @@ from tinyclip.core import (
     seed_everything,
     write_json,
 )
-from .data.transforms import differing_inputs, expected_inputs
+from .data.pairs import as_teacher_reads
+from .data.transforms import differing_inputs, expected_inputs, input_sizes
 from .losses.objective import Objective
 from .reconstruction import check_calibration, reconstruct
 from .train.checkpoint import atomic_folder, latest_checkpoint, step_seed
@@ -86,20 +87,6 @@ def calibration_pairs(
     "Pairs to calibrate on: an epoch that the run does not come to"
     return LaterEpochs(pairs, EPOCHS - 1)
 
-# %% ../nbs/09_distill.ipynb #3e4ccb95
-def input_sizes(
-    model: nn.Module,  # An open_clip CLIP
-) -> dict:  # Those of image size, context length and vocabulary that the model states
-    "Input sizes of a CLIP"
-    size = getattr(getattr(model, 'visual', None), 'image_size', None)
-    size = (size, size) if isinstance(size, int) else size and tuple(size)
-    sizes = {
-        'image size': size,
-        'context length': getattr(model, 'context_length', None),
-        'vocabulary': getattr(model, 'vocab_size', None),
-    }
-    return {k: v for k, v in sizes.items() if v is not None}
-
 # %% ../nbs/09_distill.ipynb #efce9d9b
 def check_models(
     student: nn.Module,  # To be trained
@@ -140,13 +127,6 @@ def check_models(
             f"Student and teacher share memory ('{shared[0]}'), so training one would change "
             "the other: deep-copy the student first."
         )
-    s, t = input_sizes(student), input_sizes(teacher)
-    for k in s.keys() & t.keys():
-        if s[k] != t[k]:
-            raise TinyclipError(
-                f'The {k} is {s[k]} for the student and {t[k]} for the teacher, and a batch '
-                'can serve only one of them.'
-            )
     check = getattr(pairs, 'check_teacher', None)
     if cached and check:
         check(teacher)
@@ -154,46 +134,71 @@ def check_models(
 
 def _check_inputs(student, teacher, pairs):
     "Refuse models and pairs that state other pixels or another tokenizer than each other"
-    known = dict(student=student, teacher=teacher)
-    known = {k: expected_inputs(m) for k, m in known.items() if m is not None}
-    made = getattr(pairs, 'inputs', {})
-    if found := differing_inputs(known['student'], known.get('teacher', {})):
-        what, own, wanted = found
+    own, cached = (getattr(pairs, k, None) for k in ('teacher_inputs', 'teacher'))
+    stated, made = expected_inputs(student), getattr(pairs, 'inputs', {})
+    asked = teacher is not None and not cached
+    if asked and own is None:
+        _check_same(student, teacher, stated)
+    _check_made('student', made, stated, _OPEN_OWN)
+    if asked:
+        made = made if own is None else own
+        _check_made('teacher', made, expected_inputs(teacher), f'Open them with {_TEACHER_READS}')
+
+
+_OPEN_OWN = 'Open the pairs with the transform and the tokenizer of the student'
+_TEACHER_READS = 'teacher_reads=(transforms(teacher)[0], its tokenizer)'
+
+
+def _check_same(student, teacher, stated):
+    "Refuse two models that cannot read the same batch"
+    s, t = input_sizes(student), input_sizes(teacher)
+    sizes = next(((k, s[k], t[k]) for k in s if k in t and s[k] != t[k]), None)
+    if found := differing_inputs(stated, expected_inputs(teacher)) or sizes:
         raise TinyclipError(
-            f'The {what} is {own} for the student and {wanted} for the teacher, and a batch can '
-            'serve only one of them. Take a student that was cut out of this teacher, or a teacher '
-            'with the inputs of this student.'
+            f'The {found[0]} is {found[1]} for the student and {found[2]} for the teacher, and the '
+            f'pairs hold one input for both. Open them with {_TEACHER_READS}, so that each reads '
+            'its own, or with cached_pairs. Ready-made batches hold teacher_pixels and '
+            'teacher_tokens, and their pairs say so with teacher_inputs = {}.'
         )
-    for who, wanted in known.items():
-        if found := differing_inputs(made, wanted):
-            raise TinyclipError(
-                f'The {found[0]} is {found[1]} in the pairs and {found[2]} for the {who}. Open the '
-                'pairs with the transform and the tokenizer of the student.'
-            )
+
+
+def _check_made(who, made, wanted, remedy):
+    "Refuse pairs that were made for another model"
+    if found := differing_inputs(made, wanted):
+        raise TinyclipError(
+            f'The {found[0]} is {found[1]} in the pairs and {found[2]} for the {who}. {remedy}.'
+        )
 
 # %% ../nbs/09_distill.ipynb #6c610945
 def check_batch(
     batch,  # The first one
     student: nn.Module,  # What it is meant for
+    teacher: nn.Module | None = None,  # What else it is meant for
 ):
-    "Shapes of a batch; pairs that were prepared for another model are refused"
-    want = input_sizes(student)
+    "Shapes of a batch; pairs that were prepared for other models are refused"
+    _check_shapes(batch, student, 'student')
+    if teacher is not None:
+        _check_shapes(as_teacher_reads(batch), teacher, 'teacher')
+
+
+def _check_shapes(batch, model, who):
+    want = input_sizes(model)
     image = tuple(batch.image.shape)
     text = tuple(batch.text.shape)
     size = want.get('image size', image[-2:])
     if len(image) != 4 or image[-2:] != size:
         raise TinyclipError(
-            f'The images of a batch have shape {image}; the student takes (n, 3, {size[0]}, '
+            f'The images of a batch have shape {image}; the {who} takes (n, 3, {size[0]}, '
             f'{size[1]}). Open the pairs with its own preprocess.'
         )
     if len(text) != 2 or text[1] != want.get('context length', text[1]):
         raise TinyclipError(
-            f"The texts of a batch have shape {text}; the student takes (n, "
+            f"The texts of a batch have shape {text}; the {who} takes (n, "
             f"{want.get('context length', 'context')}). Open the pairs with its own tokenizer."
         )
     if int(batch.text.max()) >= want.get('vocabulary', math.inf):
         raise TinyclipError(
-            f'The texts of a batch hold token {int(batch.text.max())}, and the student has '
+            f'The texts of a batch hold token {int(batch.text.max())}, and the {who} has '
             f"{want['vocabulary']} tokens. Open the pairs with its own tokenizer."
         )
     if len(image) == 4 and image[0] != text[0]:
@@ -417,7 +422,7 @@ class Distiller:
     def __init__(
         self,
         student: nn.Module,  # A CLIP, e.g. from `inherit`; trained in place
-        # Takes the same inputs; None where no loss needs one, or pairs bring its features along
+        # None where no loss needs one, or pairs bring its features along
         teacher: nn.Module | None,
         pairs: Pairs,  # `tinyclip.data.open_pairs(...)`, or anything like it
         *,
@@ -507,7 +512,7 @@ class Distiller:
                 run.save()
             raise
         if not run.seen:
-            check_batch(batch, engine.plain)
+            check_batch(batch, engine.plain, self.teacher)
         seed_everything(step_seed(c.seed, r.steps, a.process_index))
         lr = learning_rate(r.steps, steps, run.recipe['lr'], run.warmup, c.schedule)
         r.steps += 1

@@ -507,18 +507,27 @@ def keep_for_config(
     return keep_of_config(layout(model), model, student, width_by, depth_by)
 
 
+_WITHOUT = (
+    'A student that inherits nothing can learn from this teacher all the same: build it by itself '
+    'and give Distiller pairs from open_pairs(..., teacher_reads=(transforms(teacher)[0], its '
+    'tokenizer)); on the command line, distill --student with a folder, or with a configuration '
+    'and --random-start.'
+)
+
+
 def keep_of_config(l: Layout, model, student, width_by='leading', depth_by='evenly_spaced') -> Keep:
     "Keep for a configuration, as `keep_for_config`, where the layout of the teacher is at hand"
     cfg = config(student) if isinstance(student, str) else dict(student)
     with torch.device('meta'):
         student = build(cfg)
     other = layout(student)
-    kinds = [x.families['image'].name for x in (l, other)]
-    if kinds[0] != kinds[1]:
-        raise TinyclipError(
-            f'The teacher has a {kinds[0]} image tower and the student a {kinds[1]}; weights '
-            'pass only between towers of one kind.'
-        )
+    for t in l.families:
+        kinds = [x.families[t].name for x in (l, other)]
+        if kinds[0] != kinds[1]:
+            raise TinyclipError(
+                f'The teacher has a {kinds[0]} {t} tower and the student a {kinds[1]}; weights '
+                f'pass only between towers of one kind. {_WITHOUT}'
+            )
     _same_otherwise(l, other)
     if isinstance(model, nn.Module):
         _same_settings(cfg, student, model)
@@ -548,7 +557,7 @@ def _same_otherwise(l, other):
                 raise TinyclipError(
                     f'{name} is {here} in the teacher and {there} in the student: patch size, '
                     'image size, context length and vocabulary must agree, only widths and '
-                    'depths can be cut.'
+                    f'depths can be cut. {_WITHOUT}'
                 )
 
 

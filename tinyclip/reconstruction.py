@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from .core import Table, TinyclipError, check_positive, evaluating, rank_and_world_size
 from .cut import cut_state, cut_tensor
+from .data.transforms import input_sizes
 from .keep import Keep, student_sizes
 from .towers import TOWERS, Branch, Layout, LinearMap, layout, token_table, tower_of
 from .train.protocols import Pairs
@@ -588,6 +589,12 @@ def check_calibration(
             )
     if student is not None:
         _keep_within(student, teacher)
+        s, t = input_sizes(student), input_sizes(teacher)
+        for what in (k for k in s if k in t and s[k] != t[k]):
+            raise TinyclipError(
+                f'The {what} is {s[what]} for the student and {t[what]} for the teacher: a student '
+                'is reconstructed on what both read. Distil it without calibration.'
+            )
 
 
 def _keep_within(student, teacher) -> Keep:

@@ -168,8 +168,8 @@ def student_options(p: argparse.ArgumentParser):
     p.add_argument(
         '--student',
         metavar='CONFIG',
-        help="a configuration: a name like TinyCLIP-ViT-40M-32-Text-19M, or a JSON file; without "
-        "a teacher also a model folder",
+        help="a configuration: a name like TinyCLIP-ViT-40M-32-Text-19M, or a JSON file; or a "
+        "model folder, which inherits nothing and reads what it always did",
     )
     for tower in ('image', 'text'):
         for what in ('width', 'depth'):
@@ -305,6 +305,12 @@ def check_options(p: argparse.ArgumentParser):
     "Options of `tinyclip check`"
     data_options(p)
     p.add_argument('--model', default='shapes-teacher', help='a CLIP that should know such pairs')
+    p.add_argument(
+        '--student',
+        metavar='CONFIG',
+        help='a student (a configuration or a model folder) that may read other inputs than this '
+        'CLIP: both are shown',
+    )
     p.add_argument('--n', type=int, default=64, help='pairs to look at (default 64)')
     p.add_argument('--html', metavar='FILE', help='write the report with its pictures here')
 

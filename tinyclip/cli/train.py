@@ -94,6 +94,13 @@ def keep_for_named(name: str, teacher: nn.Module, **by) -> Keep:
     return keep_for_config(teacher, cfg['model_cfg'], **by)
 
 
+def by_itself(
+    name: str,  # A configuration or a model folder
+) -> Loaded:
+    "A student that inherits nothing, with what it reads"
+    return load(name) if Path(name).is_dir() else from_config(name)
+
+
 def make_student(
     args,  # Of `tinyclip distill`
     teacher: Loaded | None,  # What it inherits from
@@ -106,9 +113,7 @@ def make_student(
                 'Without --teacher there is nothing to inherit: say what to train with '
                 '--student (a configuration or a model folder).'
             )
-        if Path(args.student).is_dir():
-            return load(args.student)
-        return from_config(args.student)
+        return by_itself(args.student)
     by = dict(width_by=args.width_by, depth_by=args.depth_by)
     shares = {
         k: getattr(args, k) for k in ('image_width', 'image_depth', 'text_width', 'text_depth')
@@ -117,11 +122,18 @@ def make_student(
         raise TinyclipError(
             'Give either --student or shares (--image-width, --text-depth, ...), not both.'
         )
-    keep = (
-        keep_for_named(args.student, teacher.model, **by)
-        if args.student
-        else manual(teacher.model, **shares, **by)
-    )
+    if args.student and Path(args.student).is_dir():
+        return load(args.student)
+    try:
+        keep = (
+            keep_for_named(args.student, teacher.model, **by)
+            if args.student
+            else manual(teacher.model, **shares, **by)
+        )
+    except TinyclipError:
+        if args.student and args.random_start:  # of another family: there is nothing to inherit
+            return from_config(args.student)
+        raise
     student = inherit(teacher.model, keep)
     return teacher._replace(model=reinitialized(student) if args.random_start else student)
 
@@ -132,11 +144,27 @@ def run_demo(args) -> dict:
     return demo.run(args.folder, steps, args.seed, progress=not args.json)
 
 
+def training_transform(model: nn.Module, source):
+    "The transform that a model learns with; drawn pictures are not cropped, or their captions lie"
+    return transforms(model)[1 if isinstance(source, SyntheticSource) else 0]
+
+
 def run_check(args) -> dict:
     "`tinyclip check`"
     model, preprocess, tokenizer = load(args.model)
+    source, reads = source_of(args), None
+    if args.student:
+        student, _, words = by_itself(args.student)
+        reads = training_transform(model, source), tokenizer
+        preprocess, tokenizer = training_transform(student, source), words
     report = check(
-        source_of(args), preprocess, tokenizer, teacher=model, workers=args.workers, n=args.n
+        source,
+        preprocess,
+        tokenizer,
+        teacher=model,
+        workers=args.workers,
+        n=args.n,
+        teacher_reads=reads,
     )
     if not args.json:
         print(report)
@@ -264,9 +292,13 @@ def check_calibrate(
             '--calibrate fits a student to the teacher that it inherits from: name one with '
             '--teacher.'
         )
-    if args.random_start:
+    inherits_nothing = ['--random-start'] if args.random_start else []
+    if args.student and Path(args.student).is_dir():
+        inherits_nothing.append('a model folder as --student')
+    if inherits_nothing:
         raise TinyclipError(
-            '--random-start inherits nothing that --calibrate could go on from: give one of them.'
+            f'{inherits_nothing[0]} inherits nothing that --calibrate could go on from: give one '
+            'of them.'
         )
     check_calibration(None, teacher.model, args.calibrate, '--calibrate')
 
@@ -302,14 +334,16 @@ def in_stages(
     )
 
 # %% ../../nbs/cli/04_train.ipynb #db2c9f1a
-def _pairs(args, student: Loaded):
-    "The pairs to learn from, with stored features where there is a cache"
-    source = source_of(args)
-    drawn = isinstance(source, SyntheticSource)  # a random crop would make its captions untrue
-    opened = partial(cached_pairs, folder=args.cache) if args.cache else open_pairs
+def _pairs(args, student: Loaded, teacher: Loaded | None):
+    "The pairs to learn from, as each model reads them; with stored features where there is a cache"
+    source, reads = source_of(args), None
+    if teacher:
+        reads = training_transform(teacher.model, source), teacher.tokenizer
+    cached = partial(cached_pairs, folder=args.cache)
+    opened = cached if args.cache else partial(open_pairs, teacher_reads=reads)
     return opened(
         source,
-        preprocess=transforms(student.model)[1 if drawn else 0],
+        preprocess=training_transform(student.model, source),
         tokenizer=student.tokenizer,
         batch_size=args.batch_size,
         seed=args.seed,
@@ -382,7 +416,7 @@ def run_distill(args) -> dict:
     check_stages(args)
     check_calibrate(args, teacher)
     student = teacher if args.share and teacher else make_student(args, teacher)
-    pairs = _pairs(args, student)
+    pairs = _pairs(args, student, teacher)
     settings = _settings(args, student)
     _rehearse(args, student, settings)
     if teacher and isinstance(pairs, CachedPairs) and not args.share:

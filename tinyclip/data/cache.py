@@ -10,7 +10,6 @@ import glob
 import hashlib
 import io
 import json
-import re
 import shutil
 import tarfile
 import time
@@ -56,8 +55,9 @@ from tinyclip.data.transforms import (
     image_dtype,
     made_inputs,
     pictures,
-    preserve_rng_state,
+    probe_tokens,
     tokenise,
+    transform_fingerprint,
     try_out,
 )
 from ..towers.short_texts import encode_text
@@ -157,24 +157,6 @@ def teacher_fingerprint(
         h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
-# %% ../../nbs/data/07_cache.ipynb #0d1fad24
-def transform_fingerprint(
-    preprocess,  # PIL image -> float tensor (3,h,w)
-) -> dict:  # `says`, its repr; `makes` and `size`, its output
-    "Fingerprint of a transform: its repr, and mean colours of the quarters of a test image"
-    y, x = np.mgrid[:120, :160]
-    picture = Image.fromarray(
-        np.stack([x * 255 / 160, y * 255 / 120, (x + y) * 255 / 280], -1).astype(np.uint8)
-    )
-    with preserve_rng_state():
-        torch.manual_seed(0)
-        makes = preprocess(picture)
-    return dict(
-        says=re.sub(r' at 0x[0-9a-f]+', '', repr(preprocess)),
-        makes=[round(v, 3) for v in F.adaptive_avg_pool2d(makes.float(), 2).flatten().tolist()],
-        size=list(makes.shape),
-    )
-
 # %% ../../nbs/data/07_cache.ipynb #a7dfe042
 def fingerprints(
     source: Shards,  # The shards to cache
@@ -182,7 +164,7 @@ def fingerprints(
     tokenizer,  # The teacher's
 ) -> dict:  # For `first_difference`
     "Fingerprints of all that a feature depends on but the teacher's weights"
-    tokens = tokenizer(['a photo of two dogs', 'Ünïcode, 12 & a long, long line ' * 9])
+    tokens = probe_tokens(tokenizer)
     named = [fill_template(source.templates, 'x'), source.classnames] if source.classnames else None
     return dict(
         preprocess=transform_fingerprint(preprocess),
@@ -554,8 +536,8 @@ def _check_inputs_of(teacher, preprocess, tokenizer):
         what, made, wanted = found
         raise TinyclipError(
             f'The {what} is {made} from this transform and tokenizer, and the teacher was trained '
-            f'with {wanted}. Use what was loaded with it; a student can share its answers only '
-            'where it takes the same inputs.'
+            f'with {wanted}. Use what was loaded with it; a student that reads otherwise makes its '
+            'own pictures and tokens later, in cached_pairs.'
         )
 
 
@@ -572,7 +554,7 @@ def _teacher_facts(teacher):
 def write_cache(
     source,  # Webdataset shards: see *Sources*
     teacher: nn.Module,  # Run in eval mode, where it is
-    preprocess,  # The transform of the training to come: `transforms(student)[0]`
+    preprocess,  # The teacher's, for training: `transforms(teacher)[0]`
     tokenizer,  # The teacher's
     folder,  # For the cache
     *,

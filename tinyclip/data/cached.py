@@ -19,7 +19,6 @@ from safetensors.torch import load as load_tensors
 
 from ..core import TinyclipError
 from tinyclip.data.cache import (
-    DIFFERENCES,
     cached_path,
     fingerprints,
     first_difference,
@@ -31,7 +30,15 @@ from tinyclip.data.cache import (
 )
 from .pairs import Pairs
 from .sources import Shards, Skip, read_shard
-from .transforms import Chunk, collate, drawn_caption, made_inputs, tokenise, try_out
+from tinyclip.data.transforms import (
+    Chunk,
+    check_draws,
+    collate,
+    drawn_caption,
+    made_inputs,
+    tokenise,
+    try_out,
+)
 
 # %% ../../nbs/data/08_cached.ipynb #40b83a43
 class CachedSample(NamedTuple):
@@ -197,6 +204,29 @@ class CachedPairs(Pairs):
             )
 
 # %% ../../nbs/data/08_cached.ipynb #a11220ca
+def check_same_crops(
+    folder,  # A cache
+    index: dict,  # Its index
+    own: dict,  # `fingerprints` of what the student reads
+):
+    """Check that a student is shown the captions and the regions that the teacher saw. Its pictures
+    and tokens may be its own"""
+    if first_difference(index, {k: own[k] for k in ('captions',)}):
+        raise TinyclipError(
+            f"The cache in '{folder}' was made with other captions. Open it with the same caption "
+            'column, class names and templates, or make another cache.'
+        )
+    if not first_difference(index, {k: own[k] for k in ('preprocess',)}):
+        return
+    drawn = index['preprocess'].get('draws')
+    if drawn is None:
+        raise TinyclipError(
+            f"The cache in '{folder}' was made with another preprocess, and does not say what that "
+            'leaves to chance. Open it with the same one, or make another cache.'
+        )
+    check_draws(own['preprocess']['draws'], drawn, f"The transform of the cache in '{folder}'")
+
+
 def check_complete(
     folder,  # A cache
     source,  # Shards
@@ -245,8 +275,8 @@ def check_compatible(
 def cached_pairs(
     source,  # The shards that were cached, or some of them
     folder,  # The cache, or a list of caches by several teachers
-    preprocess,  # The transform they were made with
-    tokenizer,  # One that makes the same tokens
+    preprocess,  # The student's, for training: `transforms(student)[0]`
+    tokenizer,  # The student's
     batch_size: int,  # Pairs per batch and process
     *,
     teacher=None,  # To check that it is one of those whose features are cached
@@ -266,17 +296,8 @@ def cached_pairs(
     if batch_size < 1:
         raise TinyclipError(f'batch_size={batch_size}: a batch holds at least one pair.')
     own = fingerprints(source, preprocess, tokenizer)
-    remedies = dict(
-        preprocess='Open it with the same one',
-        tokenizer='Open it with one that makes the same tokens',
-        captions='Open it with the same caption column, class names and templates',
-    )
     for f, index in zip(folders, indexes):
-        if name := first_difference(index, own):
-            raise TinyclipError(
-                f"The cache in '{f}' was made with {DIFFERENCES[name]}. {remedies[name]}, or make "
-                'another cache.'
-            )
+        check_same_crops(f, index, own)
         check_complete(f, source)
     check_compatible(folders, indexes)
     shares = [i['scale'] / sum(j['scale'] for j in indexes) for i in indexes]

@@ -9,24 +9,35 @@ __all__ = ['Report', 'check']
 import html
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, repeat
 
 import torch
 import torch.nn.functional as F
 
 from ..core import data_url, evaluating, human
-from .pairs import SkipCounter, load_chunks, worker_count
-from .sources import SamplingPlan, as_source
+from tinyclip.data.pairs import (
+    SkipCounter,
+    as_teacher_reads,
+    batch_type,
+    load_chunks,
+    worker_count,
+)
+from .sources import SamplingPlan, as_source, decode
 from tinyclip.data.transforms import (
     Chunk,
     all_caption_targets,
+    as_bytes,
     caption_targets,
     check_inputs,
     collate,
     drawn_caption,
     image_dtype,
+    own_readings,
     pictures,
+    readings,
+    tokenise,
     try_out,
 )
 from ..towers.short_texts import encode_text
@@ -82,23 +93,28 @@ def verdict(
     )
 
 # %% ../../nbs/data/06_inspect.ipynb #dad941f1
-def _gallery(pictures, captions, side=112):
-    "Pictures with their captions as self-contained HTML"
+def _gallery(pictures, captions, read=(), side=112):
+    "Pictures with their captions as self-contained HTML, and below what models read of them"
 
-    def figure(image, caption):
+    def small(image, side):
         image = image.copy()
         image.thumbnail((side, side))
         return (
-            f'<figure style="margin:0;width:{side}px">'
             f'<img style="height:{side}px;width:{side}px;object-fit:contain" '
             f'src="{data_url(image, "jpeg", quality=80)}" alt="">'
+        )
+
+    def figure(image, caption, views):
+        return (
+            f'<figure style="margin:0;width:{side}px">{small(image, side)}'
+            f'{"".join(small(v, side // 2) for v in views)}'
             f'<figcaption style="font-size:75%;line-height:1.2">{html.escape(caption[:120])}'
             '</figcaption></figure>'
         )
 
     return (
         '<div style="display:flex;flex-wrap:wrap;gap:10px">'
-        + ''.join(map(figure, pictures, captions))
+        + ''.join(figure(*each) for each in zip(pictures, captions, chain(read, repeat(()))))
         + '</div>'
     )
 
@@ -118,6 +134,9 @@ class Report:
     repeated: float  # Share of the captions that also stand elsewhere
     context: int  # Tokens that fit
     recall: dict | None  # From `recall_at_1`
+    # Where student and teacher read something else: for each `size`, `context`, `truncated` and
+    # the first `pictures` as it sees them
+    readers: dict = field(default_factory=dict)
 
     def numbers(self):
         return dict(
@@ -132,6 +151,7 @@ class Report:
             culprits=self.tally.culprits,
             recall=self.recall,
             verdict=verdict(self.recall),
+            readers={w: {k: r[k] for k in _TOLD} for w, r in self.readers.items()},
         )
 
     def lines(self):
@@ -142,7 +162,10 @@ class Report:
         )
         if self.tally.skipped:
             yield f'Skipped on the way: {self.tally}.'
-        if self.truncated:
+        if self.readers:
+            told = (f'the {w} {_told(r)}' for w, r in self.readers.items())
+            yield f'Of the same region and caption reads {", ".join(told)}.'
+        elif self.truncated:
             yield (
                 f'{self.truncated:.0%} of the captions are longer than the {self.context} '
                 'tokens of the context '
@@ -159,9 +182,21 @@ class Report:
         return '\n'.join(self.lines())
 
     def _repr_html_(self):
-        return _gallery(self.pictures, self.captions) + ''.join(
+        shown = [r['pictures'] for r in self.readers.values()]
+        return _gallery(self.pictures, self.captions, zip(*shown)) + ''.join(
             f'<p>{html.escape(l)}</p>' for l in self.lines()
         )
+
+
+_TOLD = 'size', 'context', 'truncated'
+
+
+def _told(reader):
+    "What a model reads, in words"
+    (h, w), end = reader['size'], ''
+    if reader['truncated']:
+        end = f' ({reader["truncated"]:.0%} of the captions lose their end)'
+    return f'{w} x {h} pixels and {reader["context"]} tokens{end}'
 
 # %% ../../nbs/data/06_inspect.ipynb #9981688a
 def loader_speed(
@@ -195,6 +230,29 @@ def _look(entries, order):
     return Chunk((good, images) if good else (), skips)
 
 
+def _as_picture(x):
+    "A picture of what a transform makes: bytes as they are, numbers from black to white"
+    if x.dtype != torch.uint8:
+        x = ((x - x.min()) / (x.max() - x.min()).clamp_min(1e-6) * 255).to(torch.uint8)
+    return decode(x)
+
+
+def _readers(samples, order, preprocesses, tokenizers, captions) -> dict:
+    "What student and teacher read of some samples, where that differs"
+    first = [as_bytes(p)[0] for p in preprocesses]
+    views = readings(samples, order, first)[1]
+    found = {}
+    for who, seen, tokenizer in zip(('student', 'teacher'), views, tokenizers):
+        tokens, cut = tokenise(tokenizer, captions)
+        found[who] = dict(
+            size=tuple(seen[0].shape[1:]),
+            context=tokens.shape[1],
+            truncated=cut / len(captions),
+            pictures=[*map(_as_picture, seen)],
+        )
+    return found
+
+
 def _features(teacher, fields, size=64):
     "Unit rows of images and texts"
     device, dtype = next(teacher.parameters()).device, image_dtype(teacher)
@@ -209,8 +267,8 @@ def _features(teacher, fields, size=64):
 # %% ../../nbs/data/06_inspect.ipynb #19b6d9b8
 def check(
     source,  # As in `open_pairs`
-    preprocess,  # The teacher's, or the one you will train with
-    tokenizer,  # An open_clip tokenizer
+    preprocess,  # The one you will train with
+    tokenizer,  # The student's
     teacher=None,  # A CLIP that should know such pairs
     n: int = 64,  # Look at so many samples
     *,
@@ -218,6 +276,7 @@ def check(
     seed: int = 0,  # Other samples
     workers: int | None = 0,  # Loader processes for the measured speed
     seconds: float = 2.0,  # Measure speed for so long
+    teacher_reads: tuple | None = None,  # As in `open_pairs`
     **options,  # `classnames`, `templates`, `image_column`, `caption_column`
 ) -> Report:  # Display it, print it, or take its `numbers()`
     "Report on some pairs, read as training would: pictures, measures, and a teacher's recall"
@@ -231,15 +290,21 @@ def check(
         if len(seen) >= n:
             break
     samples, images = map(list, zip(*seen[:n]))
-    collate_fn = partial(
-        collate, preprocess=preprocess, targets_fn=partial(caption_targets, tokenizer=tokenizer)
-    )
+    theirs, words = own_readings(preprocess, tokenizer, teacher_reads)
+    targets_fn = partial(caption_targets, tokenizer=tokenizer, teacher_tokenizer=words)
+    how = dict(preprocess=preprocess, targets_fn=targets_fn, teacher_preprocess=theirs)
+    collate_fn = partial(collate, **how)
     tokens, all_captions, cut = all_caption_targets(samples, order, tokenizer)
     captions = [drawn_caption(s, order) for s in samples]
     recall = None
     if teacher is not None:
-        image, text = _features(teacher, collate_fn(samples, order).ready())
+        made = batch_type(theirs, words)(*collate_fn(samples, order).ready())
+        image, text = _features(teacher, as_teacher_reads(made)[:2])
         recall = recall_at_1(image, text, captions)
+    readers = {}
+    if theirs or words:
+        both = (preprocess, theirs or preprocess), (tokenizer, words or tokenizer)
+        readers = _readers(samples[:show], order, *both, captions)
     widths, heights = zip(*(im.size for im in images))
     return Report(
         repr(source),
@@ -253,4 +318,5 @@ def check(
         repeated=sum(c for c in Counter(captions).values() if c > 1) / len(captions),
         context=tokens[0].shape[1],
         recall=recall,
+        readers=readers,
     )

@@ -84,12 +84,16 @@ def resized(
     part: Window,  # The part, and its size
     k: int,  # 1, 2, 4 or 8
     how,  # Pillow's name of a resampling filter
+    decoded: dict | None = None,  # What others have decoded of this picture, by k; added to
 ) -> Image.Image:  # RGB, of the size that `part` names
     "A crop of a JPEG at its target size, decoded at 1/k; for k=1 exactly as torchvision does it"
-    if k > 1:
-        image.draft(None, (image.width // k, image.height // k))
-    image.load()
-    image, box = to_rgb(image), [v / k for v in part.box]
+    decoded = {} if decoded is None else decoded
+    if k not in decoded:
+        if k > 1:
+            image.draft(None, (image.width // k, image.height // k))
+        image.load()
+        decoded[k] = to_rgb(image)
+    image, box = decoded[k], [v / k for v in part.box]
     outer = *map(math.floor, box[:2]), *map(math.ceil, box[2:])
     if outer != (0, 0, *image.size):
         image = image.crop(outer)
@@ -98,22 +102,33 @@ def resized(
     return image.resize(part.size, how, box=inner)
 
 # %% ../../nbs/data/03_jpeg.ipynb #7f5399ee
+def opened_whole(
+    image,  # As in a `Sample`
+    decoded: dict | None = None,  # As in `resized`
+) -> Image.Image:  # RGB
+    "A picture decoded at its full size, once for all its readers"
+    decoded = {} if decoded is None else decoded
+    if 1 not in decoded:
+        decoded[1] = decode(image)
+    return decoded[1]
+
+
 def opener(
     preprocess,  # PIL image -> float tensor (3,h,w)
     margin: float = MARGIN,  # See `reduction`
 ):  # A function: encoded image -> (picture, the steps of `preprocess` that are left)
-    "Reader of encoded images that decodes them as large as `preprocess` needs them"
+    """Reader of encoded images that decodes them as large as `preprocess` needs them. Given a
+    dictionary per image, several readers decode it once for every size they need"""
     step, rest = first_step(preprocess)
 
-    def opened(image):
+    def opened(image, decoded=None):
         if step is None or isinstance(image, Tensor):
-            return decode(image), preprocess
+            return opened_whole(image, decoded), preprocess
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
             if im.format != 'JPEG' or im.mode not in ('RGB', 'L'):
-                im.load()
-                return to_rgb(im), preprocess
+                return opened_whole(image, decoded), preprocess
             part = window(step, im)
             how = pil_modes_mapping[step.interpolation]
-            return resized(im, part, reduction(part, margin), how), rest
+            return resized(im, part, reduction(part, margin), how, decoded), rest
 
     return opened

@@ -24,6 +24,7 @@ from tinyclip.data.transforms import (
     collate,
     label_targets,
     made_inputs,
+    own_readings,
     try_out,
 )
 
@@ -189,6 +190,41 @@ class Batch(NamedTuple):
     image: torch.Tensor  # (n,3,h,w) float32, normalised
     text: torch.Tensor  # (n,context) int64
 
+# %% ../../nbs/data/05_pairs.ipynb #c121205e
+class TeacherBatch(NamedTuple):
+    "Batch whose teacher reads other pictures or other tokens than its student"
+
+    image: torch.Tensor  # (n,3,h,w) float32, normalised, for the student
+    text: torch.Tensor  # (n,context) int64, for the student
+    teacher_pixels: torch.Tensor | None = None  # (n,3,h,w); None: those of the student
+    teacher_tokens: torch.Tensor | None = None  # (n,context); None: those of the student
+
+
+def as_teacher_reads(
+    batch,  # A `TeacherBatch`, or any other, which both read alike
+):  # `image` and `text` are the teacher's
+    "A batch as the teacher reads it"
+    own = dict(image='teacher_pixels', text='teacher_tokens')
+    found = {k: getattr(batch, v, None) for k, v in own.items()}
+    found = {k: v for k, v in found.items() if v is not None}
+    if not found:
+        return batch
+    return batch._replace(**found, **dict.fromkeys(own.values()))
+
+
+def batch_type(
+    preprocess,  # The teacher's transform, where it is another one
+    tokenizer,  # Its tokenizer, where it is another one
+):  # A function of the fields of a chunk, as `collate` orders them
+    "Kind of batch for a teacher that reads something else, or nothing else"
+    own = dict(teacher_tokens=tokenizer, teacher_pixels=preprocess)
+    names = ['image', 'text', *(k for k, v in own.items() if v)]
+    return partial(_named, names) if names[2:] else Batch
+
+
+def _named(names, *fields):
+    return TeacherBatch(**dict(zip(names, fields)))
+
 # %% ../../nbs/data/05_pairs.ipynb #14032ec4
 def rebatch(
     chunks,  # Iterator of tuples of tensors with equally many rows
@@ -294,6 +330,7 @@ class Pairs:
         self.recalled = None
         self.made = Batch
         self.inputs = {}  # what transform and tokenizer make, see `made_inputs`
+        self.teacher_inputs: dict | None = None  # the same of a teacher with inputs of its own
 
     @property
     def skipped(self):
@@ -369,6 +406,8 @@ def open_pairs(
     shuffle: bool = True,  # False: as stored
     # Decode large JPEGs no larger than `preprocess` needs them (page *Large JPEGs*)?
     reduced: bool = True,
+    # `(transforms(teacher)[0], its tokenizer)` of a teacher with inputs of its own
+    teacher_reads: tuple | None = None,
     # `classnames`, `templates`, `image_column`, `caption_column`, as on the page *Sources*
     **options,
 ) -> Pairs:  # With `.epoch(e)`, `.skipped`, `.culprits`, `.truncated`
@@ -377,16 +416,15 @@ def open_pairs(
     try_out(preprocess, tokenizer)
     if batch_size < 1:
         raise TinyclipError(f'batch_size={batch_size}: a batch holds at least one pair.')
-    targets_fn = partial(caption_targets, tokenizer=tokenizer)
-    pairs = Pairs(
-        source,
-        partial(collate, preprocess=preprocess, targets_fn=targets_fn, reduced=reduced),
-        batch_size,
-        seed,
-        workers,
-        shuffle,
-    )
+    theirs, words = own_readings(preprocess, tokenizer, teacher_reads)
+    targets_fn = partial(caption_targets, tokenizer=tokenizer, teacher_tokenizer=words)
+    how = dict(preprocess=preprocess, reduced=reduced, teacher_preprocess=theirs)
+    collate_fn = partial(collate, targets_fn=targets_fn, **how)
+    pairs = Pairs(source, collate_fn, batch_size, seed, workers, shuffle)
     pairs.inputs = made_inputs(preprocess, tokenizer)
+    if theirs or words:
+        pairs.teacher_inputs = made_inputs(theirs or preprocess, words or tokenizer)
+        pairs.made = batch_type(theirs, words)
     if isinstance(source, IndexedSource) and not len(source):
         raise pairs.tally.nothing_usable()
     if isinstance(source, IndexedSource) and not len(pairs):

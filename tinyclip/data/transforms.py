@@ -9,23 +9,25 @@ __all__ = ['transforms', 'Chunk']
 import contextlib
 import json
 import random
+import re
 import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
 import open_clip
 import torch
+import torch.nn.functional as F
 from open_clip.hf_model import HFTextEncoder
 from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import nn
 from torch.utils.data import default_collate
-from torchvision.transforms import Compose, Normalize
+from torchvision.transforms import Compose, Normalize, RandomResizedCrop
 
 from ..core import TinyclipError
-from .jpeg import opener
-from .sources import Skip, decode, stable_hash
+from .jpeg import opened_whole, opener
+from .sources import Skip, stable_hash
 
 # %% ../../nbs/data/04_transforms.ipynb #34d0016b
 def transforms(
@@ -110,6 +112,20 @@ def differing_inputs(
             return f'text {PROBE!r}', f'{a[:6]}...', f'{b[:6]}...'
     return None
 
+# %% ../../nbs/data/04_transforms.ipynb #25868611
+def input_sizes(
+    model: nn.Module,  # An open_clip CLIP
+) -> dict:  # Those of image size, context length and vocabulary that the model states
+    "Input sizes of a CLIP"
+    size = getattr(getattr(model, 'visual', None), 'image_size', None)
+    size = (size, size) if isinstance(size, int) else size and tuple(size)
+    sizes = {
+        'image size': size,
+        'context length': getattr(model, 'context_length', None),
+        'vocabulary': getattr(model, 'vocab_size', None),
+    }
+    return {k: v for k, v in sizes.items() if v is not None}
+
 # %% ../../nbs/data/04_transforms.ipynb #a7f4b9a3
 @contextlib.contextmanager
 def preserve_rng_state():
@@ -176,6 +192,93 @@ def try_out(
         raise TinyclipError(
             f'The tokenizer must turn n strings into a tensor (n, context); it made {what}. '
             'Take one from open_clip.get_tokenizer.'
+        )
+
+# %% ../../nbs/data/04_transforms.ipynb #748428e5
+# changes of size, colours and type: the same for every draw
+_CERTAIN = {'Resize', 'CenterCrop', 'ResizeKeepRatio', 'CenterCropOrPad'}
+_CERTAIN |= {'MaybeConvertMode', 'MaybeToTensor', 'Normalize'}
+
+
+def draws(
+    preprocess,  # PIL image -> float tensor (3,h,w)
+) -> list[str]:  # Nothing for a transform without chance
+    "What a transform leaves to chance, step by step"
+    if type(preprocess) is not Compose:
+        return [_says(preprocess)]
+
+    def of(step):
+        if type(step) is RandomResizedCrop:
+            return f'RandomResizedCrop(scale={tuple(step.scale)}, ratio={tuple(step.ratio)})'
+        return _says(step)
+
+    return [of(s) for s in preprocess.transforms if type(s).__name__ not in _CERTAIN]
+
+
+def _says(step) -> str:
+    return re.sub(r' at 0x[0-9a-f]+', '', repr(step))
+
+
+def transform_fingerprint(
+    preprocess,  # PIL image -> float tensor (3,h,w)
+) -> dict:  # `says`, its repr; `draws`; `makes` and `size`, its output
+    "Fingerprint of a transform: its repr, and mean colours of the quarters of a test image"
+    y, x = np.mgrid[:120, :160]
+    picture = Image.fromarray(
+        np.stack([x * 255 / 160, y * 255 / 120, (x + y) * 255 / 280], -1).astype(np.uint8)
+    )
+    with preserve_rng_state():
+        torch.manual_seed(0)
+        makes = preprocess(picture)
+    return dict(
+        says=_says(preprocess),
+        draws=draws(preprocess),
+        makes=[round(v, 3) for v in F.adaptive_avg_pool2d(makes.float(), 2).flatten().tolist()],
+        size=list(makes.shape),
+    )
+
+
+def probe_tokens(
+    tokenizer,  # List of n strings -> int64 tensor (n, context)
+) -> torch.Tensor:
+    "Tokens of a short text and of one longer than most contexts, to tell tokenizers apart"
+    return tokenizer(['a photo of two dogs', 'Ünïcode, 12 & a long, long line ' * 9])
+
+# %% ../../nbs/data/04_transforms.ipynb #fc91ed2d
+def own_readings(
+    preprocess,  # The student's
+    tokenizer,  # The student's
+    teacher_reads,  # (transform, tokenizer) of the teacher; None for those of the student
+) -> tuple:  # (transform, tokenizer), each None where the student's makes the same
+    "What a teacher reads that its student does not"
+    if teacher_reads is None:
+        return None, None
+    if not isinstance(teacher_reads, (tuple, list)) or len(teacher_reads) != 2:
+        raise TinyclipError(
+            'teacher_reads= holds two things, (transforms(teacher)[0], its tokenizer), not '
+            f'a {type(teacher_reads).__name__}.'
+        )
+    theirs, words = teacher_reads
+    try_out(theirs, words)
+    check_draws(draws(preprocess), draws(theirs), "The teacher's transform")
+    pictures = transform_fingerprint(preprocess) == transform_fingerprint(theirs)
+    texts = torch.equal(probe_tokens(tokenizer), probe_tokens(words))
+    texts = texts and getattr(tokenizer, 'merges', None) == getattr(words, 'merges', None)
+    return None if pictures else theirs, None if texts else words
+
+
+def check_draws(
+    own: list,  # `draws` of the student's transform
+    others: list,  # Those of what the teacher sees
+    whose: str,  # The other one, in words
+):
+    "Refuse two transforms that would show two models different parts of a picture"
+    if own != others:
+        said = [', '.join(d) or 'nothing' for d in (others, own)]
+        raise TinyclipError(
+            f"{whose} leaves {said[0]} to chance and the student's {said[1]}, so the two would see "
+            'different parts of a picture. Take both from tinyclip.data.transforms(model), either '
+            'for training ([0]) or for evaluation ([1]).'
         )
 
 # %% ../../nbs/data/04_transforms.ipynb #5e38d79b
@@ -285,26 +388,46 @@ class Chunk(NamedTuple):
     captions: int = 0  # Captions tokenised
     cut: int = 0  # of these, longer than the context
     worker: int = 0  # Number of the loader process
-    finish: Finish | None = None  # What is left to do to the images
+    finish: dict = {}  # What is left to do to the fields that are pictures, by their place
 
     def ready(self):
         "The fields as a model takes them"
-        if self.finish is None or not self.fields:
+        if not self.finish or not self.fields:
             return self.fields
         with _one_thread():
-            return self.finish(self.fields[0]), *self.fields[1:]
+            return tuple(
+                self.finish[i](f) if self.finish.get(i) else f for i, f in enumerate(self.fields)
+            )
 
 # %% ../../nbs/data/04_transforms.ipynb #936eada0
-def pictures(
+def _whole(preprocess):
+    return lambda image, decoded: (opened_whole(image, decoded), preprocess)
+
+
+def _read(sample, openers, seed) -> list | Skip:
+    "A picture through several transforms: decoded once, with the same chance for each"
+    decoded, made = {}, []
+    for opened in openers:
+        _seed_all(seed)
+        try:
+            image, rest = opened(sample.image, decoded)
+        except Exception as e:  # Pillow raises a dozen kinds
+            detail = f'{type(e).__name__}: {str(e).split(" <")[0]}'[:100]
+            return Skip('broken image', sample.key, sample.where, detail)
+        made.append(rest(image))
+    return made
+
+
+def readings(
     entries: list,  # `Sample`s and `Skip`s
     order,  # A `SamplingPlan`: its seed and epoch steer the random transforms
-    preprocess,  # Function on PIL images
+    preprocesses: list,  # Functions on PIL images
     labels: bool = False,  # Skip samples without a label?
-    reduced: bool = False,  # Decode large JPEGs no larger than `preprocess` needs them?
-) -> tuple:  # (usable samples, what `preprocess` made of each, Skips)
-    "Transformed pictures of the samples that can be decoded"
+    reduced: bool = False,  # Decode large JPEGs no larger than a transform needs them?
+) -> tuple:  # (usable samples, for every transform what it made of each, Skips)
+    "Pictures of the samples that can be decoded, through one transform or more"
     good, images, skips = [], [], []
-    opened = opener(preprocess) if reduced else lambda image: (decode(image), preprocess)
+    openers = [opener(p) if reduced else _whole(p) for p in preprocesses]
     with preserve_rng_state():
         for s in entries:
             if isinstance(s, Skip):
@@ -313,16 +436,25 @@ def pictures(
             if labels and s.label is None:
                 skips.append(Skip('no label', s.key, s.where))
                 continue
-            _seed_all(stable_hash(order.seed, order.epoch, s.where, s.key))
-            try:
-                image, rest = opened(s.image)
-            except Exception as e:  # Pillow raises a dozen kinds
-                detail = f'{type(e).__name__}: {str(e).split(" <")[0]}'[:100]
-                skips.append(Skip('broken image', s.key, s.where, detail))
+            made = _read(s, openers, stable_hash(order.seed, order.epoch, s.where, s.key))
+            if isinstance(made, Skip):
+                skips.append(made)
                 continue
             good.append(s)
-            images.append(rest(image))
-    return good, images, skips
+            images.append(made)
+    return good, [[made[i] for made in images] for i in range(len(openers))], skips
+
+
+def pictures(
+    entries: list,  # As for `readings`
+    order,  # As for `readings`
+    preprocess,  # Function on PIL images
+    labels: bool = False,  # As for `readings`
+    reduced: bool = False,  # As for `readings`
+) -> tuple:  # (usable samples, what `preprocess` made of each, Skips)
+    "Transformed pictures of the samples that can be decoded"
+    good, images, skips = readings(entries, order, [preprocess], labels, reduced)
+    return good, images[0], skips
 
 # %% ../../nbs/data/04_transforms.ipynb #89872844
 def drawn_caption(
@@ -334,10 +466,13 @@ def drawn_caption(
     return sample.captions[number % len(sample.captions)]
 
 # %% ../../nbs/data/04_transforms.ipynb #e31c72ee
-def caption_targets(samples, order, tokenizer):
-    "One caption per image, as ((tokens,), number of captions, how many of them were cut)"
-    tokens, cut = tokenise(tokenizer, [drawn_caption(s, order) for s in samples])
-    return (tokens,), len(samples), cut
+def caption_targets(samples, order, tokenizer, teacher_tokenizer=None):
+    """One caption per image, as ((tokens,), number of captions, how many of them were cut); with a
+    teacher's tokenizer ((tokens, the teacher's tokens), ...)"""
+    captions = [drawn_caption(s, order) for s in samples]
+    tokens, cut = tokenise(tokenizer, captions)
+    others = [teacher_tokenizer(captions)] if teacher_tokenizer else []
+    return (tokens, *others), len(samples), cut
 
 
 def all_caption_targets(samples, order, tokenizer):
@@ -360,14 +495,18 @@ def collate(
     targets_fn,
     labels: bool = False,  # Skip samples without a label?
     reduced: bool = False,  # Decode large JPEGs no larger than `preprocess` needs them?
+    teacher_preprocess=None,  # Another one, whose pictures become the last field
 ) -> Chunk:  # Its `ready()` is for the model
     "Tensors of a chunk of samples"
     with _one_thread():
-        first, finish = as_bytes(preprocess)
-        good, images, skips = pictures(entries, order, first, labels, reduced)
+        parts = [as_bytes(p) for p in (preprocess, teacher_preprocess) if p is not None]
+        readers = [first for first, _ in parts]
+        good, images, skips = readings(entries, order, readers, labels, reduced)
         if not good:
             return Chunk((), skips)
         fields, captions, cut = targets_fn(good, order)
         # stacked in memory that the main process can see
-        images = default_collate(images)
-        return Chunk((images, *fields), skips, captions, cut, finish=finish)
+        own, *others = map(default_collate, images)
+        fields = (own, *fields, *others)
+        finish = dict(zip((0, len(fields) - 1), (last for _, last in parts)))
+        return Chunk(fields, skips, captions, cut, finish=finish)

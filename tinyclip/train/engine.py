@@ -239,11 +239,15 @@ def unwrap(
         own['forward'] = forward
 
 
-def cut_texts(batch, *models):
+def cut_texts(batch, student, teacher):
     "Batch with texts as short as its readers allow; elsewhere than on the CPU they are not asked"
     if not batch.text.is_cpu:
         return batch
-    return batch._replace(text=shorten_texts(batch.text, *filter(None, models)))
+    own = getattr(batch, 'teacher_tokens', None)
+    if own is None or teacher is None:
+        return batch._replace(text=shorten_texts(batch.text, *filter(None, (student, teacher))))
+    texts = shorten_texts(batch.text, student), shorten_texts(own, teacher)
+    return batch._replace(text=texts[0], teacher_tokens=texts[1])
 
 
 def running_statistics(model: nn.Module) -> list[torch.Tensor]:

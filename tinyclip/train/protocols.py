@@ -19,7 +19,8 @@ class Pairs(Protocol):
     (reason -> number of samples left out), `mark(epoch, taken)` and `recall(mark)` (to find a
     place again without decoding what came before it), and, where the pairs bring a teacher's
     features along, `teacher` (what identifies it), `width` (of the features) and
-    `check_teacher(model)`."""
+    `check_teacher(model)`. Where the teacher reads inputs of its own: `teacher_inputs`, what is
+    known of them, and batches with `teacher_pixels`, `teacher_tokens` or both."""
 
     def epoch(
         self,

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core import evaluating
+from ..data.pairs import as_teacher_reads
 from ..data.transforms import image_dtype
 from ..losses.distributed import gather
 from ..losses.objective import Features, Objective
@@ -73,7 +74,7 @@ def teacher_features(
         return None
     else:
         with evaluating(teacher):
-            parts = [ask(teacher, c) for c in chunks]
+            parts = [ask(teacher, as_teacher_reads(c)) for c in chunks]
     image, text = (torch.cat(rows) for rows in list(zip(*parts))[:2])
     return Features(image, text, *parts[0][2:])
 

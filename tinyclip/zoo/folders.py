@@ -301,10 +301,21 @@ def finish(
     except (
         Exception
     ) as e:  # whatever a configuration can ask of open_clip, transformers and torchvision
-        raise TinyclipError(
-            'The transform or the tokenizer that the configuration describes cannot be made '
-            f'({type(e).__name__}: {(str(e).splitlines() or [""])[0][:150]}).'
-        ) from e
+        raise _not_made(e, own.get('hf_tokenizer_name')) from e
+
+
+def _not_made(e, tokenizer):
+    "The error for a configuration that nothing can be made of"
+    why = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:150]}'
+    if tokenizer and isinstance(e, OSError):
+        return TinyclipError(
+            f'The tokenizer {tokenizer!r} that the configuration names cannot be read ({why}). '
+            'Without a network, put its files into a folder and name that as '
+            'text_cfg.hf_tokenizer_name.'
+        )
+    return TinyclipError(
+        f'The transform or the tokenizer that the configuration describes cannot be made ({why}).'
+    )
 
 # %% ../../nbs/zoo/04_folders.ipynb #444d1785
 def read_config(
