@@ -445,12 +445,14 @@ def keep_for_size(
         math.prod(s) for n, s in l.shapes.items() if n.startswith(dropped)
     )
     W, H, F = (l.sizes[a] for a in ('image.width', 'image.layers.0.heads', 'image.layers.0.ffn'))
+    pool = {a: n for a, n in l.sizes.items() if a in ('image.pool.heads', 'image.pool.ffn')}
 
     def axes(width, ffn):
         layers = [f'image.layers.{i}' for i in range(count)]
         heads = max(1, round(width / W * H))
         return (
             {'image.width': width}
+            | {a: max(1, round(width / W * n)) for a, n in pool.items()}
             | {f'{a}.heads': heads for a in layers}
             | {f'{a}.ffn': ffn for a in layers}
         )
