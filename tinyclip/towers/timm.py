@@ -227,10 +227,11 @@ class TimmTrunk(Family):
         usual = self.built(asked, '{}')
         options = self.options(fixed, usual[1])
         own = self.arguments(sizes, fixed)
-        built = dict(self.built(asked, json.dumps(own | options))[0])
+        plain = not options and own == self.arguments(*usual)
+        built = dict((usual if plain else self.built(asked, json.dumps(own | options)))[0])
         built |= self.head_sizes(part, built, sizes)
         rest = {a: sizes.get(a, 0) for a, n in built.items() if sizes.get(a, 0) != n}
-        if not rest and not options and own == self.arguments(*usual):
+        if plain and not rest:
             return part, None
         return part, own | options | (dict(sizes=rest) if rest else {})
 
@@ -248,7 +249,8 @@ class TimmTrunk(Family):
         return l.sizes, self.fixed(trunk)
 
     def stand_in(self, part):  # a small one, replaced at once
-        return {**part, 'timm_model_name': 'test_convnext', 'timm_pool': 'avg'}
+        part = {k: v for k, v in part.items() if k != 'patch_dropout'}  # of a ViT only
+        return part | dict(timm_model_name='test_convnext', timm_pool='avg')
 
     def rebuild(self, model, part, own):
         own, tower = dict(own), model.visual
