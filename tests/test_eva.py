@@ -21,7 +21,7 @@ from tinyclip.inheritance import inherit
 from tinyclip.keep import Keep, choose, keep_for_size, manual
 from tinyclip.masking import MaskedCLIP, MethodModule, mask_groups
 from tinyclip.reconstruction import reconstruct
-from tinyclip.scores import scored
+from tinyclip.scores import scored, unit_scores
 from tinyclip.sparsity import Sparsity, uniform_shape, zeros_for
 from tinyclip.towers import ParamCount, layout
 from tinyclip.towers.architecture import architecture, build, config
@@ -236,9 +236,8 @@ def test_reconstruction(kind):
             assert all(r['after'] <= r['before'] for r in better.reconstruction)
 
 
-@twins
-def test_what_can_be_made_up_for_is_made_up_for(kind):
-    "A teacher with every neuron twice, cut to one of each pair, is the teacher again"
+def doubled(kind):
+    "A teacher with every neuron twice"
     model = copy.deepcopy(twin(kind))
     with torch.no_grad():
         for b in model.visual.trunk.blocks:
@@ -248,12 +247,28 @@ def test_what_can_be_made_up_for_is_made_up_for(kind):
             for p in (p for m in firsts + inner for p in (m.weight, m.bias)):
                 for part in p.split(n):
                     part[n // 2 :] = part[: n // 2]
-    l = layout(model)
-    neurons = {a: range(l.sizes[a] // 2) for a in l.sizes if a.startswith('image.layers.')}
-    neurons = {a: r for a, r in neurons.items() if a.endswith('.ffn')}
-    student = inherit(model, Keep(l.sizes, neurons))
+    return model, [f'image.layers.{i}.ffn' for i in range(3)]
+
+
+@twins
+def test_what_can_be_made_up_for_is_made_up_for(kind):
+    "Cut to one neuron of each pair, it is the teacher again"
+    model, axes = doubled(kind)
+    sizes = layout(model).sizes
+    student = inherit(model, Keep(sizes, {a: range(sizes[a] // 2) for a in axes}))
     again = reconstruct(student, model, pairs(model, 256), progress=False)
     assert off(student, model) > 0.05 and off(again, model) < 1e-3
+
+
+@twins
+def test_scores_know_what_can_be_made_up_for(kind):
+    "One neuron of each pair costs nothing"
+    model, axes = doubled(kind)
+    found = unit_scores(model, pairs(model, 256), samples=256, progress=False)
+    for a in axes:
+        lost = found.lost[a] / found.lost[a][-1]
+        half = len(lost) // 2
+        assert lost[half - 1] < 1e-2 < lost[half + half // 2]
 
 
 @twins

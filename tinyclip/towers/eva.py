@@ -121,7 +121,7 @@ def refuse_variants(trunk: Any):
 class Eva(TimmTransformer):
     "timm's Eva: PE-Core, EVA-01 and EVA-02"
 
-    name = 'Eva'
+    name = 'timm Eva'
     kind = 'Eva'
 
     def lay_out_trunk(self, l, trunk, path):
