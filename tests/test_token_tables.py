@@ -326,12 +326,28 @@ def test_the_merges_are_those_that_apply(corpus):
     assert {names[i] for i in rows} - always == seen - always
 
 
-def test_ties_and_unknown_letters_of_unigram():
+def test_unknown_letters_of_unigram(tmp_path):
     "Unknown letters cost ten more than the least likely piece, so that piece stays"
-    vocab = [['<unk>', 0.0], ['a', -2.0], ['b', -2.0], ['ab', -4.0], ['b☕', -13.0], ['zz', -1.0]]
-    vocab += [['z', -5.0], ['q', -12.5]]
-    model = Unigram(dict(vocab=vocab, unk_id=0))
-    assert {'<unk>', 'b☕', 'q'} <= model.alphabet() and 'zz' not in model.alphabet()
+    vocab = [['<unk>', 0.0], ['<pad>', 0.0], ['x', -4.0], ['y', -10.0], ['b', -3.0], ['a', -5.0]]
+    vocab += [['xyb', -1.0], ['b☕', -20.0], ['aa', -26.0], ['xx', -6.0]]
+    own = Tokenizer(models.Unigram([tuple(p) for p in vocab], unk_id=0))
+    names = dict(unk_token='<unk>', pad_token='<pad>')
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=own, **names)
+    fast.save_pretrained(tmp_path)
+    full = HFTokenizer(str(tmp_path), context_length=8)
+    # 34 for these three; 37 for `xyb` and the unknown `☕`, but 31 without `aa`
+    assert tokens(full, 'xyb☕') == ['x', 'y', 'b☕']
+    short, _ = shortened(full, ['xyb☕', 'xyb'])
+    assert tokens(short, 'xyb☕') == ['x', 'y', 'b☕'] and tokens(short, 'xx') == ['x', 'x']
+    assert Unigram(dict(vocab=vocab, unk_id=0)).alphabet() >= {'<unk>', 'b☕', 'aa'}
+
+
+def test_bytes_stay_though_letters_spell_them():
+    letters = [*'<>0123456789ABCDEFx', 'ab']
+    vocab = {t: i for i, t in enumerate([*letters, *BYTES])}
+    model = dict(vocab=vocab, merges=[], byte_fallback=True)
+    assert Bpe(model).alphabet() == {*letters, *BYTES}
+    assert Bpe(model | dict(byte_fallback=False)).alphabet() == {*letters}
 
 
 def test_pieces_that_nothing_spells():
