@@ -478,7 +478,7 @@ def test_nothing_before_the_mark_is_decoded(tmp_path, monkeypatch):
         return open_(csv(tmp_path), 16, reduced=False)
 
     monkeypatch.setattr(
-        transforms_module, 'decode', lambda image: (seen.append(image), decode(image))[1]
+        'tinyclip.data.jpeg.decode', lambda image: (seen.append(image), decode(image))[1]
     )
     one = make()
     whole = list(one.epoch(0))
