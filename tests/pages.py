@@ -12,7 +12,7 @@ from browser import LIMIT, ROOT
 
 # pairs of texts of one figure that lie on each other by more than a hair, texts that it cuts, and
 # texts that lie under a slider
-TEXTS = '''() => [...document.querySelectorAll('.figure')].flatMap((figure, n) => {
+TEXTS = '''() => [...document.querySelectorAll('div.figure')].flatMap((figure, n) => {
   const seen = [...figure.querySelectorAll('svg text')]
     .map(t => [t.textContent, t.getBoundingClientRect()])
     .filter(([words, box]) => words.trim() && box.width > 1 && box.height > 1);
@@ -69,9 +69,9 @@ SOURCES = '''module => [...document.querySelectorAll('main a')]
   .filter(a => a.textContent === 'source' && a.href.includes('/blob/'))
   .map(a => a.href.replace(/#.*/, ''))
   .filter(u => !u.endsWith(`/${module}.py`) && !u.endsWith(`/${module}/__init__.py`))'''
-DRAWN = "() => [...document.querySelectorAll('.figure')].every(f => f.dataset.drawn)"
+DRAWN = "() => [...document.querySelectorAll('div.figure')].every(f => f.dataset.drawn)"
 PLAYER = '''() => {
-  const f = [...document.querySelectorAll('.figure')].find(f => f._fullLayout?.updatemenus?.length);
+  const f = [...document.querySelectorAll('div.figure')].find(f => f._fullLayout?.updatemenus?.length);
   if (!f) return null;
   const s = f._fullLayout.sliders[0];
   const label = f.querySelector('.slider-label')?.textContent;
