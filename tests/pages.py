@@ -10,12 +10,19 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 from browser import LIMIT, ROOT
 
-# pairs of texts of one figure that lie on each other by more than a hair, and texts that it cuts
-TEXTS = '''() => [...document.querySelectorAll('.figure')].flatMap((figure, n) => {
+# pairs of texts of one figure that lie on each other by more than a hair, texts that it cuts, and
+# texts that lie under a slider
+TEXTS = '''() => [...document.querySelectorAll('div.figure')].flatMap((figure, n) => {
   const seen = [...figure.querySelectorAll('svg text')]
     .map(t => [t.textContent, t.getBoundingClientRect()])
     .filter(([words, box]) => words.trim() && box.width > 1 && box.height > 1);
   const edge = figure.getBoundingClientRect(), out = [];
+  const rails = [...figure.querySelectorAll('.slider-rail-rect')]
+    .map(r => r.getBoundingClientRect());
+  for (const r of rails) for (const [words, box] of seen)
+    if (Math.min(r.right, box.right) - Math.max(r.left, box.left) > 2
+        && Math.min(r.bottom, box.bottom) - Math.max(r.top, box.top) > 2)
+      out.push(`figure ${n}: ${words} is under a slider`);
   seen.forEach(([a, p], i) => {
     if (p.left < edge.left - 2 || p.right > edge.right + 2) out.push(`figure ${n}: ${a} is cut`);
     for (const [b, q] of seen.slice(i + 1))
@@ -47,9 +54,24 @@ CONTRAST = r'''selector => {
   }
   return worst;
 }'''
-DRAWN = "() => [...document.querySelectorAll('.figure')].every(f => f.dataset.drawn)"
+# outputs of which a reader sees a part only: beyond the edge, and nothing moves under a finger
+CUT = '''() => [...document.querySelectorAll('.cell-output, main pre, main table, .gallery')]
+  .filter(e => e.getClientRects().length)
+  .filter(e => {
+    let held = e;
+    while (held && !/auto|scroll/.test(getComputedStyle(held).overflowX)) held = held.parentElement;
+    const edge = document.querySelector('main').getBoundingClientRect();
+    return !held && e.getBoundingClientRect().right > edge.right + 2;
+  })
+  .map(e => `${e.tagName} ${e.textContent.trim().slice(0, 40)} is cut`)'''
+# links to the source that name another module than that of the page
+SOURCES = '''module => [...document.querySelectorAll('main a')]
+  .filter(a => a.textContent === 'source' && a.href.includes('/blob/'))
+  .map(a => a.href.replace(/#.*/, ''))
+  .filter(u => !u.endsWith(`/${module}.py`) && !u.endsWith(`/${module}/__init__.py`))'''
+DRAWN = "() => [...document.querySelectorAll('div.figure')].every(f => f.dataset.drawn)"
 PLAYER = '''() => {
-  const f = [...document.querySelectorAll('.figure')].find(f => f._fullLayout?.updatemenus?.length);
+  const f = [...document.querySelectorAll('div.figure')].find(f => f._fullLayout?.updatemenus?.length);
   if (!f) return null;
   const s = f._fullLayout.sliders[0];
   const label = f.querySelector('.slider-label')?.textContent;

@@ -12,7 +12,18 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, chromium
-from pages import CONTRAST, DRAWN, PLAYER, TEXTS, drawn_page, play, served, visit
+from pages import (
+    CONTRAST,
+    CUT,
+    DRAWN,
+    PLAYER,
+    SOURCES,
+    TEXTS,
+    drawn_page,
+    play,
+    served,
+    visit,
+)
 
 ROOT = Path(__file__).parent.parent
 # `site` itself is a module of Python
@@ -620,7 +631,9 @@ RENDERED = [  # a page of each kind
     'index.ipynb',
     'api.ipynb',
     'losses/03_mimicking.ipynb',
+    'labs/index.ipynb',
     'labs/live_masks.ipynb',
+    'labs/before_training.ipynb',
     'explain/results.ipynb',
     'explain/paper_to_code.ipynb',
     'tutorials/when_something_fails.ipynb',
@@ -653,6 +666,8 @@ def test_rendered_pages(rendered, built, browser, wide, dark):
                 page.wait_for_function(DRAWN)
                 page.wait_for_timeout(500)
                 said = page.evaluate(TEXTS) + page.said + outside(page, home)
+                said += page.evaluate(CUT)
+                said += page.evaluate(SOURCES, out.removesuffix('.html').removesuffix('/index'))
                 wider = page.evaluate('() => document.documentElement.scrollWidth')
                 said += [f'{wider} pixels wide'] if wider > wide else []
                 for what in ('.cell-output pre', 'main p', '.nav-page a', 'pre.sourceCode span.co'):
@@ -665,3 +680,40 @@ def test_rendered_pages(rendered, built, browser, wide, dark):
                 if said:
                     wrong[name] = said
     assert not wrong, json.dumps(wrong, indent=1, ensure_ascii=False)
+
+
+WEIGHT = 1_000_000  # Bytes of the first page, packed
+
+
+def tool(name):
+    "A script of tools/ as a module"
+    spec = importlib.util.spec_from_file_location(f'tools_{name}', ROOT / 'tools' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_first_page_is_light_and_asks_nobody_else(rendered, browser):
+    tool('small_plotly').main(rendered)
+    with served(rendered) as home:
+        first = tool('weigh').weigh(browser, home, 'index.html')
+    assert first['hosts'] == 0, first
+    if 'cartesian' not in (rendered / 'plotly.min.js').read_text(encoding='utf-8')[:300]:
+        pytest.skip('npm, or its registry, is not there: the site keeps the whole plotly')
+    assert first['gzip'] < WEIGHT, first
+
+
+def test_a_table_is_as_wide_as_what_is_in_it_and_words_stand_at_its_left(rendered, browser):
+    with served(rendered) as home, visit(browser, f'{home}/index.html') as page:
+        assert not page.locator('main colgroup').count()
+        cells = page.locator('td[style*="right"]').all_inner_texts()
+    assert cells and all(re.match(r'[^\w]*\d', c) for c in cells if c.strip()), cells
+
+
+def test_labs_stand_side_by_side(rendered, browser):
+    with served(rendered) as home, visit(browser, f'{home}/labs/index.html') as page:
+        boxes = [a.bounding_box() for a in page.locator('.gallery a').all()]
+        assert len(boxes) == 7 and boxes[0]['y'] == boxes[1]['y'] < boxes[-1]['y']
+        seen = "() => [...document.querySelectorAll('.gallery img')].map(i => i.naturalWidth)"
+        assert page.evaluate(seen) == [560] * 7
+        assert all(page.locator('.gallery img').evaluate_all('l => l.map(i => i.alt)'))
