@@ -40,4 +40,6 @@ def test_every_architecture_is_recorded():
 def test_what_is_recorded_is_true(name):
     logging.disable(logging.WARNING)
     recorded = next(r for r in RECORDED['rows'] if r['architecture'] == name)
-    assert json.loads(json.dumps(bench.row(name))) == recorded
+    found = bench.row(name)
+    assert found.pop('why').keys() == recorded['why'].keys()  # sentences may be worded anew
+    assert found == {k: v for k, v in recorded.items() if k != 'why'}
