@@ -71,7 +71,8 @@ SOURCES = '''module => [...document.querySelectorAll('main a')]
   .filter(u => !u.endsWith(`/${module}.py`) && !u.endsWith(`/${module}/__init__.py`))'''
 DRAWN = "() => [...document.querySelectorAll('div.figure')].every(f => f.dataset.drawn)"
 PLAYER = '''() => {
-  const f = [...document.querySelectorAll('div.figure')].find(f => f._fullLayout?.updatemenus?.length);
+  const figures = [...document.querySelectorAll('div.figure')];
+  const f = figures.find(f => f._fullLayout?.updatemenus?.length);
   if (!f) return null;
   const s = f._fullLayout.sliders[0];
   const label = f.querySelector('.slider-label')?.textContent;
