@@ -178,10 +178,9 @@ def test_every_loss_is_the_same_in_tiles(name, n, tile):
     ]
 
     def loss(tile):
+        objective = Objective(name, 'own', 'own', tile=tile)
         return lambda a, b, c, d, s, t: (
-            Objective(name, 'own', 'own', tile=tile)(Features(a, b, s), Features(c, d, t))['loss'][
-                None
-            ]
+            objective(Features(a, b, s, -9.0), Features(c, d, t, -7.0))['loss'][None]
             + 0 * (a.sum() + b.sum() + c.sum() + d.sum() + s + t),
         )
 
