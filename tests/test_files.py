@@ -389,8 +389,8 @@ TIMM = [
     ),
     (8, dict(timm_model_name='test_resnet', timm_proj='mlp', image_size=160)),
     (
-        192,
-        dict(timm_model_name='eva02_tiny_patch14_224', timm_pool='token', timm_proj=None),
+        8,
+        dict(timm_model_name='xcit_nano_12_p16_224', timm_pool='token', timm_proj=None),
     ),
 ]
 
