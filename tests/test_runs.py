@@ -328,7 +328,7 @@ def test_constants_that_a_configuration_names(tmp_path):
     'cfg,says',
     [
         (changed(TINY, text_cfg__vocab_size=1000), 'vocab_size of 1000, and its tokenizer makes'),
-        (changed(TINY, text_cfg__hf_tokenizer_name='./nowhere'), 'tokenizer .* cannot be made'),
+        (changed(TINY, text_cfg__hf_tokenizer_name='./nowhere'), 'tokenizer .* cannot be read'),
         (changed(TINY, vision_cfg__attentional_pool='cascade'), 'pools by attention twice'),
         (changed(TINY, vision_cfg__pool_type='none'), 'does not pool'),
         (changed(TINY, text_cfg__embed_cls=True), 'cannot be saved: positional_embedding'),

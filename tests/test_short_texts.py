@@ -343,4 +343,4 @@ def test_evaluation_and_stored_answers_are_the_same():
 def test_texts_elsewhere_are_not_asked():
     "Their length would be waited for, at every step"
     text = torch.ones(4, 77, dtype=torch.long, device='meta')
-    assert cut_texts(Batch(torch.ones(4, 3, 8, 8), text), clip()).text is text
+    assert cut_texts(Batch(torch.ones(4, 3, 8, 8), text), clip(), clip()).text is text
