@@ -182,8 +182,8 @@ class LabSetup:
         "Unit features of a batch under the teacher or a student"
         device = next(model.parameters()).device
         with evaluating(model):
-            image, text, scale = features(model, batch.image.to(device), batch.text.to(device))
-            return Features(image.cpu(), text.cpu(), torch.as_tensor(scale).cpu())
+            found = features(model, batch.image.to(device), batch.text.to(device))
+        return Features(*(v if v is None else torch.as_tensor(v).cpu() for v in found))
 
     def again(self, **changes) -> 'LabSetup':  # As `lab_setup` makes it
         "This setup with other arguments"
