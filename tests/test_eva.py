@@ -288,8 +288,7 @@ def test_redundancy_sees_the_layers():
     assert similarity(found).shape == (4, 4)
 
 
-@twins
-@pytest.mark.parametrize('even', [True, False], ids=['uniform', 'unequal'])
+@pytest.mark.parametrize('kind, even', [*((k, False) for k in NAMES), ('pe', True)])
 def test_onnx_gives_the_same(kind, even, tmp_path):
     model = twin(kind)
     student = inherit(model, manual(model, 2 / 3) if even else uneven(model))
@@ -302,9 +301,9 @@ def test_onnx_gives_the_same(kind, even, tmp_path):
         assert off(got, want[:n]) < 1e-4
 
 
-@pytest.mark.parametrize('name', REAL)
-def test_every_architecture_is_inherited_and_masked(name):
-    "At full size, without weights"
+@pytest.mark.parametrize('name', [n for n in REAL if n.endswith(('g-14', 'B-16', 'E-14', '384'))])
+def test_architectures_are_inherited_and_masked(name):
+    "At full size, without weights; all of them: results/architectures"
     with torch.device('meta'):
         model = build(dict(embed_dim=64, vision_cfg=config(name)['vision_cfg'], text_cfg=TEXT))
         assert 'tinyclip_cfg' not in architecture(model)
