@@ -69,6 +69,9 @@ def gradients(objective, masked, way):
     torch.manual_seed(0)
     width = 12 if objective.projection else 16
     student, teacher = tiny(1, layers=2, embed_dim=width), tiny(0)
+    if objective.reads_bias:
+        for m, bias in ((student, -9.0), (teacher, -7.0)):
+            m.logit_bias = torch.nn.Parameter(torch.tensor(bias))
     if masked:
         student = MaskedCLIP(student, start=0.0)
     penalty = Sparsity(student, 0.5) if masked else None
