@@ -377,5 +377,5 @@ def test_names_complete_in_a_fresh_notebook(browser, lab):
         assert set(names) <= set(nb.completions(code))
     nb.add('tinyclip.Distiller?')
     (shown,) = nb.outputs('tinyclip.Distiller?')
-    assert "objective='affinity'" in shown and 'Trainer of a student' in shown
+    assert 'objective=None' in shown and 'Trainer of a student' in shown
     nb.close()
