@@ -2,13 +2,17 @@
 
 import copy
 import functools
+import subprocess
+import sys
 
 import torch
 from hypothesis import strategies as st
 
-from tinyclip.keep import Keep
+from tinyclip.inheritance import inherit
+from tinyclip.keep import Keep, manual
 from tinyclip.towers import layout
-from tinyclip.towers.architecture import build
+from tinyclip.towers.architecture import architecture, build
+from tinyclip.zoo import onnx, save
 
 TEXT = dict(context_length=6, vocab_size=32, width=16, heads=2, layers=1)
 
@@ -112,3 +116,65 @@ def keeps(sizes, needed, values=True):
 def any_keep(model, values=False):
     l = layout(model)
     return keeps(l.sizes, l.needed, values)
+
+
+def equal(a, b):
+    "Whether two models have the same weights, to the bit"
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(t, b[n]) for n, t in a.items())
+
+
+# --- What holds for every family
+
+
+def check_whole(model):
+    "Keeping everything is the identity"
+    student = inherit(model, manual(model))
+    assert equal(student, model) and torch.equal(features(student), features(model))
+    assert architecture(student) == architecture(model)
+
+
+def check_composed(model, data):
+    "A student of a student is a student by the composed keep, and no shape is unknown; returns it"
+    first = inherit(model, data.draw(any_keep(model)))
+    second = inherit(first, data.draw(any_keep(first)))
+    assert equal(second, inherit(model, second.keep))
+    assert features(second).isfinite().all()
+    l = layout(second)
+    for n, dims in l.dims.items():
+        for d, size in zip(dims, l.shapes[n]):
+            assert not d or size == l.sizes[d.axis] * d.block * d.copies, n
+    return second
+
+
+FRESH = """
+import sys, torch
+from pathlib import Path
+from tinyclip.zoo import load
+folder = Path(sys.argv[1])
+for x in folder.glob('*.x.pt'):
+    name = x.name.removesuffix('.x.pt')
+    model = load(folder / name).model.eval()
+    torch.save(model.encode_image(torch.load(x)).detach(), folder / f'{name}.y.pt')
+"""
+
+
+def check_fresh(students, folder):
+    "Students by name, saved and loaded in another process, give the same features to the bit"
+    for name, student in students.items():
+        save(student, folder / name)
+        torch.save(pictures(student), folder / f'{name}.x.pt')
+    subprocess.run([sys.executable, '-c', FRESH, str(folder)], check=True)
+    for name, student in students.items():
+        assert torch.equal(torch.load(folder / f'{name}.y.pt'), features(student)), name
+
+
+def check_onnx(student, folder):
+    "An image tower says the same in onnxruntime, for batches of any size"
+    x = pictures(student, 3)
+    file = onnx.export_tower(onnx.float_copy(student), 'image', x, folder / 'a.onnx')
+    with torch.no_grad():
+        want = student.encode_image(x, normalize=True)
+    for n in (1, 3):
+        got = torch.as_tensor(onnx.run_rows(onnx.session(file), x[:n]))
+        assert off(got, want[:n]) < 1e-4

@@ -1,7 +1,5 @@
 "ConvNeXt and FastViT as families: cut, saved, reconstructed, exported"
 
-import subprocess
-import sys
 import warnings
 
 import open_clip
@@ -9,7 +7,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_trunks import TEXT, TWINS, any_keep, features, off, pictures, twin
+from small_trunks import (
+    TEXT,
+    TWINS,
+    check_composed,
+    check_fresh,
+    check_onnx,
+    check_whole,
+    equal,
+    features,
+    off,
+    pictures,
+    twin,
+)
 from timm.utils import reparameterize_model
 
 from tinyclip.core import TinyclipError
@@ -19,7 +29,7 @@ from tinyclip.masking import MaskedCLIP
 from tinyclip.reconstruction import reconstruct
 from tinyclip.towers import layout
 from tinyclip.towers.architecture import architecture, build, config
-from tinyclip.zoo import load, onnx, save
+from tinyclip.zoo import load, save
 
 OWN = [f for f in TWINS if f.startswith(('convnext', 'fastvit'))]
 families = pytest.mark.parametrize('family', TWINS)
@@ -33,54 +43,27 @@ LISTED = [
 ]
 
 
-def equal(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(t, b[n]) for n, t in a.items())
-
-
 @families
 def test_keeping_everything_is_the_identity(family):
-    model = twin(family)
-    student = inherit(model, manual(model))
-    assert equal(student, model) and torch.equal(features(student), features(model))
-    assert architecture(student) == architecture(model)
+    check_whole(twin(family))
 
 
 @families
 @few
 @given(st.data())
 def test_twice_is_composed_and_no_shape_is_unknown(family, data):
-    model = twin(family)
-    first = inherit(model, data.draw(any_keep(model)))
-    second = inherit(first, data.draw(any_keep(first)))
-    assert equal(second, inherit(model, second.keep))
-    assert features(second).isfinite().all()
-    l = layout(second)
-    for n, dims in l.dims.items():
-        for d, size in zip(dims, l.shapes[n]):
-            assert not d or size == l.sizes[d.axis] * d.block * d.copies, n
+    check_composed(twin(family), data)
 
 
 def test_saved_and_loaded_in_a_fresh_process(tmp_path):
     "Random cuts of all families, bit-equal, in one process"
-    torch.manual_seed(0)
-    want, code = {}, ['import torch', 'from tinyclip.zoo import load', 'out = {}']
-    for i, family in enumerate(TWINS):
+    students = {}
+    for family in TWINS:
         model = twin(family)
-        share = {a: 0.6 for a in layout(model).sizes if a.endswith(('.ffn', '.heads'))}
-        axes = [a for a in share if '.layers.0.' in a]
-        keep = choose(model, {a: share[a] for a in axes}) if axes else manual(model, 0.5)
-        student = inherit(model, keep)
-        save(student, tmp_path / family)
-        torch.save(pictures(model), tmp_path / f'{i}.pt')
-        want[family] = features(student)
-        code.append(f'm = load({str(tmp_path / family)!r}).model.eval()')
-        code.append(f'x = torch.load({str(tmp_path / f"{i}.pt")!r})')
-        code.append(f'out[{family!r}] = m.encode_image(x).detach()')
-    code.append(f'torch.save(out, {str(tmp_path / "out.pt")!r})')
-    subprocess.run([sys.executable, '-c', '\n'.join(code)], check=True)
-    got = torch.load(tmp_path / 'out.pt')
-    assert all(torch.equal(got[f], want[f]) for f in want)
+        axes = [a for a in layout(model).sizes if a.endswith(('.ffn', '.heads'))]
+        own = {a: 0.6 for a in axes if '.layers.0.' in a}
+        students[family] = inherit(model, choose(model, own) if own else manual(model, 0.5))
+    check_fresh(students, tmp_path)
 
 
 @pytest.mark.parametrize('family', [f for f in OWN if f != 'fastvit_five'])  # of one unit
@@ -166,13 +149,7 @@ def test_onnx_gives_the_same(family, tmp_path):
     masked = MaskedCLIP(twin(family)).eval()
     masked.log_alpha.data.normal_(1, 2)
     student = masked.cut()
-    x = pictures(student, 3)
-    file = onnx.export_tower(onnx.float_copy(student), 'image', x, tmp_path / 'a.onnx')
-    with torch.no_grad():
-        want = student.encode_image(x, normalize=True)
-    for n in (1, 3):
-        got = torch.as_tensor(onnx.run_rows(onnx.session(file), x[:n]))
-        assert off(got, want[:n]) < 1e-4
+    check_onnx(student, tmp_path)
 
 
 def test_unknown_sizes_are_refused():

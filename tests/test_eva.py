@@ -2,8 +2,6 @@
 
 import copy
 import functools
-import subprocess
-import sys
 import warnings
 
 import open_clip
@@ -12,7 +10,17 @@ import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_trunks import TEXT, any_keep, features, off, pictures
+from small_trunks import (
+    TEXT,
+    check_composed,
+    check_fresh,
+    check_onnx,
+    check_whole,
+    equal,
+    features,
+    off,
+    pictures,
+)
 from timm.models import eva as timm_eva
 
 from tinyclip.core import TinyclipError
@@ -26,7 +34,6 @@ from tinyclip.sparsity import Sparsity, uniform_shape, zeros_for
 from tinyclip.towers import ParamCount, layout
 from tinyclip.towers.architecture import architecture, build, config
 from tinyclip.towers.eva import EvaHeads
-from tinyclip.zoo import onnx, save
 
 SMALL = dict(embed_dim=48, depth=3, num_heads=3, img_size=32, patch_size=16)
 NAMES = {  # the name in timm, how it pools, and what makes it small
@@ -64,11 +71,6 @@ def twin(kind, seed=0):
     return model
 
 
-def equal(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(t, b[n]) for n, t in a.items())
-
-
 def uneven(model):
     "A keep with a layer less, and layers that differ; of one no heads are left, of one no neurons"
     axes = {
@@ -89,10 +91,7 @@ def pairs(model, n=64):
 
 @twins
 def test_keeping_everything_is_the_identity(kind):
-    model = twin(kind)
-    student = inherit(model, manual(model))
-    assert equal(student, model) and torch.equal(features(student), features(model))
-    assert architecture(student) == architecture(model)
+    check_whole(twin(kind))
 
 
 @twins
@@ -100,14 +99,7 @@ def test_keeping_everything_is_the_identity(kind):
 @given(st.data())
 def test_twice_is_composed_and_no_shape_is_unknown(kind, data):
     model = twin(kind)
-    first = inherit(model, data.draw(any_keep(model)))
-    second = inherit(first, data.draw(any_keep(first)))
-    assert equal(second, inherit(model, second.keep))
-    assert features(second).isfinite().all()
-    l = layout(second)
-    for n, dims in l.dims.items():
-        for d, size in zip(dims, l.shapes[n]):
-            assert not d or size == l.sizes[d.axis] * d.block * d.copies, n
+    second = check_composed(model, data)
     size = ParamCount(layout(model))
     counts = {a: len(second.keep[a]) for a in second.keep.sizes}
     gone = {i for i in range(3) if i not in second.keep['image.layers']}
@@ -178,20 +170,7 @@ def test_a_goal_is_met_exactly(kind):
 
 def test_saved_and_loaded_in_a_fresh_process(tmp_path):
     "Unequal layers and branches that are gone, bit-equal"
-    want, code = {}, ['import torch', 'from tinyclip.zoo import load', 'out = {}']
-    for kind in NAMES:
-        model = twin(kind)
-        student = inherit(model, uneven(model))
-        save(student, tmp_path / kind)
-        torch.save(pictures(model), tmp_path / f'{kind}.pt')
-        want[kind] = features(student)
-        code.append(f'm = load({str(tmp_path / kind)!r}).model.eval()')
-        code.append(f'x = torch.load({str(tmp_path / kind)!r} + ".pt")')
-        code.append(f'out[{kind!r}] = m.encode_image(x).detach()')
-    code.append(f'torch.save(out, {str(tmp_path / "out.pt")!r})')
-    subprocess.run([sys.executable, '-c', '\n'.join(code)], check=True)
-    got = torch.load(tmp_path / 'out.pt')
-    assert all(torch.equal(got[k], want[k]) for k in want)
+    check_fresh({k: inherit(twin(k), uneven(twin(k))) for k in NAMES}, tmp_path)
 
 
 @twins
@@ -292,13 +271,7 @@ def test_redundancy_sees_the_layers():
 def test_onnx_gives_the_same(kind, even, tmp_path):
     model = twin(kind)
     student = inherit(model, manual(model, 2 / 3) if even else uneven(model))
-    x = pictures(student, 3)
-    file = onnx.export_tower(onnx.float_copy(student), 'image', x, tmp_path / 'a.onnx')
-    with torch.no_grad():
-        want = student.encode_image(x, normalize=True)
-    for n in (1, 3):
-        got = torch.as_tensor(onnx.run_rows(onnx.session(file), x[:n]))
-        assert off(got, want[:n]) < 1e-4
+    check_onnx(student, tmp_path)
 
 
 @pytest.mark.parametrize('name', [n for n in REAL if n.endswith(('g-14', 'B-16', 'E-14', '384'))])

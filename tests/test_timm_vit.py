@@ -1,8 +1,6 @@
 """timm's ViT as a family, and what pools by attention: cut, masked, scored, saved, reconstructed,
 exported"""
 
-import subprocess
-import sys
 import warnings
 
 import open_clip
@@ -10,7 +8,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_trunks import FLAT, TEXT, any_keep, configuration, features, off, pictures, twin
+from small_trunks import (
+    FLAT,
+    TEXT,
+    check_composed,
+    check_fresh,
+    check_onnx,
+    check_whole,
+    configuration,
+    equal,
+    features,
+    off,
+    pictures,
+    twin,
+)
 
 from tinyclip.core import TinyclipError
 from tinyclip.evaluate.redundancy import layer_features
@@ -22,7 +33,7 @@ from tinyclip.scores import MEASURES, scored, unit_scores
 from tinyclip.sparsity import Sparsity
 from tinyclip.towers import ParamCount, layout
 from tinyclip.towers.architecture import architecture, build, config
-from tinyclip.zoo import load, onnx, save
+from tinyclip.zoo import load, save
 
 kinds = pytest.mark.parametrize('kind', FLAT)
 few = settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
@@ -32,11 +43,6 @@ LISTED = {  # one of open_clip's list for every trunk and head
     if (config(n)['vision_cfg'].get('timm_model_name') or '').startswith(('vit_', 'vitamin_'))
 }
 LISTED = [n for k, n in LISTED.items() if not k[0].startswith(('vit_relpos', 'vit_pe'))]
-
-
-def equal(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(t, b[n]) for n, t in a.items())
 
 
 def pairs(model, n=48):
@@ -54,25 +60,14 @@ def share(model, of_the_rest):
 
 @kinds
 def test_keeping_everything_is_the_identity(kind):
-    model = twin(kind)
-    student = inherit(model, manual(model))
-    assert equal(student, model) and torch.equal(features(student), features(model))
-    assert architecture(student) == architecture(model)
+    check_whole(twin(kind))
 
 
 @kinds
 @few
 @given(st.data())
 def test_twice_is_composed_and_no_shape_is_unknown(kind, data):
-    model = twin(kind)
-    first = inherit(model, data.draw(any_keep(model)))
-    second = inherit(first, data.draw(any_keep(first)))
-    assert equal(second, inherit(model, second.keep))
-    assert features(second).isfinite().all()
-    l = layout(second)
-    for n, dims in l.dims.items():
-        for d, size in zip(dims, l.shapes[n]):
-            assert not d or size == l.sizes[d.axis] * d.block * d.copies, n
+    check_composed(twin(kind), data)
 
 
 @kinds
@@ -123,22 +118,12 @@ def uneven(model):
 
 def test_saved_and_loaded_in_a_fresh_process(tmp_path):
     "Whole, halved and uneven students of all kinds, bit-equal, in one process"
-    want, code = {}, ['import torch', 'from tinyclip.zoo import load', 'out = {}']
+    students = {}
     for kind in FLAT:
         model = twin(kind)
-        students = dict(whole=model, half=inherit(model, manual(model, 0.5)), uneven=uneven(model))
-        torch.save(pictures(model), tmp_path / f'{kind}.pt')
-        code.append(f'x = torch.load({str(tmp_path / f"{kind}.pt")!r})')
-        for form, student in students.items():
-            name = f'{kind}-{form}'
-            save(student, tmp_path / name)
-            want[name] = features(student)
-            code.append(f'm = load({str(tmp_path / name)!r}).model.eval()')
-            code.append(f'out[{name!r}] = m.encode_image(x).detach()')
-    code.append(f'torch.save(out, {str(tmp_path / "out.pt")!r})')
-    subprocess.run([sys.executable, '-c', '\n'.join(code)], check=True)
-    got = torch.load(tmp_path / 'out.pt')
-    assert got.keys() == want.keys() and all(torch.equal(got[f], want[f]) for f in want)
+        forms = dict(whole=model, half=inherit(model, manual(model, 0.5)), uneven=uneven(model))
+        students |= {f'{kind}-{form}': student for form, student in forms.items()}
+    check_fresh(students, tmp_path)
 
 
 @kinds
@@ -251,13 +236,7 @@ def test_onnx_gives_the_same(kind, form, tmp_path):
     model = twin(kind)
     forms = dict(whole=lambda m: m, half=lambda m: inherit(m, manual(m, 0.5)), uneven=uneven)
     student = forms[form](model)
-    x = pictures(student, 3)
-    file = onnx.export_tower(onnx.float_copy(student), 'image', x, tmp_path / 'a.onnx')
-    with torch.no_grad():
-        want = student.encode_image(x, normalize=True)
-    for n in (1, 3):
-        got = torch.as_tensor(onnx.run_rows(onnx.session(file), x[:n]))
-        assert off(got, want[:n]) < 1e-4
+    check_onnx(student, tmp_path)
 
 
 @kinds
