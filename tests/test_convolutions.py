@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_processes import run, started
+from groups import spawn, started
 from test_reconstruction import equal, refitted, refused
 from torch import nn
 
@@ -172,7 +172,7 @@ def half_of_the_samples(rank, world, port, folder):
 
 
 def test_two_processes_add_their_sums(tmp_path):
-    run(half_of_the_samples, 2, tmp_path)
+    spawn(half_of_the_samples, 2, tmp_path)
     a, b = (torch.load(tmp_path / f'{r}.pt') for r in range(2))
     assert all(torch.equal(a[k], b[k]) for k in a)
     teacher = clip('resnet')

@@ -6,8 +6,8 @@ import warnings
 import open_clip
 import pytest
 import torch
+from groups import spawn, started
 from test_distill import Pairs, different, job, tiny
-from test_processes import run, started
 from torch import nn
 
 from tinyclip.core import TinyclipError
@@ -234,7 +234,7 @@ def together(rank, world, port, folder):
 
 
 def test_several_processes_know_before_the_first_step(tmp_path):
-    run(together, 2, tmp_path)
+    spawn(together, 2, tmp_path)
     (state, said, trains), (other, quiet, _) = (torch.load(tmp_path / f'{r}.pt') for r in range(2))
     assert trains and all(torch.equal(v, other[k]) for k, v in state.items())
     assert 'depends on spare and 3 more' in said[0] and len(said) == 2

@@ -4,14 +4,13 @@ with masks, in slices"""
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from groups import spawn, started
 from safetensors.torch import load_file
 from test_distill import Batch, Pairs, tiny
 
@@ -91,24 +90,6 @@ def gradients(objective, masked, way):
     return dict(loss=out['loss'], norm=norm, **grads)
 
 
-def started(rank, world, port):
-    os.environ |= {
-        k: str(v)
-        for k, v in dict(
-            MASTER_ADDR='127.0.0.1',
-            MASTER_PORT=port,
-            RANK=rank,
-            LOCAL_RANK=rank,
-            WORLD_SIZE=world,
-            LOCAL_WORLD_SIZE=world,
-            ACCELERATE_USE_CPU='true',
-        ).items()
-    }
-    torch.set_num_threads(1)
-    make_accelerator('fp32', 'cpu')  # joins the processes
-    assert rank_and_world_size() == (rank, world)
-
-
 def worker(rank, world, port, out):
     started(rank, world, port)
     got = {name: gradients(*case) for name, *case in cases(world)}
@@ -116,13 +97,6 @@ def worker(rank, world, port, out):
         torch.save(got, out)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-def run(f, world, *args):
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    mp.spawn(f, (world, port, *args), nprocs=world)
 
 
 def unlike(got, right):
@@ -138,7 +112,7 @@ def unlike(got, right):
 
 @pytest.mark.parametrize('world', [2, 4])
 def test_several_processes_equal_one(world, tmp_path):
-    run(worker, world, tmp_path / 'got.pt')
+    spawn(worker, world, tmp_path / 'got.pt')
     got, one = torch.load(tmp_path / 'got.pt'), {}
     for name, objective, masked, _ in cases(world):
         key = name.split(' {')[0]
@@ -213,7 +187,7 @@ def sharded(rank, world, port, folder):
 
 
 def test_a_run_in_slices(tmp_path):
-    run(sharded, 2, tmp_path)
+    spawn(sharded, 2, tmp_path)
     a, b = (torch.load(tmp_path / f'{r}.pt', weights_only=False) for r in range(2))
     for k in ('run', 'again', 'masked'):
         # plain tensors, the same everywhere

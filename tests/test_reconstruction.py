@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
+from groups import spawn, started
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_inheritance import models, quick, random_keep
-from test_processes import run, started
 
 from tinyclip.core import TinyclipError
 from tinyclip.inheritance import inherit
@@ -240,7 +240,7 @@ def half_of_the_samples(rank, world, port, folder):
 
 
 def test_two_processes_add_their_sums(tmp_path):
-    run(half_of_the_samples, 2, tmp_path)
+    spawn(half_of_the_samples, 2, tmp_path)
     a, b = (torch.load(tmp_path / f'{r}.pt') for r in range(2))
     assert all(torch.equal(a[k], b[k]) for k in a)
     teacher = clip()
@@ -263,7 +263,7 @@ def too_few_in_one_process(rank, world, port, folder):
 
 
 def test_no_process_waits_for_one_without_pairs(tmp_path):
-    run(too_few_in_one_process, 2, tmp_path)
+    spawn(too_few_in_one_process, 2, tmp_path)
 
 
 def test_a_closed_layer_scale():

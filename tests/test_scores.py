@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from groups import spawn, started
 from hypothesis import given, reject
 from hypothesis import strategies as st
-from test_processes import run, started
 from test_reconstruction import batches, clip, few, models, off
 
 from tinyclip.core import TinyclipError
@@ -254,7 +254,7 @@ def half_of_the_samples(rank, world, port, folder):
 
 
 def test_two_processes_are_one(tmp_path):
-    run(half_of_the_samples, 2, tmp_path)
+    spawn(half_of_the_samples, 2, tmp_path)
     a, b = (torch.load(tmp_path / f'{r}.pt') for r in range(2))
     for by in MEASURES:
         alone = scores(clip(), batches(64, 4), by)

@@ -3,16 +3,14 @@ runs whose teacher has a bias"""
 
 import copy
 import math
-import os
-import socket
 
 import caches
 import open_clip
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from caches import clip, data, opened  # noqa: F401
+from groups import joined, spawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -116,26 +114,19 @@ def shared(name, tile, rank=0, world=1):
     return loss.detach(), torch.autograd.grad(loss, [leaves[i] for i in (0, 1, 4, 5)])
 
 
-def worker(rank, port, out):
-    os.environ |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', rank=rank, world_size=WORLD)
-    results = []
-    for name, tile in CASES:
-        loss, grads = shared(name, tile, rank, WORLD)
-        for g in grads[2:]:
-            dist.all_reduce(g)
-        results.append((loss, [g / WORLD for g in grads]))  # as data-parallel training does
-    torch.save(results, out / f'{rank}.pt')
-    dist.barrier()
-    dist.destroy_process_group()
+def worker(rank, world, port, out):
+    with joined(rank, world, port):
+        results = []
+        for name, tile in CASES:
+            loss, grads = shared(name, tile, rank, WORLD)
+            for g in grads[2:]:
+                dist.all_reduce(g)
+            results.append((loss, [g / WORLD for g in grads]))  # as data-parallel training does
+        torch.save(results, out / f'{rank}.pt')
 
 
 def test_two_processes_equal_one(tmp_path):
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, (port, tmp_path), nprocs=WORLD)
+    spawn(worker, WORLD, tmp_path)
     found = [torch.load(tmp_path / f'{r}.pt') for r in range(WORLD)]
     for case, *parts in zip(CASES, *found):
         loss, grads = shared(*case)

@@ -1,14 +1,12 @@
 """Tiles against whole tables in float64, two processes with a share each against one, and the
 memory that tiles are for"""
 
-import os
 import shutil
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from groups import joined, spawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.loss import DistillClipLoss
@@ -389,31 +387,24 @@ CASES = [
 ]
 
 
-def worker(rank, port, out):
-    os.environ |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', rank=rank, world_size=WORLD)
-    results = []
-    for spec, tile, distributed in CASES:
-        losses, grads = loss_and_grads(spec, tile, rank, distributed)
-        for g in grads:
-            dist.all_reduce(g)
-            g /= WORLD  # what data-parallel training does
-        results.append((losses, grads))
-    direct = [uneven(rank, n) for n in SIZES]
-    for _, *grads in direct:
-        for g in grads:
-            dist.all_reduce(g)
-    torch.save((results, direct), out / f'{rank}.pt')
-    dist.barrier()
-    dist.destroy_process_group()
+def worker(rank, world, port, out):
+    with joined(rank, world, port):
+        results = []
+        for spec, tile, distributed in CASES:
+            losses, grads = loss_and_grads(spec, tile, rank, distributed)
+            for g in grads:
+                dist.all_reduce(g)
+                g /= WORLD  # what data-parallel training does
+            results.append((losses, grads))
+        direct = [uneven(rank, n) for n in SIZES]
+        for _, *grads in direct:
+            for g in grads:
+                dist.all_reduce(g)
+        torch.save((results, direct), out / f'{rank}.pt')
 
 
 def test_two_processes_equal_one(tmp_path):
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, (port, tmp_path), nprocs=WORLD)
+    spawn(worker, WORLD, tmp_path)
     for rank in range(WORLD):  # every process knows the loss of all
         results, direct = torch.load(tmp_path / f'{rank}.pt')
         for (spec, tile, distributed), (losses, grads) in zip(CASES, results):

@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -336,15 +336,8 @@ class Samples:
         return torch.tensor(places) % 4 == 3
 
 # %% ../nbs/03_reconstruction.ipynb #4919b9de
-def fitted_around(
-    branch: Branch,
-) -> tuple:  # Of `LinearMap`s
-    "The maps of a branch's shortcut; none where it is a function"
-    return () if callable(branch.shortcut) else branch.shortcut or ()
-
-
 class TowerPair:
-    "A tower of the student beside the teacher's, and the streams of both on the same inputs"
+    "A tower of the student beside the teacher's, the streams of both, and the refit of one map"
 
     def __init__(
         self,
@@ -387,13 +380,65 @@ class TowerPair:
         held = self.samples.held()
         self.streams.update(lambda batch: dict(held=held[batch['number'].cpu()]))
 
+    def refit_map(
+        self,
+        m: LinearMap,  # Of the student
+        target: LinearMap,  # The teacher's
+        rows: Callable,  # Batch of streams -> what `m` multiplies, and what it should give
+        transposed: bool = False,  # Whether its weight is kept so
+    ) -> dict:  # A row for the report
+        "Refit one linear map"
+        fit, held = self._sums(m, rows)
+        w, b, report = refit(fit, held, *self.inherited.map(m, target, fit.xx, transposed))
+        nothing_wrong = report['before'] < 1e-9
+        if report['damping'] is None and (nothing_wrong or not m.norm):
+            new = self.inherited.tensors(m, target)
+        elif m.norm:
+            new = self.inherited.taken_apart(m, target, w, b, fit + held)
+        else:
+            new = {m.weight: w.T if transposed else w, m.bias: b}
+        for n, t in new.items():
+            if n:
+                self.weights[n].copy_(t.reshape(self.weights[n].shape))
+        return dict(matrix=m.weight or m.bias, **report)
+
+    def _sums(self, m, rows) -> list:
+        "Sums over all batches and processes: of three samples in four, and of the others"
+        sums: list[Sums] = []
+        for batch in self.streams:
+            a, b = rows(batch)
+            for x, y, held in regression_rows(m, a, b, batch):
+                one = x.shape[-1], y.shape[-1], x.device, groups_of(m)
+                sums = sums or [Sums(*one) for _ in range(2)]
+                sums[held].add(x, y)
+        for s in sums:
+            s.gather()
+            if not (s.xx.isfinite().all() and s.xy.isfinite().all()):
+                raise TinyclipError(
+                    f'{m.weight or m.bias} cannot be refitted: teacher or student computes NaN or '
+                    'infinity on the calibration pairs. Look for it with tinyclip check, and in '
+                    'half precision try .float().'
+                )
+        return sums
+
+# %% ../nbs/03_reconstruction.ipynb #4919b9df
+def fitted_around(
+    branch: Branch,
+) -> tuple:  # Of `LinearMap`s
+    "The maps of a branch's shortcut; none where it is a function"
+    return () if callable(branch.shortcut) else branch.shortcut or ()
+
+
+class BottomUp(TowerPair):
+    "Refits of all linear maps of a tower, block after block, from the bottom to the projection"
+
     def __len__(self):
         branches = [b for block in self.blocks for b in block]
         maps = [m for b in branches for m in (*b.maps, *fitted_around(b))]
         return sum(len(m) if isinstance(m, list) else 1 for m in maps) + bool(self.projections[0])
 
     def refits(self) -> Iterator[dict]:
-        "Refit every linear map, from the bottom to the projection; a row for the report each"
+        "Refit them; a row for the report each"
         own, pairs = iter(self.blocks), []
         for block in self.teacher_blocks:
             if self._stays(block):
@@ -455,7 +500,7 @@ class TowerPair:
             before = own.run(self.weights, x, mask, len(own.maps) - 1)
             return m.read(before, mask) if m.weight else x[..., :0], y
 
-        yield self._refit(m, target, outer)
+        yield self.refit_map(m, target, outer)
 
         def join(batch):
             y = batch['teacher_stream']
@@ -479,7 +524,7 @@ class TowerPair:
             y = y[..., channels] * values.to(x.dtype)
             return m.read(before, mask) if m.weight else x[..., :0], y
 
-        yield self._refit(m, target, rows)
+        yield self.refit_map(m, target, rows)
         self.streams.update(
             lambda batch: dict(stream=own.add(self.weights, batch['stream'], batch.get('mask')))
         )
@@ -491,7 +536,7 @@ class TowerPair:
             many = isinstance(maps, list)
             for m, target in zip(maps if many else [maps], targets if many else [targets]):
                 rows = self._inner(own, theirs, n, m, target)
-                yield self._refit(m, target, rows)
+                yield self.refit_map(m, target, rows)
 
     def _inner(self, own, theirs, n, m, target):
         "What the nth map of a branch multiplies, and the teacher's outputs that were kept"
@@ -521,42 +566,7 @@ class TowerPair:
             y = self.family.pooled(self.teacher, batch['x'], batch['teacher_stream'])
             return x, F.linear(y, w, b)[:, rows]
 
-        return self._refit(m, target, pooled, transposed)
-
-    def _refit(self, m, target, rows, transposed=False) -> dict:
-        "Refit one linear map; `rows` gives inputs and targets of a batch"
-        fit, held = self._sums(m, rows)
-        w, b, report = refit(fit, held, *self.inherited.map(m, target, fit.xx, transposed))
-        nothing_wrong = report['before'] < 1e-9
-        if report['damping'] is None and (nothing_wrong or not m.norm):
-            new = self.inherited.tensors(m, target)
-        elif m.norm:
-            new = self.inherited.taken_apart(m, target, w, b, fit + held)
-        else:
-            new = {m.weight: w.T if transposed else w, m.bias: b}
-        for n, t in new.items():
-            if n:
-                self.weights[n].copy_(t.reshape(self.weights[n].shape))
-        return dict(matrix=m.weight or m.bias, **report)
-
-    def _sums(self, m, rows) -> list:
-        "Sums over all batches and processes: of three samples in four, and of the others"
-        sums: list[Sums] = []
-        for batch in self.streams:
-            a, b = rows(batch)
-            for x, y, held in regression_rows(m, a, b, batch):
-                one = x.shape[-1], y.shape[-1], x.device, groups_of(m)
-                sums = sums or [Sums(*one) for _ in range(2)]
-                sums[held].add(x, y)
-        for s in sums:
-            s.gather()
-            if not (s.xx.isfinite().all() and s.xy.isfinite().all()):
-                raise TinyclipError(
-                    f'{m.weight or m.bias} cannot be refitted: teacher or student computes NaN or '
-                    'infinity on the calibration pairs. Look for it with tinyclip check, and in '
-                    'half precision try .float().'
-                )
-        return sums
+        return self.refit_map(m, target, pooled, transposed)
 
 # %% ../nbs/03_reconstruction.ipynb #41d6a8dd
 class Refits(Table):
@@ -624,7 +634,7 @@ def _too_few(n):
 # %% ../nbs/03_reconstruction.ipynb #14a566a8
 def _tower_pair(student, teacher, tower, l, folder):
     folder.mkdir()
-    return TowerPair(student, teacher, tower, l, Streams(folder, next(student.parameters()).device))
+    return BottomUp(student, teacher, tower, l, Streams(folder, next(student.parameters()).device))
 
 
 def calibration_batches(pairs, samples, teacher) -> Iterator[tuple]:
