@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tinyclip.inheritance import inherit
 from tinyclip.keep import Keep, manual
+from tinyclip.masking import MaskedCLIP
 from tinyclip.towers import layout
 from tinyclip.towers.architecture import architecture, build
 from tinyclip.zoo import onnx, save
@@ -145,6 +146,15 @@ def check_composed(model, data):
         for d, size in zip(dims, l.shapes[n]):
             assert not d or size == l.sizes[d.axis] * d.block * d.copies, n
     return second
+
+
+def check_masked(model, kinds, hard, seed, mean):
+    "What is masked is what is cut, and masks matter"
+    torch.manual_seed(seed)
+    masked = MaskedCLIP(model, kinds, hard=hard).eval()
+    masked.log_alpha.data.normal_(mean, 2)
+    assert off(masked, masked.cut()) < 1e-5
+    assert masked.hard or off(masked, model) > 1e-3
 
 
 FRESH = """

@@ -14,6 +14,7 @@ from small_trunks import (
     TEXT,
     check_composed,
     check_fresh,
+    check_masked,
     check_onnx,
     check_whole,
     equal,
@@ -114,11 +115,7 @@ KINDS = [('heads', 'ffn', 'width'), ('heads', 'ffn', 'width', 'attention', 'mlp'
 @few
 @given(st.integers(0, 2**32), st.sampled_from(KINDS), st.booleans(), st.sampled_from([0.3, 1, 3]))
 def test_masked_is_cut(kind, seed, kinds, hard, mean):
-    torch.manual_seed(seed)
-    masked = MaskedCLIP(twin(kind), kinds, hard=hard).eval()
-    masked.log_alpha.data.normal_(mean, 2)
-    assert off(masked, masked.cut()) < 1e-5
-    assert masked.hard or off(masked, twin(kind)) > 1e-3
+    check_masked(twin(kind), kinds, hard, seed, mean)
 
 
 @twins

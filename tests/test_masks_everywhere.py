@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_trunks import TWINS, features, off, pictures, twin
+from small_trunks import TWINS, check_masked, features, off, pictures, twin
 
 from tinyclip.core import TinyclipError
 from tinyclip.evaluate.cost import parameters
@@ -23,12 +23,7 @@ KINDS = [('heads', 'ffn', 'width'), ('heads', 'ffn', 'width', 'attention', 'mlp'
 @few
 @given(st.integers(0, 2**32), st.sampled_from(KINDS), st.booleans(), st.sampled_from([0.3, 1, 3]))
 def test_masked_equals_cut(family, seed, kinds, hard, mean):
-    torch.manual_seed(seed)
-    masked = MaskedCLIP(twin(family), kinds, hard=hard).eval()
-    masked.log_alpha.data.normal_(mean, 2)
-    student = masked.cut()
-    assert off(masked, student) < 1e-5
-    assert masked.hard or off(masked, twin(family)) > 1e-3
+    check_masked(twin(family), kinds, hard, seed, mean)
 
 
 @families

@@ -21,6 +21,7 @@ from tinyclip.data import check, open_pairs, transforms
 from tinyclip.data.cache import encode_views, write_cache
 from tinyclip.data.cached import cached_pairs
 from tinyclip.data.pairs import Batch, TeacherBatch, as_teacher_reads
+from tinyclip.data.transforms import own_readings, probe_tokens
 from tinyclip.distill import Distiller
 from tinyclip.keep import keep_for_config
 from tinyclip.losses import Objective
@@ -173,6 +174,27 @@ def test_what_is_read_alike_is_made_once_and_as_before(data):
             shown = as_teacher_reads(b)
             assert (shown.image is b.image) == (b.teacher_pixels is None)
             assert as_teacher_reads(shown) is shown
+
+
+def test_two_tokenizers_that_read_the_first_words_alike_are_two(tmp_path):
+    "Numbers of other words may differ, as in a shortened table"
+    transformers = pytest.importorskip('transformers')
+    tokenizers = pytest.importorskip('tokenizers')
+    made = []
+    for words in (['<unk>', 'a', 'zebra'], ['<unk>', 'a', 'zebu']):
+        own = tokenizers.Tokenizer(
+            tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token='<unk>')
+        )
+        own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        folder = str(tmp_path / words[-1])
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=own, pad_token='<unk>', unk_token='<unk>'
+        ).save_pretrained(folder)
+        made.append(open_clip.tokenizer.HFTokenizer(folder, context_length=8))
+    reads = transforms(student())[1]
+    assert torch.equal(probe_tokens(made[0]), probe_tokens(made[1]))
+    assert own_readings(reads, made[0], (reads, made[0])) == (None, None)
+    assert own_readings(reads, made[0], (reads, made[1])) == (None, made[1])
 
 
 def test_workers_and_a_place_in_an_epoch_change_nothing(data):
