@@ -67,11 +67,9 @@ def parted(model, *gone):
 
 
 @pytest.fixture
-def register(tmp_path, monkeypatch):
+def register(tmp_path, monkeypatch, architectures):
     "Adds an architecture to open_clip's, with weights by tag that lie here"
-    paths, files = [], {}
-    monkeypatch.setattr(open_clip.factory, '_MODEL_CONFIG_PATHS', paths)
-    monkeypatch.setattr(open_clip.factory, '_MODEL_CONFIGS', dict(open_clip.factory._MODEL_CONFIGS))
+    files = {}
     monkeypatch.setattr(
         open_clip.factory, 'download_pretrained', lambda cfg, **_: str(files[cfg['url']])
     )

@@ -270,7 +270,7 @@ def test_manual_through_the_zoo(vectors, tmp_path, case, form):
             same_features(load(tmp_path / f'{who}.{name}', config=cfg[who]).model, io, who)
 
 
-def test_pruned_by_the_name_of_what_it_was_cut_from(vectors, tmp_path, monkeypatch):
+def test_pruned_by_the_name_of_what_it_was_cut_from(vectors, tmp_path, architectures):
     "ARCHITECTURE:FILE, and a folder that save writes from it, in one go"
     cfg = json.loads((vectors / 'meta.json').read_text())['masked'][2]
     io = load_file(vectors / 'masked_2_io.safetensors')
