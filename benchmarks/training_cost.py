@@ -89,10 +89,12 @@ if __name__ == '__main__':
     )
     p.add_argument('--shared', default='../shared')
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    p.add_argument('--ways', nargs='+', choices=[*WAYS], default=[*WAYS])
     p.add_argument('--work', type=Path, default=Path('runs/budgets'))
     a = p.parse_args()
     a.work = a.work / 'cifar10'
-    task, rates, rows = cifar10(a), best_rates(a), []
+    task, rows = cifar10(a), []
+    rates = {name: lr for name, lr in best_rates(a).items() if name in a.ways}
     for seed, (name, lr) in product(a.seeds, rates.items()):
         place = a.work / 'curves' / f'{name}-{seed}'.replace(' ', '_')
         row = row_of(place, lambda: one(task, a, name, seed, lr))
