@@ -80,6 +80,16 @@ def test_a_failure_stops_nothing_and_is_named_at_the_end(monkeypatch, capfd):
     ]
 
 
+def test_what_took_longest_is_said(monkeypatch, capfd):
+    pages = says(*PAGES, 'two.ipynb: 5 secs', 'one.ipynb: 40 secs')
+    tests = says('tests/test_a.py: 7 secs', '4 passed in 1.25s')
+    _, out = run(monkeypatch, capfd, pages=pages, tests=tests, browser=says('2 passed in 1.00s'))
+    assert [l.split('longest: ')[1] for l in out if 'longest: ' in l] == [
+        'one.ipynb 40 s, two.ipynb 5 s',
+        'test_a.py 7 s',
+    ]
+
+
 @pytest.mark.parametrize('broken', ['pages', 'tests'])
 def test_a_part_that_breaks_down_has_failed(monkeypatch, capfd, broken):
     code, out = run(

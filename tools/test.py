@@ -1,6 +1,6 @@
 """All that is tested, part after part, whatever failed before: `python tools/test.py`. It ends with
-what failed, how long each part took, and one line of sums; the exit code is 1 if anything failed. A
-page of `nbs/` counts as a test."""
+what failed, how long each part took and what in it took longest, and one line of sums; the exit
+code is 1 if anything failed. A page of `nbs/` counts as a test."""
 
 import os
 import re
@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 PYTEST = [sys.executable, '-m', 'pytest', '-q', '-rfE', '--durations=10', '--durations-min=5']
 PARTS = dict(  # name -> (threads of each process, command)
     style=(1, ['ruff', 'check', '.']),
     format=(1, ['ruff', 'format', '--check', '.']),
-    pages=(1, ['nbdev_test', '--n_workers', '2', '--do_print']),
+    pages=(1, ['nbdev_test', '--n_workers', '2', '--do_print', '--timing']),
     tests=(
         1,
         [*PYTEST, 'tests', '--ignore=tests/test_browser.py', '-n', '2', '--dist', 'loadfile'],
@@ -113,6 +114,15 @@ def clock(seconds):
     return f'{int(seconds) // 60}:{int(seconds) % 60:02} min'
 
 
+def longest(
+    lines: list,  # A part printed
+) -> str:
+    "Files that took longest, by lines such as `one.ipynb: 12 secs`, which nbdev prints"
+    took = re.findall(r'^(\S+): (\d+) secs$', '\n'.join(lines), re.MULTILINE)
+    most = sorted(took, key=lambda t: -int(t[1]))[:12]
+    return ', '.join(f'{Path(file).name} {seconds} s' for file, seconds in most)
+
+
 def main() -> int:
     total, report = Counter(), []
     for name, (threads, command) in PARTS.items():
@@ -121,11 +131,13 @@ def main() -> int:
             flush=True,
         )
         start = time.monotonic()
-        o = outcome(name, *run(command, threads))
+        code, lines = run(command, threads)
+        o, slow = outcome(name, code, lines), longest(lines)
         total += o.counts
         report += [
             f'{name:<8} {clock(time.monotonic() - start):>9}   {o.said}',
             *(f'{"":21}failed: {f}' for f in o.failed),
+            *([f'{"":21}longest: {slow}'] if slow else []),
         ]
     print('\n--- in all', *report, sep='\n')
     print(
