@@ -17,6 +17,7 @@ transformers = pytest.importorskip(
 )
 from hub import CAPTIONS, refuse, same, shake, short, tiny
 from safetensors.torch import load_file
+from test_siglip_transformers import cut
 
 from tinyclip.core import TinyclipError
 from tinyclip.zoo import load
@@ -359,6 +360,8 @@ def exports(tmp_path_factory):
     model = short(tiny(vision=dict(layers=1, width=16), text=dict(layers=1, width=16, heads=1)))
     for form in ('clip', 'slim'):
         to_transformers(model, folder / form, form=form)
+    model, tokenizer = cut('ViT-B-16-SigLIP2', 'short')
+    to_transformers(model, folder / 'siglip', tokenizer=tokenizer)
     return folder
 
 
@@ -384,7 +387,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize('form', ['clip', 'slim'])
+@pytest.mark.parametrize('form', ['clip', 'slim', 'siglip'])
 @pytest.mark.parametrize('seed', range(2))
 def test_damaged_folders_give_one_sentence(form, seed, exports, tmp_path):
     draw = torch.Generator().manual_seed(seed)

@@ -280,7 +280,7 @@ def _content(token) -> str:
     return token['content'] if isinstance(token, dict) else str(token)
 
 
-def _reread(fast, state: dict) -> Any:
+def reread(fast, state: dict) -> Any:
     "A tokenizer of transformers with another `tokenizer.json`"
     from transformers import AutoTokenizer
 
@@ -324,7 +324,7 @@ def part_of(
     if padding := state.get('padding'):
         padding['pad_id'] = places[padding['pad_id']]
     new = copy.copy(tokenizer)
-    own: Any = _reread(fast, state)
+    own: Any = reread(fast, state)
     if own.backend_tokenizer.get_vocab(with_added_tokens=True) != ids:
         raise TinyclipError(
             'The tokens of this tokenizer cannot be numbered anew: added tokens stand among those '

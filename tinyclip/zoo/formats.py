@@ -106,7 +106,7 @@ class OpenClip(Format):
 
 
 class Transformers(Format):
-    "Export format of transformers: a `CLIPModel`, or a model with its own modelling file"
+    "Export format of transformers: `CLIPModel`, `SiglipModel`, or with a modelling file of its own"
 
     files = {'transformers': ('model*.safetensors',)}
     options = dict(
@@ -114,15 +114,15 @@ class Transformers(Format):
         form=dict(
             choices=names_in('zoo.to_transformers', 'FORMS'),
             default='auto',
-            help='a plain CLIPModel, or one with its own modelling file (default: the first '
-            'where it can be exact)',
+            help='a plain CLIPModel or SiglipModel, or one with its own modelling file (default: '
+            'a plain one where it can be exact)',
         ),
     )
 
     def write(self, loaded, folder, fp16=False, form='auto'):
         from tinyclip.zoo.to_transformers import to_transformers
 
-        report = to_transformers(loaded.model, folder, form, _dtype(fp16))
+        report = to_transformers(loaded.model, folder, form, _dtype(fp16), loaded.tokenizer)
         return {k: report[k] for k in ('form', 'why', 'parameters', 'stored', 'snippet')}
 
     def open(self, folder, form='transformers', device='cpu'):
@@ -138,10 +138,12 @@ class Transformers(Format):
                 f'It has its own modelling file, since it cannot be a CLIPModel: {report["why"]}.'
             )
         if report['stored'] > report['parameters']:
+            siglip = report['form'] == 'siglip'
             lines.append(
-                f'As a CLIPModel it holds {human(report["stored"])} parameters, '
+                f'As a {"SiglipModel" if siglip else "CLIPModel"} it holds '
+                f'{human(report["stored"])} parameters, '
                 f'{human(report["stored"] - report["parameters"])} of them zeros that fill '
-                'uneven layers up; --form slim has none.'
+                f'uneven layers up{"" if siglip else "; --form slim has none"}.'
             )
         return [*lines, report['snippet']]
 

@@ -8,22 +8,29 @@ __all__ = ['tower_of', 'describe', 'pack', 'to_transformers']
 # %% ../../nbs/zoo/06_to_transformers.ipynb #723e0e6a
 import json
 import math
+import re
 import shutil
+import string
 from pathlib import Path
+from typing import Any
 
 import torch
+from open_clip.tokenizer import HFTokenizer, get_clean_fn
 from safetensors.torch import save_file
 from torch import nn
 
 import tinyclip
-from ..core import TinyclipError, check_choice
-from ..towers import TEXT, VIT, family_of
+from ..core import TinyclipError, check_choice, read_json, write_json
+from ..data.subwords import read_state, reread
+from ..towers import TEXT, VIT, family_of, layout
 from ..towers.architecture import architecture
+from ..towers.timm_vit import TIMM_VIT
 from .folders import preprocess_cfg, replacing
-from .vocabulary import tokenizer_of, vocab_and_merges
+from .vocabulary import CLEANING, tokenizer_of, vocab_and_merges
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #510e9649
 BPE = 49408  # tokens of CLIP's vocabulary; the last one ends a text
+ELSEWHERE = 'Keep this model as an open_clip folder, or export it to ONNX.'
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #7d97df1d
 def tower_of(cfg, tower) -> dict:
@@ -54,20 +61,21 @@ def describe(
     "Description of a model for transformers; refuses what that cannot hold"
     cfg = architecture(model)
     vision, text = cfg['vision_cfg'], cfg['text_cfg']
+    if model.logit_bias is not None:
+        raise TinyclipError(
+            'This model has a logit_bias (SigLIP), and the CLIP of transformers has none. Use '
+            "form='siglip'."
+        )
     for tower, own in (('image', VIT), ('text', TEXT)):
         if (family := family_of(model, tower)) is not own:
             raise TinyclipError(
                 f"The {tower} tower is a {family.name}; the CLIP of transformers has open_clip's "
-                f'{own.name} only. Keep this model as an open_clip folder, or export it to ONNX.'
+                f'{own.name} only. {ELSEWHERE}'
             )
     if text.get('embed_cls') or text.get('proj_type') == 'none':
         raise TinyclipError(
             'The text tower ends in a class token of its own, or has no projection (CoCa); the '
             'CLIP of transformers has neither.'
-        )
-    if model.logit_bias is not None:
-        raise TinyclipError(
-            'This model has a logit_bias (SigLIP); the CLIP of transformers has none.'
         )
     if text.get('pool_type', 'argmax') not in ('argmax', 'eos'):
         raise TinyclipError(
@@ -113,13 +121,14 @@ def fit(
 ) -> (
     tuple | None
 ):  # (heads, head size, neurons) of every layer of a CLIPModel; None if there are none that fit
-    "The smallest even layers that hold the layers of a tower"
-    width, heads = tower['width'], max(1, *tower['heads'])
+    "The smallest even layers that hold the layers of a tower, and its pooling where it has one"
+    width, heads = tower['width'], max(1, tower.get('pool_heads', 0), *tower['heads'])
     size = next(
         (d for d in range(tower['head_dim'], width + 1) if width % d == 0 and width // d >= heads),
         None,
     )
-    return None if size is None else (width // size, size, max(1, *tower['ffn']))
+    neurons = max(1, tower.get('pool_ffn', 0), *tower['ffn'])
+    return None if size is None else (width // size, size, neurons)
 
 
 def obstacle(
@@ -143,9 +152,10 @@ def obstacle(
 
 def _misfit(tower, kind) -> str:
     "Sentence on a tower that no even layers hold"
+    heads = max(tower.get('pool_heads', 0), *tower['heads'])
     return (
-        f'{max(tower["heads"])} heads of {tower["head_dim"]} do not fit into the '
-        f'width {tower["width"]} of its {kind} tower'
+        f'{heads} heads of {tower["head_dim"]} do not fit into the width {tower["width"]} of its '
+        f'{kind} tower'
     )
 
 
@@ -153,7 +163,10 @@ def _fitted(tower, kind) -> tuple:
     "`fit` of a tower, refused where nothing fits"
     even = fit(tower)
     if even is None:
-        raise TinyclipError(f'This model cannot be a CLIPModel: {_misfit(tower, kind)}.')
+        raise TinyclipError(
+            f'All layers of a tower are even in transformers, and {_misfit(tower, kind)}; cut its '
+            f'heads, too. {ELSEWHERE}'
+        )
     return even
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #67b3290c
@@ -233,14 +246,13 @@ def pack_block(
         new[f'layer_norm{i}.bias'] = b.get(f'ln_{i}.bias', zeros(width))
     return new
 
-# %% ../../nbs/zoo/06_to_transformers.ipynb #878b07d9
-def pack(
+# %% ../../nbs/zoo/06_to_transformers.ipynb #bd3dbe45
+def pack_layers(
     state: dict,  # open_clip's names
     d: dict,  # From `describe`
-) -> dict:  # Names and shapes of a CLIPModel
-    "The weights of a CLIPModel with the same outputs"
-    new = {b: state[a].T if a in TURNED else state[a] for a, b in TOP.items()}
-    new['logit_scale'] = new['logit_scale'].reshape(())
+) -> dict:  # Names and shapes of a CLIPEncoder
+    "The layers of both towers, padded to even size"
+    new = {}
     for tower, (here, there) in BLOCKS.items():
         t = d[tower]
         even = _fitted(t, tower)
@@ -252,6 +264,15 @@ def pack(
                 for k, v in pack_block(block, t['width'], t['head_dim'], even).items()
             }
     return new
+
+# %% ../../nbs/zoo/06_to_transformers.ipynb #878b07d9
+def pack(
+    state: dict,  # open_clip's names
+    d: dict,  # From `describe`
+) -> dict:  # Names and shapes of a CLIPModel
+    "The weights of a CLIPModel with the same outputs"
+    new = {b: state[a].T if a in TURNED else state[a] for a, b in TOP.items()}
+    return new | dict(logit_scale=new['logit_scale'].reshape(())) | pack_layers(state, d)
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #feb6f806
 def transformers_or_why():
@@ -289,7 +310,7 @@ def image_processor_cfg(
     how = (
         dict(size=box, do_center_crop=False)
         if mode == 'squash'
-        else dict(size=dict(shortest_edge=size[0]), crop_size=box)
+        else dict(size=dict(shortest_edge=size[0]), crop_size=box, do_center_crop=True)
     )
     return dict(
         **how,
@@ -325,6 +346,300 @@ def processor(
     images = tf.CLIPImageProcessor(**image_processor_cfg(model))
     return tf.CLIPProcessor(image_processor=images, tokenizer=clip_tokenizer(model))
 
+# %% ../../nbs/zoo/06_to_transformers.ipynb #2c98b9b0
+def flat_state(model, dtype=None) -> dict:
+    "The weights under the names of a flat CLIP, on the CPU, in one type"
+    state = {k.removeprefix('text.'): v.detach().cpu() for k, v in model.state_dict().items()}
+    kinds = {v.dtype for v in state.values()}
+    dtype = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
+    return {k: v.to(dtype) for k, v in state.items()}
+
+
+SIGLIP = {
+    'visual.trunk.pos_embed': 'vision_model.embeddings.position_embedding.weight',
+    'token_embedding.weight': 'text_model.embeddings.token_embedding.weight',
+    'positional_embedding': 'text_model.embeddings.position_embedding.weight',
+    'logit_scale': 'logit_scale',
+    'logit_bias': 'logit_bias',
+}
+SIGLIP |= {
+    f'{a}.{k}': f'{b}.{k}'
+    for a, b in (
+        ('visual.trunk.patch_embed.proj', 'vision_model.embeddings.patch_embedding'),
+        ('visual.trunk.norm', 'vision_model.post_layernorm'),
+        ('ln_final', 'text_model.final_layer_norm'),
+        ('text_projection', 'text_model.head'),
+    )
+    for k in ('weight', 'bias')
+}
+# parts of timm's blocks and of its pooling, and what open_clip calls them
+TIMM = {
+    'norm1': 'ln_1',
+    'attn.qkv': 'attn.in_proj',
+    'attn.proj': 'attn.out_proj',
+    'ls1': 'ls_1',
+    'norm2': 'ln_2',
+    'mlp.fc1': 'mlp.c_fc',
+    'mlp.fc2': 'mlp.c_proj',
+    'ls2': 'ls_2',
+}
+POOL = dict(latent='latent', q='q', kv='kv', proj='attn.out_proj', norm='ln_2')
+POOL |= {k: v for k, v in TIMM.items() if k.startswith('mlp.')}
+# parts of a block here, and of the pooling of a SiglipModel
+HEAD = {'self_attn.out_proj': 'attention.out_proj', 'layer_norm2': 'layernorm'}
+HEAD |= {f'mlp.{n}': f'mlp.{n}' for n in ('fc1', 'fc2')}
+
+
+def as_blocks(
+    state: dict,  # From `flat_state`
+) -> dict:
+    "The weights of a SigLIP with its image tower's blocks, and the pooling, in open_clip's words"
+    trunk = re.compile(
+        r'visual\.trunk\.(?:(blocks\.\d+)|attn_pool)\.(.+?)(\.(?:weight|bias|gamma)|)'
+    )
+
+    def renamed(name):
+        found = trunk.fullmatch(name)
+        parts = TIMM if found and found[1] else POOL
+        if not found or found[2] not in parts:
+            return name
+        place = f'visual.transformer.res{found[1]}' if found[1] else 'pool'
+        return f'{place}.{parts[found[2]]}{found[3]}'.replace('in_proj.', 'in_proj_')
+
+    return {renamed(k): v for k, v in state.items()}
+
+
+def pack_pool(
+    p: dict,  # Tensors of the pooling, from `as_blocks`
+    tower: dict,  # From `describe_siglip`
+) -> dict:  # Tensors of a SiglipMultiheadAttentionPoolingHead
+    "The pooling by attention, padded like a block"
+    width, w, b = tower['width'], p['q.weight'], p['q.bias']
+    probe = p['latent'].flatten()
+    if len(probe) != width:  # what it asks is the same for every image, so a bias can hold it
+        b = (w.double() @ probe.double() + b.double()).to(b.dtype)
+        w, probe = w.new_zeros(len(w), width), probe.new_zeros(width)
+    block = p | {
+        'attn.in_proj_weight': torch.cat([w, p['kv.weight']]),
+        'attn.in_proj_bias': torch.cat([b, p['kv.bias']]),
+    }
+    packed = pack_block(block, width, tower['head_dim'], _fitted(tower, 'vision'))
+    new = {'probe': probe.view(1, 1, width)}
+    for k in ('weight', 'bias'):
+        qkv = [packed[f'self_attn.{n}_proj.{k}'] for n in 'qkv']
+        new[f'attention.in_proj_{k}'] = torch.cat(qkv)
+        new |= {f'{b}.{k}': packed[f'{a}.{k}'] for a, b in HEAD.items()}
+    return new
+
+
+def pack_siglip(
+    state: dict,  # From `flat_state`
+    d: dict,  # From `describe_siglip`
+) -> dict:  # Names and shapes of a SiglipModel
+    "The weights of a SiglipModel with the same outputs"
+    state = as_blocks(state)
+    new = {b: state[a] for a, b in SIGLIP.items()}
+    positions = SIGLIP['visual.trunk.pos_embed']
+    new |= {positions: new[positions][0]}
+    new |= {k: new[k].reshape(1) for k in ('logit_scale', 'logit_bias')}
+    pool = {k.removeprefix('pool.'): v for k, v in state.items() if k.startswith('pool.')}
+    head = {f'vision_model.head.{k}': v for k, v in pack_pool(pool, d['vision']).items()}
+    return new | head | pack_layers(state, d)
+
+# %% ../../nbs/zoo/06_to_transformers.ipynb #05b4ce0b
+def _refuse_siglip(why):
+    raise TinyclipError(f'This model has a logit_bias, and the SiglipModel of transformers {why}')
+
+
+def check_siglip(
+    model: Any,  # A SigLIP or a student
+):
+    "Refuse towers that a SiglipModel has not"
+    for tower, own in (('image', TIMM_VIT), ('text', TEXT)):
+        if (family := family_of(model, tower)) is not own:
+            _refuse_siglip(f'has a {own.name}, not a {family.name}. {ELSEWHERE}')
+    text = TEXT.static(getattr(model, 'text', model))
+    if (pool := text.get('pool_type', 'argmax')) != 'last':
+        _refuse_siglip(f'pools the last token of a text, not {pool!r}. {ELSEWHERE}')
+    if not text.get('no_causal_mask'):
+        _refuse_siglip(f'reads texts in both directions, this one in one. {ELSEWHERE}')
+    state = as_blocks({k.removeprefix('text.'): v for k, v in model.state_dict().items()})
+    needed = [*SIGLIP, 'pool.latent', 'pool.q.bias', 'pool.kv.bias']
+    needed += [k[:-6] + 'bias' for k in state if k.endswith('attn.in_proj_weight')]
+    if lacking := next((k for k in needed if k not in state), None):
+        _refuse_siglip(f'needs {lacking}, which is not there. {ELSEWHERE}')
+    places = (*(f'{here}.' for here, _ in BLOCKS.values()), 'pool.')
+    if more := next((k for k in state if k not in SIGLIP and not k.startswith(places)), None):
+        _refuse_siglip(f'has no place for {more}. {ELSEWHERE}')
+    if len(state['pool.latent'].flatten(0, -2)) != 1:
+        _refuse_siglip(f'pools by one query, this one by several. {ELSEWHERE}')
+
+
+def _only(values, what):
+    "The one value of a tower"
+    found = sorted(set(values), key=str)
+    if len(found) != 1 or found[0] is None:
+        _refuse_siglip(f'has one {what} in its image tower, not {found}. {ELSEWHERE}')
+    return found[0]
+
+
+def _activation(m) -> str | None:  # None for one that is not known
+    "Name of an activation in transformers"
+    names = dict(none='gelu', tanh='gelu_pytorch_tanh')
+    own = names[m.approximate] if isinstance(m, nn.GELU) else None
+    return 'gelu_pytorch_tanh' if type(m).__name__ == 'GELUTanh' else own
+
+
+def describe_siglip(
+    model: Any,  # A SigLIP or a student
+) -> dict:  # `vision`, `text`, `projection_dim`
+    "Description of a SigLIP for transformers; refuses what a SiglipModel cannot hold"
+    check_siglip(model)
+    sizes, trunk = layout(model).sizes, model.visual.trunk
+    text, fixed = TEXT.static(getattr(model, 'text', model)), TIMM_VIT.fixed(trunk)
+
+    def tower(name, **own):
+        n = range(sizes[f'{name}.layers'])
+        layers = {k: [sizes.get(f'{name}.layers.{i}.{k}', 0) for i in n] for k in ('heads', 'ffn')}
+        return dict(width=sizes[f'{name}.width'], **layers, **own, layer_scale=False)
+
+    pool, mlps = trunk.attn_pool, [b.mlp for b in trunk.blocks if hasattr(b.mlp, 'act')]
+    size = model.visual.image_size
+    vision = tower(
+        'image',
+        head_dim=_only({pool.head_dim, fixed['head_dim'] or pool.head_dim}, 'size of heads'),
+        act=_only({_activation(m.act) for m in (*mlps, pool.mlp)}, 'activation'),
+        eps=_only({m.eps for m in trunk.modules() if isinstance(m, nn.LayerNorm)}, 'eps'),
+        image_size=[size, size] if isinstance(size, int) else list(size),
+        patch_size=list(trunk.patch_embed.patch_size),
+        pool_heads=sizes['image.pool.heads'],
+        pool_ffn=sizes['image.pool.ffn'],
+    )
+    act = 'gelu_pytorch_tanh' if 'act_kwargs' in text else 'gelu'
+    words = tower(
+        'text',
+        head_dim=text['head_dim'],
+        act='quick_gelu' if text.get('quick_gelu') else act,
+        eps=text.get('norm_kwargs', {}).get('eps', 1e-5),
+        vocab_size=text['vocab_size'],
+        context_length=text['context_length'],
+    )
+    if vision['width'] != sizes['embed']:
+        _refuse_siglip(
+            f'pools into the width of its image tower: image.width is {vision["width"]} and embed '
+            f'{sizes["embed"]}. Cut both alike, or other axes: layers, heads, neurons. {ELSEWHERE}'
+        )
+    if any(a != b for a, b in (vision['image_size'], vision['patch_size'])):
+        _refuse_siglip(f'takes squares, for images and patches. {ELSEWHERE}')
+    for kind, t in dict(vision=vision, text=words).items():
+        _fitted(t, kind)
+    return dict(vision=vision, text=words, projection_dim=sizes['embed'])
+
+# %% ../../nbs/zoo/06_to_transformers.ipynb #804ab0a3
+PROBES = (
+    'a photo of a cat',
+    'Two dogs, 12 cafés',
+    "It's a  SMALL (red) house; isn't it?",
+    'snow-covered_mountains & a lake / river + trees = #1 view!',
+    'so many words that they fill the context of any model, ' * 60,
+)
+
+
+def cleaned(
+    fast: Any,  # A tokenizer of the tokenizers library, changed in place
+    clean: str,  # Of `CLEANING`
+):
+    "Put open_clip's cleaning of texts in front of a tokenizer, where it is not there already"
+    from tokenizers import Regex, normalizers
+
+    marks = ''.join(c for c in string.punctuation if c not in '[\\]^-')
+    steps: list[Any] = [normalizers.Replace(Regex(r'\s+'), ' '), normalizers.Strip()]
+    if clean == 'canonicalize':
+        steps = [
+            normalizers.Replace('_', ' '),
+            normalizers.Replace(Regex(rf'[{marks}\[\\\]^-]'), ''),
+            *steps,
+        ]
+    if clean != 'whitespace':
+        steps.append(normalizers.Lowercase())
+    own = fast.normalizer
+    if cleaning_of(fast) != clean:
+        fast.normalizer = normalizers.Sequence([*steps, own] if own else steps)
+    return fast
+
+
+def cleaning_of(
+    fast: Any,  # As for `cleaned`
+) -> str | None:  # Of `CLEANING`; None for none of them
+    "The cleaning that `cleaned` has put in front of a tokenizer"
+    from tokenizers import Tokenizer, models
+
+    def steps(fast):
+        own = json.loads(fast.to_str())['normalizer'] or {}
+        return own.get('normalizers', [])
+
+    if fast.normalizer is None:
+        return None
+    for clean in reversed(CLEANING):  # the first steps of one are all of another
+        ours = steps(cleaned(Tokenizer(models.BPE()), clean))
+        if steps(fast)[: len(ours)] == ours:
+            return clean
+    return None
+
+
+def siglip_tokenizer(
+    model: nn.Module,  # A SigLIP or a student
+    tokenizer: Any = None,  # open_clip's
+) -> Any:  # Of transformers
+    "Tokenizer of a SigLIP with open_clip's cleaning in its `tokenizer.json`"
+    transformers_or_why()
+    own = tokenizer_of(model, tokenizer)
+    if not isinstance(own, HFTokenizer):
+        raise TinyclipError(
+            "A SiglipModel pools the last place of a text, which is padding; CLIP's own BPE is "
+            f'padded otherwise in transformers than here. {ELSEWHERE}'
+        )
+    clean = next(n for n in CLEANING if get_clean_fn(n) is own.clean_fn)
+    read_state(own)  # refuses what has no `tokenizer.json`
+    fast: Any = type(own.tokenizer.backend_tokenizer).from_str(
+        own.tokenizer.backend_tokenizer.to_str()
+    )
+    fast.no_padding()
+    fast.no_truncation()
+    return reread(own.tokenizer, json.loads(cleaned(fast, clean).to_str()))
+
+
+def siglip_processor(
+    model: nn.Module,  # A SigLIP or a student
+    tokenizer: Any = None,  # open_clip's
+):  # A `SiglipProcessor`
+    "Tokenizer and image preparation of a SigLIP, as transformers has them"
+    words = siglip_tokenizer(model, tokenizer)
+    tf = transformers_or_why()
+    images = tf.SiglipImageProcessor(**image_processor_cfg(model))
+    return tf.SiglipProcessor(image_processor=images, tokenizer=words)
+
+
+def write_subwords(
+    model: nn.Module,  # A SigLIP or a student
+    own: Any,  # From `siglip_tokenizer`
+    tokenizer: Any,  # open_clip's
+    folder: Path,  # With its `config.json`
+):
+    "Write the tokenizer of a SigLIP; one that reads otherwise is refused"
+    own.save_pretrained(str(folder))
+    config = folder / 'tokenizer_config.json'
+    fixed = dict(model_max_length=model.context_length, model_input_names=['input_ids'])
+    write_json(config, read_json(config, 'export again') | fixed)
+    reader = transformers_or_why().AutoTokenizer.from_pretrained(str(folder))
+    ids = reader(list(PROBES), padding='max_length', truncation=True).input_ids
+    for text, got, want in zip(PROBES, ids, tokenizer(list(PROBES)).tolist(), strict=True):
+        if got != want:
+            raise TinyclipError(
+                f'transformers reads {text[:60]!r} otherwise than open_clip does, so it cannot '
+                f'have this tokenizer. {ELSEWHERE}'
+            )
+
 # %% ../../nbs/zoo/06_to_transformers.ipynb #ac32300a
 # of a model, its sign first; others are left alone
 FILES = (
@@ -342,53 +657,55 @@ FILES = (
     'merges.txt',
     'special_tokens_map.json',
     'added_tokens.json',
+    'spiece.model',
+    'tokenizer.model',
 )
-FORMS = ('auto', 'clip', 'slim')
+FORMS = ('auto', 'clip', 'siglip', 'slim')
 MODELLING = Path(tinyclip.__file__).parent / 'assets' / 'transformers' / 'modeling_tinyclip.py'
 
 
-def flat_state(model, dtype=None) -> dict:
-    "The weights under the names of a flat CLIP, on the CPU, in one type"
-    state = {k.removeprefix('text.'): v.detach().cpu() for k, v in model.state_dict().items()}
-    kinds = {v.dtype for v in state.values()}
-    dtype = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
-    return {k: v.to(dtype) for k, v in state.items()}
+def even_config(d, kind, **more) -> dict:
+    "Configuration of a tower for transformers"
+    t = d[kind]
+    heads, _, ffn = _fitted(t, kind)
+    if kind == 'vision':
+        more |= {k: t[k][0] for k in ('image_size', 'patch_size')}
+    else:
+        more |= dict(vocab_size=t['vocab_size'], max_position_embeddings=t['context_length'])
+    return dict(
+        hidden_size=t['width'],
+        intermediate_size=ffn,
+        num_hidden_layers=len(t['heads']),
+        num_attention_heads=heads,
+        hidden_act=t['act'],
+        layer_norm_eps=t['eps'],
+        **more,
+    )
 
 
 def clip_config(d, logit_scale, dtype):
     "A `CLIPConfig`"
-
-    def tower(kind, **more):
-        t = d[kind]
-        heads, _, ffn = _fitted(t, kind)
-        return dict(
-            hidden_size=t['width'],
-            intermediate_size=ffn,
-            num_hidden_layers=len(t['heads']),
-            num_attention_heads=heads,
-            hidden_act=t['act'],
-            layer_norm_eps=t['eps'],
-            projection_dim=d['projection_dim'],
-            **more,
-        )
-
-    v, t = d['vision'], d['text']
+    t, width = d['text'], dict(projection_dim=d['projection_dim'])
     end = min(t['vocab_size'], BPE) - 1
-    text = tower(
-        'text',
-        vocab_size=t['vocab_size'],
-        max_position_embeddings=t['context_length'],
-        bos_token_id=end - 1,
-        eos_token_id=end if t['eos_id'] is None else t['eos_id'],
-        pad_token_id=end,
-    )
-    vision = tower('vision', image_size=v['image_size'][0], patch_size=v['patch_size'][0])
+    eos = end if t['eos_id'] is None else t['eos_id']
+    marks = dict(bos_token_id=end - 1, eos_token_id=eos, pad_token_id=end)
     return transformers_or_why().CLIPConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=even_config(d, 'vision', **width),
+        text_config=even_config(d, 'text', **width, **marks),
         projection_dim=d['projection_dim'],
         logit_scale_init_value=logit_scale,
         architectures=['CLIPModel'],
+        dtype=dtype,
+    )
+
+
+def siglip_config(d, tokenizer, dtype):
+    "A `SiglipConfig`"
+    marks = {f'{n}_token_id': getattr(tokenizer, f'{n}_token_id') for n in ('bos', 'eos', 'pad')}
+    return transformers_or_why().SiglipConfig(
+        vision_config=even_config(d, 'vision'),
+        text_config=even_config(d, 'text', projection_size=d['projection_dim'], **marks),
+        architectures=['SiglipModel'],
         dtype=dtype,
     )
 
@@ -406,31 +723,60 @@ def slim_config(d, dtype) -> dict:
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #8fa1c250
 def snippet(
-    form: str,  # `'clip'` or `'slim'`
+    form: str,  # `'clip'`, `'siglip'` or `'slim'`
     folder='FOLDER',  # Where the model is
 ) -> str:  # Python
     "Code that uses an export"
-    kind, own = ('CLIPModel', '') if form == 'clip' else ('AutoModel', ', trust_remote_code=True')
+    kind = 'AutoModel' if form == 'slim' else dict(clip='CLIPModel', siglip='SiglipModel')[form]
+    read = 'SiglipProcessor' if form == 'siglip' else 'CLIPProcessor'
+    own = ', trust_remote_code=True' if form == 'slim' else ''
+    padding = "'max_length'" if form == 'siglip' else 'True'
+    made = 'sigmoid()' if form == 'siglip' else 'softmax(dim=1)'
     return f"""from PIL import Image
-from transformers import {kind}, CLIPProcessor
+from transformers import {kind}, {read}
 
 model = {kind}.from_pretrained({str(folder)!r}{own})
-processor = CLIPProcessor.from_pretrained({str(folder)!r}{own}, backend='pil') \
+processor = {read}.from_pretrained({str(folder)!r}{own}, backend='pil') \
 # without backend=, pixels differ a little
 inputs = processor(text=['a photo of a cat', 'a photo of a dog'], \
-images=Image.open('photo.jpg'), return_tensors='pt', padding=True, truncation=True)
-probs = model(**inputs).logits_per_image.softmax(dim=1)"""
+images=Image.open('photo.jpg'), return_tensors='pt', padding={padding}, truncation=True)
+probs = model(**inputs).logits_per_image.{made}"""
+
+# %% ../../nbs/zoo/06_to_transformers.ipynb #557565a2
+def chosen(
+    model: Any,  # A CLIP or a student
+    form: str = 'auto',  # Of `FORMS`
+) -> tuple:  # (form, description, what keeps it from being a CLIPModel)
+    "The form in which a model leaves, and its description; refuses one that it cannot have"
+    if form == 'siglip' or form == 'auto' and getattr(model, 'logit_bias', None) is not None:
+        return 'siglip', describe_siglip(model), ''
+    d = describe(model)
+    why = obstacle(d)
+    if form == 'clip' and why:
+        raise TinyclipError(f"This model cannot be a CLIPModel: {why}. Use form='slim'.")
+    return ('slim' if why or form == 'slim' else 'clip'), d, why
+
+
+def unpadded(state, d) -> dict:
+    "The weights under the names of the form that brings its own code"
+    own = {
+        k if k.startswith('visual.') or k == 'logit_scale' else f'text.{k}': v
+        for k, v in state.items()
+    }
+    return own | dict(logit_scale=state['logit_scale'].reshape(()))
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #429cd0fc
 def to_transformers(
-    model: nn.Module,  # A CLIP or a student with vision transformer and CLIP's tokenizer
+    # A CLIP or a student with vision transformer and CLIP's tokenizer, or a SigLIP or its student
+    model: nn.Module,
     folder,  # Made if absent; a model that transformers would find in it is replaced
-    # `'clip'`: a `CLIPModel`; `'slim'`: with its own modelling file; `'auto'`: the first where
-    # possible
+    # `'clip'`: a `CLIPModel`; `'siglip'`: a `SiglipModel`; `'slim'`: with its own modelling file;
+    # `'auto'`: a plain one where possible
     form: str = 'auto',
     dtype: torch.dtype
     # Store weights in this type; None for as they are (float32 where they are mixed)
     | None = None,
+    tokenizer: Any = None,  # Needed for models with a Hugging Face tokenizer
 ) -> dict:  # `folder`, `form`, `why`, `parameters`, `stored`, `snippet`
     """Write a folder that transformers loads, all or nothing
 
@@ -438,22 +784,12 @@ def to_transformers(
     in the folder (the rest is padding).
     """
     check_choice('form', form, FORMS)
-    d, both = describe(model), processor(model)
-    why = obstacle(d)
-    if form == 'clip' and why:
-        raise TinyclipError(f"This model cannot be a CLIPModel: {why}. Use form='slim'.")
-    form = 'slim' if why or form == 'slim' else 'clip'
+    form, d, why = chosen(model, form)
+    both = processor(model) if form != 'siglip' else siglip_processor(model, tokenizer)
     state = flat_state(model, dtype)
     kind = str(state['logit_scale'].dtype).removeprefix('torch.')
-    if form == 'clip':
-        new = pack(state, d)
-    else:
-        new = {
-            k if k.startswith('visual.') or k == 'logit_scale' else f'text.{k}': v
-            for k, v in state.items()
-        } | dict(logit_scale=state['logit_scale'].reshape(()))
+    new = dict(clip=pack, siglip=pack_siglip, slim=unpadded)[form](state, d)
     with replacing(folder, FILES) as tmp:
-        both.tokenizer.save_pretrained(str(tmp))
         both.image_processor.save_pretrained(str(tmp))
         save_file(
             {k: v.contiguous().clone() for k, v in new.items()},
@@ -462,9 +798,15 @@ def to_transformers(
         )
         if form == 'clip':
             clip_config(d, float(new['logit_scale']), kind).save_pretrained(str(tmp))
+        elif form == 'siglip':
+            siglip_config(d, both.tokenizer, kind).save_pretrained(str(tmp))
         else:
             shutil.copy(MODELLING, tmp)
             (tmp / 'config.json').write_text(json.dumps(slim_config(d, kind), indent=2))
+        if form == 'siglip':
+            write_subwords(model, both.tokenizer, tokenizer, tmp)
+        else:
+            both.tokenizer.save_pretrained(str(tmp))
 
     def count(state):
         return sum(v.numel() for v in state.values())

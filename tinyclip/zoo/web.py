@@ -9,7 +9,6 @@ __all__ = ['to_web', 'WebCLIP']
 import contextlib
 import hashlib
 import shutil
-import string
 import subprocess
 import tarfile
 import tempfile
@@ -43,8 +42,8 @@ from tinyclip.zoo.onnx import (
     weight_bits,
     write_graph,
 )
+from .to_transformers import PROBES, cleaned, image_processor_cfg, transformers_or_why
 from .to_transformers import clip_tokenizer as hugging_tokenizer
-from .to_transformers import image_processor_cfg, transformers_or_why
 
 # %% ../../nbs/zoo/10_web.ipynb #c43bfece
 class TextRules(NamedTuple):
@@ -180,15 +179,6 @@ def combine(
     return Path(target)
 
 # %% ../../nbs/zoo/10_web.ipynb #c51c0d9a
-PROBES = (
-    'a photo of a cat',
-    'Two dogs, 12 cafés',
-    "It's a  SMALL (red) house; isn't it?",
-    'snow-covered_mountains & a lake / river + trees = #1 view!',
-    'so many words that they fill the context of any model, ' * 60,
-)
-
-
 class WebTokenizer:
     "Tokenizer from the files of an export: list of texts -> `(n, context)`"
 
@@ -216,25 +206,6 @@ class WebTokenizer:
             attention_mask=[[1] * len(r) + [0] * (longest - len(r)) for r in rows],
         )
         return {k: np.array(v, dtype=np.int64) for k, v in lists.items()}
-
-
-def cleaned(fast, clean: str):
-    "Put open_clip's cleaning of texts in front of a tokenizer"
-    from tokenizers import Regex, normalizers
-
-    marks = ''.join(c for c in string.punctuation if c not in '[\\]^-')
-    steps: list[Any] = [normalizers.Replace(Regex(r'\s+'), ' '), normalizers.Strip()]
-    if clean == 'canonicalize':
-        steps = [
-            normalizers.Replace('_', ' '),
-            normalizers.Replace(Regex(rf'[{marks}\[\\\]^-]'), ''),
-            *steps,
-        ]
-    if clean != 'whitespace':
-        steps.append(normalizers.Lowercase())
-    own = fast.normalizer
-    fast.normalizer = normalizers.Sequence([*steps, own] if own else steps)
-    return fast
 
 
 def write_tokenizer(
