@@ -77,9 +77,11 @@ RULES: dict[str, dict] = dict(
 def check(
     d,  # Something like what `describe` gives
     source: str,  # For the error
-    known: dict[str, dict] = RULES,  # Tower -> what says of each entry whether it makes sense
+    # Tower -> what says of each entry whether it makes sense; `RULES` if not given
+    known: dict | None = None,
 ) -> dict:  # The same, without what we do not know
     "Refuse a description that makes no sense"
+    known = RULES if known is None else known
     for tower, rules in known.items():
         t = d.get(tower)
         if not isinstance(t, dict):
