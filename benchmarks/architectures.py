@@ -5,8 +5,10 @@ all of them are built on the meta device, cut evenly and unevenly, and masked.
 """
 
 import argparse
+import json
 import logging
 import warnings
+from pathlib import Path
 
 import open_clip
 import torch
@@ -20,8 +22,9 @@ from tinyclip.masking import MaskedCLIP
 from tinyclip.scores import check_scorable
 from tinyclip.towers import TOWERS, layout, tower_of
 from tinyclip.towers.architecture import architecture
-from tinyclip.zoo.to_transformers import describe
+from tinyclip.zoo.to_transformers import chosen
 
+RECORD = Path('results/architectures/run.json')
 ROBERTA = dict(max_position_embeddings=514, type_vocab_size=1, pad_token_id=1)
 T5 = dict(vocab_size=250112, d_kv=64)
 NLLB = dict(vocab_size=256206, d_model=1024, max_position_embeddings=1024)
@@ -97,6 +100,12 @@ def reconstructs(clip):
             raise TinyclipError(f'The linear maps of {family.name} are not described.')
 
 
+def leaves(clip):
+    "An even student as a class of transformers; of a SigLIP, whose width is the embedding, in depth"
+    bias = getattr(clip, 'logit_bias', None) is not None
+    chosen(inherit(clip, manual(clip, image_depth=0.5, text_depth=0.5)) if bias else half(clip))
+
+
 CAN = dict(
     inherit=half,
     uneven=lambda clip: inherit(clip, uneven(layout(clip))),
@@ -104,20 +113,22 @@ CAN = dict(
     plain=plain,
     reconstruct=reconstructs,
     scores=lambda clip: check_scorable(clip, layout(clip)),
-    transformers=lambda clip: describe(half(clip)),
+    transformers=leaves,
 )
 
 
-def row(name):
-    "What works with one architecture, and why the rest does not"
+def row(name, columns=tuple(CAN), known=None):
+    "What works with one architecture, and why the rest does not; `known` has the other columns"
     clip = build(name)
     trunk = getattr(clip.visual, 'trunk', clip.visual)
     text = getattr(getattr(clip, 'text', clip), 'transformer', None)
-    out = dict(architecture=name, image=type(trunk).__name__, text=type(text).__name__, why={})
-    for what, do in CAN.items():
+    own = dict(architecture=name, image=type(trunk).__name__, text=type(text).__name__)
+    out = (known or {}) | own | dict(why=dict((known or {}).get('why', {})))
+    for what in columns:
+        out['why'].pop(what, None)
         try:
             with torch.device('meta'):
-                do(clip)
+                CAN[what](clip)
             out[what] = True
         except TinyclipError as e:
             out[what], out['why'][what] = False, str(e)
@@ -129,16 +140,22 @@ if __name__ == '__main__':
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument('--names', nargs='+', default=open_clip.list_models())
+    p.add_argument('--columns', nargs='+', default=[*CAN], choices=CAN)
     p.add_argument('--dry', action='store_true', help='show only')
     a = p.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter('ignore')
+    recipe, known = dict(open_clip=open_clip.__version__, device='meta'), {}
+    if a.names != open_clip.list_models() or a.columns != [*CAN]:  # a part: the rest as recorded
+        recorded = json.loads(RECORD.read_text())
+        known = {r['architecture']: r for r in recorded['metrics']['rows']}
+        recipe |= dict(the_rest_from=recorded['commit'], names=a.names, columns=a.columns)
     rows = []
-    for name in a.names:
-        rows.append(row(name))
-        print({k: v for k, v in rows[-1].items() if k != 'why'}, rows[-1]['why'], flush=True)
+    for name in known or a.names:
+        rows.append(row(name, a.columns, known.get(name)) if name in a.names else known[name])
+        if name in a.names:
+            print({k: v for k, v in rows[-1].items() if k != 'why'}, rows[-1]['why'], flush=True)
     counts = {what: sum(r[what] for r in rows) for what in CAN}
     print(Table([dict(architectures=len(rows)) | counts]))
     if not a.dry:
-        recipe = dict(open_clip=open_clip.__version__, device='meta')
         print(record_run('architectures', recipe, dict(counts=counts, rows=rows), [0]))
