@@ -101,7 +101,7 @@ def reconstructs(clip):
 
 
 def leaves(clip):
-    "An even student as a class of transformers; of a SigLIP, whose width is the embedding, in depth"
+    "An even student as a class of transformers; of a SigLIP in depth: its width is the embedding"
     bias = getattr(clip, 'logit_bias', None) is not None
     chosen(inherit(clip, manual(clip, image_depth=0.5, text_depth=0.5)) if bias else half(clip))
 

@@ -9,6 +9,7 @@ import warnings
 import open_clip
 import pytest
 import torch
+from groups import spawn, started
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageDraw
 from shards import shard
@@ -26,6 +27,8 @@ from tinyclip.distill import Distiller
 from tinyclip.keep import keep_for_config
 from tinyclip.losses import Objective
 from tinyclip.reconstruction import check_calibration
+from tinyclip.train.engine import Engine, make_accelerator
+from tinyclip.train.sharding import full
 from tinyclip.train.step import split, step, step_in_chunks
 from tinyclip.zoo import load, save
 
@@ -475,3 +478,75 @@ def test_transforms_of_the_models_read_what_they_state(data):
     assert b.teacher_pixels.shape[-1] == 48 and b.image.shape[-1] == 32
     assert pairs.teacher_inputs['mean of the pixels'] == HALF
     assert math.isclose((b.teacher_pixels / 2 + 0.5).max().item(), 1, abs_tol=0.01)
+
+
+# --- several processes
+
+
+def paired(data, folder, live, batch_size):
+    "Pairs that both read, with a live teacher or from its cache"
+    if live:
+        return opened(data, batch_size, shuffle=False)
+    return cached_pairs(data, folder, read(STUDENT), BPE, batch_size, shuffle=False)
+
+
+def learned(batches, live):
+    "Losses and gradients of every batch, and the weights behind plain steps downhill"
+    s, out = student(), []
+    objective = Objective(dict(affinity=1.0, contrastive=0.5), student_scale=20.0)
+    engine = Engine(s, teacher() if live else None, objective, make_accelerator('fp32', 'cpu'))
+    for b in batches:
+        loss = engine.backward(b)['loss']
+        grads = {n: full(p.grad).clone() for n, p in s.named_parameters() if p.grad is not None}
+        out.append(dict(loss=loss, **grads))
+        with torch.no_grad():
+            for p in s.parameters():
+                if p.grad is not None:
+                    p -= 0.1 * p.grad
+                    p.grad = None
+    engine.release()
+    return dict(steps=out, weights={n: p.detach().clone() for n, p in s.named_parameters()})
+
+
+def one_of_two(rank, world, port, data, folder, live):
+    started(rank, world, port)
+    batches = list(paired(data, folder / 'cache', live, 4).epoch(0))
+    torch.save((batches, learned(batches, live)), folder / f'{rank}.pt')
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def together(batches):
+    "The batches of several processes as one: rows behind each other, and what all share"
+    fields = zip(*batches, strict=True)
+    joined = (torch.cat(f) if torch.is_tensor(f[0]) and f[0].ndim else f[0] for f in fields)
+    return type(batches[0])(*joined)
+
+
+@quiet
+@pytest.mark.parametrize('live', [True, False], ids=['live', 'cached'])
+def test_two_processes_read_and_learn_what_one_does(data, live, tmp_path):
+    if not live:
+        cache(data, tmp_path / 'cache')
+    spawn(one_of_two, 2, data, tmp_path, live)
+    (a, first), (b, second) = (torch.load(tmp_path / f'{r}.pt', weights_only=False) for r in (0, 1))
+    whole = list(paired(data, tmp_path / 'cache', live, 8).epoch(0))
+    both = [together(pair) for pair in zip(a, b, strict=True)]
+    assert len(both) == len(whole) == 2
+    # each pair once, its crop, caption and the teacher's part as in one process, in another order
+    for name, t in whole[0]._asdict().items():
+        if not torch.is_tensor(t) or not t.ndim:
+            continue
+        one, two = (torch.cat([getattr(x, name) for x in some]) for some in (whole, both))
+        found = [(two == row).flatten(1).all(1).nonzero().flatten().tolist() for row in one]
+        assert sorted(i for f in found for i in f[:1]) == list(range(16)), name
+    one = learned(both, live)
+    for got in (first, second):
+        for have, want in zip(got['steps'], one['steps'], strict=True):
+            assert have.keys() == want.keys()
+            norm = torch.cat([v.flatten() for k, v in want.items() if k != 'loss']).norm()
+            for k, v in want.items():
+                assert (have[k] - v).norm() <= 1e-5 * max(v.norm(), 1e-6 * norm), k
+        for k, v in one['weights'].items():
+            assert (got['weights'][k] - v).norm() <= 1e-5 * v.norm(), k
+    assert any((one['weights'][k] != v).any() for k, v in student().named_parameters())
