@@ -227,24 +227,39 @@ def _settle(module):
         module.num_features = len(w)
 
 
+class BiasLeft(nn.Module):
+    "The bias of a matrix whose inputs are gone, the same everywhere"
+
+    def __init__(
+        self,
+        width: int,  # Its outputs
+        channels_first: bool = False,  # Whether they come before height and width
+    ):
+        super().__init__()
+        self.bias, self.channels_first = nn.Parameter(torch.zeros(width)), channels_first
+
+    def forward(self, x: Tensor) -> Tensor:  # `(n, ..., any)` to `(n, ..., width)`, or maps
+        if self.channels_first:
+            return self.bias[:, None, None].expand(x.shape[0], -1, *x.shape[2:])
+        return self.bias.expand(*x.shape[:-1], -1)
+
+
 class BranchBias(nn.Module):
-    "An attention or an MLP without heads or neurons: its last bias, the same everywhere"
+    "An attention or an MLP without heads or neurons: its last bias"
 
     def __init__(
         self,
         projection: str,  # Name of the last map
         width: int,  # Channels of the stream
-        channels_first: bool,  # Whether they come before height and width
+        channels_first: bool = False,  # As in `BiasLeft`
         head_dim: int = 0,  # Of the heads that are gone
     ):
         super().__init__()
-        self.projection, self.channels_first, self.head_dim = projection, channels_first, head_dim
-        self.add_module(projection, nn.Module())
-        self.get_submodule(projection).bias = nn.Parameter(torch.zeros(width))
+        self.projection, self.head_dim = projection, head_dim
+        self.add_module(projection, BiasLeft(width, channels_first))
 
-    def forward(self, x: Tensor, **ignored) -> Tensor:  # `(n, ..., width)`, or channels first
-        bias: Any = getattr(self, self.projection).bias
-        return (bias[:, None, None] if self.channels_first else bias).expand_as(x)
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:  # As in `BiasLeft`
+        return getattr(self, self.projection)(x)
 
 
 def empty(
@@ -344,7 +359,7 @@ class Family(ABC):
 
     def branch_biases(self, tower: Any, path: str) -> list[str]:
         "Names of the biases that are left of branches without heads or neurons"
-        return []
+        return [f'{path}{n}.bias' for n, m in tower.named_modules() if isinstance(m, BiasLeft)]
 
     def counted(
         self,

@@ -19,24 +19,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import TinyclipError
-from .family import Branch, Family, LinearMap, with_forward
+from .family import BiasLeft, Branch, Family, LinearMap, with_forward
 from .layout import Dim
 
 # %% ../../nbs/towers/14_hugging_face_text.ipynb #63bec283
-class BiasLeft(nn.Module):
-    "The bias of a matrix whose inputs are gone"
-
-    def __init__(
-        self,
-        width: int,  # Its outputs
-    ):
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # `(..., any)` to `(..., width)`
-        return self.bias.expand(*x.shape[:-1], -1)
-
-
 class NoHeads(nn.Module):
     "Attention without heads, called as transformers calls one; `out_proj` is its bias, if any"
 
@@ -197,10 +183,6 @@ class HuggingFaceText(Family):
     def rebuild_block(self, block, own: dict, tower: dict):
         "Give one layer the sizes in `own`, in place"
         raise NotImplementedError
-
-    def branch_biases(self, tower, path):
-        bare = ((n, m) for n, m in tower.named_modules() if isinstance(m, BiasLeft))
-        return [f'{path}{n}.bias' for n, _ in bare]
 
     def counted(self, tower, x):
         there = x != tower.config.pad_token_id

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import TinyclipError
-from .family import Branch, Family, LinearMap, tower_of, with_forward
+from tinyclip.towers.family import (
+    Branch,
+    BranchBias,
+    Family,
+    LinearMap,
+    tower_of,
+    with_forward,
+)
 from .layout import Dim, Layout
 
 # %% ../../nbs/towers/03_transformer.ipynb #d4c269a3
@@ -129,23 +136,6 @@ class SlimAttention(nn.Module):
             F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).transpose(1, 2).flatten(2)
         )
 
-# %% ../../nbs/towers/03_transformer.ipynb #c36ae572
-class BiasOnly(nn.Module):
-    "The output bias of a branch that was pruned away"
-
-    def __init__(
-        self,
-        projection: str,  # Name of the projection, `'out_proj'` or `'c_proj'`
-        width: int,  # Channels of the residual stream
-    ):
-        super().__init__()
-        self.add_module(projection, nn.Module())
-        self.projection = projection
-        self.get_submodule(projection).bias = nn.Parameter(torch.zeros(width))
-
-    def forward(self) -> Tensor:  # `(width,)`, the same for every token
-        return getattr(self, self.projection).bias  # a tensor, where masks have lent one
-
 # %% ../../nbs/towers/03_transformer.ipynb #3af32151
 class SlimBlock(nn.Module):
     """A residual block with any number of heads and neurons; a branch with none of them adds its
@@ -170,11 +160,13 @@ class SlimBlock(nn.Module):
 
         if heads:
             self.ln_1 = copy.deepcopy(like.ln_1)
-        self.attn = SlimAttention(width, heads, head_dim) if heads else BiasOnly('out_proj', width)
+        self.attn = (
+            SlimAttention(width, heads, head_dim) if heads else BranchBias('out_proj', width)
+        )
         self.ls_1 = scale()
         if ffn:
             self.ln_2 = copy.deepcopy(like.ln_2)
-        self.mlp = nn.Sequential() if ffn else BiasOnly('c_proj', width)
+        self.mlp = nn.Sequential() if ffn else BranchBias('c_proj', width)
         self.ls_2 = scale()
         if ffn:
             self.mlp.add_module('c_fc', nn.Linear(width, ffn))
@@ -186,9 +178,9 @@ class SlimBlock(nn.Module):
 
     def forward(self, x: Tensor, k_x=None, v_x=None, attn_mask: Tensor | None = None) -> Tensor:
         x = x + self.ls_1(
-            self.attn(self.ln_1(x), attn_mask) if has_attention(self) else self.attn()
+            self.attn(self.ln_1(x), attn_mask) if has_attention(self) else self.attn(x)
         )
-        return x + self.ls_2(self.mlp(self.ln_2(x)) if has_mlp(self) else self.mlp())
+        return x + self.ls_2(self.mlp(self.ln_2(x) if has_mlp(self) else x))
 
 # %% ../../nbs/towers/03_transformer.ipynb #39008ac8
 def _attention_reader(attn) -> Callable:
@@ -383,10 +375,6 @@ class Transformer(Family):
     def missing(self, state, path, sizes, whole):
         axis = f'{self.tower}.layers'
         return missing_branches(state, path + self.blocks, axis, sizes, whole)
-
-    def branch_biases(self, tower, path):
-        bare = ((n, m) for n, m in tower.named_modules() if isinstance(m, BiasOnly))
-        return [f'{path}{n}.{m.projection}.bias' for n, m in bare]
 
     def plain(self, width, ffn):
         return holds_ratio(width, ffn)
