@@ -6,6 +6,7 @@ and the step of that student. Each architecture has a process of its own, whose 
                                         # (with a GPU: results/todays-towers-cuda)
 
 Steps are contrastive, by AdamW, and take no turns with anything: they tell an order of magnitude.
+Finished rows are kept below runs/ and not repeated.
 """
 
 import argparse
@@ -14,11 +15,13 @@ import multiprocessing
 import statistics
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import torch
 from architectures import build
 from full_size import peak, timed
 from masked_step import trainer
+from methods import row_of
 
 from tinyclip.core import Table, record_run, seed_everything
 from tinyclip.evaluate.cost import inputs, macs, parameters
@@ -58,6 +61,8 @@ def measure(name, n, precision, device):
     warnings.simplefilter('ignore')
     seed_everything(0)
     clip = build(name, device)
+    if hasattr(getattr(clip, 'text', None), 'config'):  # of transformers: it counts positions
+        clip.context_length = 77  # as open_clip's tokenizer gives it
     batch = inputs(clip, n)[0], torch.randint(5, 1000, inputs(clip, n)[1].shape, device=device)
     row = dict(architecture=name) | size(clip, 'before')
     row['step_s'] = step_s(clip, None, batch, precision, device)
@@ -78,15 +83,16 @@ if __name__ == '__main__':
     p.add_argument('--names', nargs='+', default=NAMES)
     p.add_argument('--batch', type=int, default=8)
     p.add_argument('--precision', default='bf16')
+    p.add_argument('--work', type=Path, default=Path('runs/todays-towers'))
     a = p.parse_args()
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    rows, own = Table(), multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(1, own, max_tasks_per_child=1) as pool:
-        for row in pool.map(
-            measure, a.names, *([v] * len(a.names) for v in (a.batch, a.precision, device))
-        ):
-            rows.append(row)
-            print(row, flush=True)
+    rows, spawn = Table(), multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
+        for name in a.names:
+            asked = name, a.batch, a.precision, device
+            place = a.work / '-'.join(map(str, asked))
+            rows.append(row_of(place, lambda: pool.submit(measure, *asked).result()))
+            print(rows[-1], flush=True)
     recipe = dict(share=SHARE, batch_size=a.batch, precision=a.precision, steps=STEPS)
     recipe |= dict(threads=torch.get_num_threads(), weights='random')
     print(rows, record_run('todays-towers' + '-cuda' * (device == 'cuda'), recipe, list(rows), [0]))
