@@ -39,11 +39,16 @@ NAMES = (
 SHARE, STEPS = 0.5, 3
 
 
+def seconds(device, f):
+    "What a function gives; the processor's seconds, or on a GPU the clock's"
+    out, wall, cpu = timed(device, f)
+    return out, wall if device == 'cuda' else cpu
+
+
 def step_s(model, penalty, batch, precision, device):
-    "Median processor seconds of a training step (on a GPU the clock's), after a first one"
+    "Median seconds of a training step, after a first one"
     step = trainer(model.train(), penalty, batch, precision, device, compiled=False)
-    spent = [timed(device, step)[1 if device == 'cuda' else 2] for _ in range(1 + STEPS)]
-    return statistics.median(spent[1:])
+    return statistics.median([seconds(device, step)[1] for _ in range(1 + STEPS)][1:])
 
 
 def size(model, when):
@@ -70,7 +75,7 @@ def measure(name, n, precision, device):
     penalty = Sparsity(masked, SHARE)
     row |= dict(masks=len(masked.log_alpha))
     row['masked_step_s'] = step_s(masked, penalty, batch, precision, device)
-    student, row['cut_s'], _ = timed(device, lambda: masked.cut(penalty.goal.zeros()))
+    student, row['cut_s'] = seconds(device, lambda: masked.cut(penalty.goal.zeros()))
     row |= size(student, 'after')
     row['student_step_s'] = step_s(student, None, batch, precision, device)
     return row | dict(gb=peak(device))
