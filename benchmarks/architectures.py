@@ -59,14 +59,14 @@ def local_config(name, *args, **kwargs):
     return make(**sizes)
 
 
-def build(name):
-    "An architecture at full size, without weights"
+def build(name, device='meta'):
+    "An architecture at full size, with random weights or, on `meta`, without any"
     asked = hf_model.AutoConfig.from_pretrained
     hf_model.AutoConfig.from_pretrained = local_config
     try:
-        with torch.device('meta'):
+        with torch.device(device):
             return open_clip.create_model(
-                name, device='meta', load_weights=False, pretrained_hf=False
+                name, device=device, load_weights=False, pretrained_hf=False
             )
     finally:
         hf_model.AutoConfig.from_pretrained = asked

@@ -71,11 +71,12 @@ def train_teacher(
     seed: int = 0,  # Of the start and of the pictures
     start=None,  # A model folder to begin with; None for random weights
     resume: bool = False,  # Go on with an interrupted run
+    cfg=TEACHER,  # Of a model that starts with random weights
 ) -> dict:  # What `examine` says, and `seconds`
     """Train a teacher like the embedded one and save it in half precision, with zeros for tokens
     it never saw"""
     seed_everything(seed)
-    model, preprocess, tokenizer = load(start) if start else finish(build(TEACHER), TEACHER, {})
+    model, preprocess, tokenizer = load(start) if start else finish(build(cfg), cfg, {})
     model.logit_scale.data.fill_(math.log(1 / 0.07))  # CLIP's own start value, and it stays
     table = model.token_embedding.weight.detach().clone()
     d = Distiller(
