@@ -48,7 +48,9 @@ from tinyclip.train.step import features
 OBJECTIVE = Objective(dict(affinity=0.5, contrastive=1.0), student_scale='own', teacher_scale='own')
 THEIRS = dict(fp16='amp', bf16='amp_bf16', fp32='fp32')  # what open_clip calls autocast to these
 Pairs = namedtuple('Pairs', 'image text')
-Answered = namedtuple('Answered', 'image text teacher_image teacher_text teacher_scale')
+Answered = namedtuple(
+    'Answered', 'image text teacher_image teacher_text teacher_scale teacher_bias'
+)
 NAMES = dict(theirs='open_clip', ours='tinyclip', cached='tinyclip, cached teacher')
 
 

@@ -7,8 +7,9 @@ in onnxruntime, and the same files in transformers.js, in 32, 16 and 8 bits.
 Pictures: photographs of CIFAR-10's test set, for its teacher and a student of half that keeps what
 could not be made up for, reconstructed from 400 photographs; and drawn ones of combinations that no
 training shows, for the three models of the page *Try it*. All have the models' own size, so that no
-resize comes in between. *Changed* is the share named otherwise than by torch, *difference* the
-largest one of the logits, as a share of the largest. Nothing is timed.
+resize comes in between, and are asked one by one, as in a browser: 8 bit rounds by the range of a
+whole batch. *Changed* is the share named otherwise than by torch, *difference* the largest one of
+the logits, as a share of the largest. Nothing is timed.
 """
 
 import argparse
@@ -40,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / 'tools'))
 import try_it
 
-ASK = ROOT / 'tests' / 'web' / 'transformers_js.cjs'
+ASK = Path(__file__).with_name('web.cjs')
 BITS = dict(fp32='float32', fp16='float16', q8='8 bit')
 CALIBRATE, SHARE = 400, 0.5
 PACKAGE = '@huggingface/transformers'
@@ -85,13 +86,14 @@ def drawings(n: int):
 def logits(loaded: Loaded, pictures: list, texts: list, model=None) -> torch.Tensor:
     "Of every picture with every text; `model` has rows of unit length, as an export has"
     model = model or loaded.model
-    pixels = torch.stack([loaded.preprocess(p) for p in pictures]).split(50)
+    pixels = torch.stack([loaded.preprocess(p) for p in pictures]).split(1)
     image = torch.cat([model.encode_image(p, normalize=True) for p in pixels])
     text = model.encode_text(loaded.tokenizer(texts), normalize=True)
     return loaded.model.logit_scale.exp() * image @ text.T
 
 
-def in_node(folder: Path, dtype: str, pictures: Path, texts: list) -> torch.Tensor:
+@torch.no_grad()
+def in_node(loaded: Loaded, folder: Path, dtype: str, pictures: Path, texts: list) -> torch.Tensor:
     "The same from transformers.js"
     names = sorted(map(str, pictures.iterdir()))
     request = pictures.parent / 'request.json'
@@ -99,7 +101,8 @@ def in_node(folder: Path, dtype: str, pictures: Path, texts: list) -> torch.Tens
     done = subprocess.run(['node', str(ASK), str(request)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f'transformers.js failed: {done.stderr[-2000:]}')
-    return torch.tensor(json.loads(done.stdout)['logits'])
+    image, text = (torch.tensor(rows) for rows in json.loads(done.stdout).values())
+    return loaded.model.logit_scale.exp() * image @ text.T
 
 
 def compare(name: str, loaded: Loaded, pictures: list, labels: list, texts: list) -> list:
@@ -136,7 +139,7 @@ def compare(name: str, loaded: Loaded, pictures: list, labels: list, texts: list
         opened = open_model(f'{folder}:{dtype}')
         got = logits(loaded, pictures, texts, opened.model)
         row(BITS[dtype], 'onnxruntime', got, size)
-        got = in_node(folder, dtype, scratch / 'pictures', texts)
+        got = in_node(loaded, folder, dtype, scratch / 'pictures', texts)
         row(BITS[dtype], 'transformers.js', got, size)
     shutil.rmtree(scratch)
     return rows

@@ -10,13 +10,19 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 from browser import LIMIT, ROOT
 
-# pairs of texts of one figure that lie on each other by more than a hair, texts that it cuts, and
-# texts that lie under a slider
+# pairs of texts of one figure that lie on each other by more than a hair, texts that it cuts, texts
+# that lie under a slider, and a legend above that hangs down into its plot
 TEXTS = '''() => [...document.querySelectorAll('div.figure')].flatMap((figure, n) => {
   const seen = [...figure.querySelectorAll('svg text')]
     .map(t => [t.textContent, t.getBoundingClientRect()])
     .filter(([words, box]) => words.trim() && box.width > 1 && box.height > 1);
   const edge = figure.getBoundingClientRect(), out = [];
+  const {orientation, y} = figure._fullLayout?.legend ?? {};
+  const above = orientation === 'h' && y > 1 && figure.querySelector('.legend');
+  for (const plot of above ? figure.querySelectorAll('.nsewdrag') : [])
+    if (above.getBoundingClientRect().bottom - plot.getBoundingClientRect().top > 2
+        && above.getBoundingClientRect().top < plot.getBoundingClientRect().top)
+      out.push(`figure ${n}: its legend lies on its plot`);
   const rails = [...figure.querySelectorAll('.slider-rail-rect')]
     .map(r => r.getBoundingClientRect());
   for (const r of rails) for (const [words, box] of seen)

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import yaml
+from fastcore import docments
 from nbdev import doclinks, processors, quarto
 from plotly.offline import get_plotlyjs
 
@@ -61,6 +62,14 @@ def link_line(self, line):
         doclinks._re_backticks.sub(link, between) + kept
         for between, kept in zip(LINK.split(line), links)
     )
+
+
+def in_italics(
+    docs: str,  # Docstring
+) -> str:
+    "A docstring as it stands under its name: all of its first paragraph in italics, not a line"
+    first, blank, rest = docs.partition('\n\n')
+    return f'_{first.strip()}_{blank}{rest}'
 
 
 def begin(self):
@@ -176,6 +185,7 @@ if __name__ == '__main__':
     of_any, doclinks.NbdevLookup.__getitem__ = doclinks.NbdevLookup.__getitem__, found
     doclinks.NbdevLookup.doc = doc
     doclinks.NbdevLookup.link_line = link_line
+    docments._ital_first = in_italics
     quarto._ensure_quarto = lambda: None
     # one process: most of the time goes into imports
     quarto.nbdev_proc_nbs.__wrapped__(n_workers=0)
