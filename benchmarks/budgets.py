@@ -63,6 +63,7 @@ class Task(NamedTuple):
     samples: int  # of these
     held_out: object  # student -> numbers, on pictures for choosing
     test: object  # student -> numbers
+    tokenizer: object = None  # for the folders of models that need it there
 
 
 def cifar10(a) -> Task:
@@ -160,12 +161,12 @@ def masked_keep(task, masks, share, seed, steps):
     return penalty.cut()
 
 
-def made_once(place, make):
+def made_once(task, place, make):
     "A student that rows with other budgets and rates share, and the processor time it took"
     began = time.process_time()
     if not (place / 'seconds.json').exists():
         student = make()
-        save(student, place / 'student')
+        save(student, place / 'student', tokenizer=task.tokenizer)
         write_json(place / 'seconds.json', time.process_time() - began)
     return load(place / 'student').model, json.loads((place / 'seconds.json').read_text())
 
@@ -184,11 +185,13 @@ def begin(task, a, name, share, seed, budget):
         steps = MASK_STEPS[budget]
         kind = 'scored' if 'scored' in way.masks else way.masks['form']
         place = a.work / 'masks' / f'{kind}-{share}-{seed}-{steps}'
-        student, before = made_once(place, lambda: masked_keep(task, way.masks, share, seed, steps))
+        student, before = made_once(
+            task, place, lambda: masked_keep(task, way.masks, share, seed, steps)
+        )
         left -= steps
     elif way.chosen == 'scores':
         place = a.work / 'scores' / f'{share}-{seed}'
-        student, before = made_once(place, lambda: chosen_by_scores(task, share, seed))
+        student, before = made_once(task, place, lambda: chosen_by_scores(task, share, seed))
     else:
         student = inherit(task.teacher, keep_for_size(task.teacher, share))
     if way.reconstructed:
