@@ -339,7 +339,8 @@ def test_stopped_before_it_scores(teacher, tmp_path):
 
 
 def test_scores_first_and_masks_later(teacher, tmp_path):
-    rows = stages(teacher, tmp_path, [Stage(0.6), Stage(0.4, 3, 1)], calibrate=None).fit()
+    plan, exact = [Stage(0.6), Stage(0.4, 3, 1)], dict(precision='fp32')
+    rows = stages(teacher, tmp_path, plan, calibrate=None, **exact).fit()
     assert rows[0]['calibrated on'] == 24 and 'masks_reached' not in rows[0]  # all of an epoch
     assert 'calibrated on' not in rows[1] and 'masks_reached' in rows[1]
     assert rows[1]['kept'] == pytest.approx(0.4, abs=0.01)

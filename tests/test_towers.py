@@ -28,6 +28,11 @@ TRANSLATORS = {
         'resblocks',
         'in_proj_weight',
         'in_proj_bias',
+        'in_proj_',
+        'in_proj',
+        'ln_1',
+        'ln_2',
+        'trunk',
         'c_fc',
         'c_proj',
         'conv1',
@@ -39,7 +44,15 @@ TRANSLATORS = {
         'ln_final',
         'text_projection',
     },
-    'zoo/from_transformers.py': {'in_proj_', 'c_fc', 'c_proj', 'conv1', 'class_embedding'},
+    'zoo/from_transformers.py': {
+        'in_proj_',
+        'in_proj',
+        'trunk',
+        'c_fc',
+        'c_proj',
+        'conv1',
+        'class_embedding',
+    },
     # counts matrices of a kind, whatever the tower: plain torch
     'train/speed.py': {'MultiheadAttention'},
 }

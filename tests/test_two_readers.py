@@ -344,6 +344,7 @@ def run(*argv):
 def test_from_the_command_line(data, folders, capsys):
     where = ['--data', data, '--batch-size', 4]
     train = ['distill', *where, '--teacher', folders / 'teacher', '--steps', 2, '--device', 'cpu']
+    train += ['--precision', 'fp32']  # as the cache
     # nothing passes from one family to the other, and the way that works is named
     assert run(*train, '--student', folders / 'student.json', '--out', folders / 'x') != 0
     assert '--random-start' in capsys.readouterr().err
