@@ -1,4 +1,4 @@
-"Small CLIPs out of large ones: affinity mimicking and weight inheritance (TinyCLIP, Wu et al., ICCV 2023)"
+"Small CLIPs out of large ones: affinity mimicking and weight inheritance (TinyCLIP, ICCV 2023)"
 __version__ = "0.1.0"
 
 import sys as _sys

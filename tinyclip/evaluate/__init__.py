@@ -1,2 +1,2 @@
-"What a student is worth and what it costs: zero-shot accuracy, retrieval, probes, agreement, parameters, speed"
+"What a student is worth and what it costs: accuracy, retrieval, probes, agreement, speed"
 from .zeroshot import *

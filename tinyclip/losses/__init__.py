@@ -1,4 +1,4 @@
-"Losses for a student and its teacher: affinity mimicking and its relatives, whole, tiled, and over many processes"
+"Losses for a student and its teacher: affinity mimicking and its relatives, whole and tiled"
 from .later import *
 from .mimicking import *
 from .objective import *

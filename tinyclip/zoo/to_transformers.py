@@ -10,7 +10,6 @@ import json
 import math
 import re
 import shutil
-import string
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ from torch import nn
 
 import tinyclip
 from ..core import TinyclipError, check_choice, read_json, write_json
-from ..data.subwords import read_state, reread
+from ..data.subwords import CLEANING, PROBES, cleaned, read_state, reread
 from ..towers import TEXT, VIT, family_of, layout
 from ..towers.architecture import architecture
 from ..towers.timm_vit import TIMM_VIT
 from .folders import preprocess_cfg, replacing
-from .vocabulary import CLEANING, tokenizer_of, vocab_and_merges
+from .vocabulary import tokenizer_of, vocab_and_merges
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #510e9649
 BPE = 49408  # tokens of CLIP's vocabulary; the last one ends a text
@@ -448,7 +447,7 @@ def pack_siglip(
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #05b4ce0b
 def _refuse_siglip(why):
-    raise TinyclipError(f'This model has a logit_bias, and the SiglipModel of transformers {why}')
+    raise TinyclipError(f'This model cannot be a SiglipModel of transformers, which {why}')
 
 
 def check_siglip(
@@ -536,57 +535,6 @@ def describe_siglip(
     return dict(vision=vision, text=words, projection_dim=sizes['embed'])
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #804ab0a3
-PROBES = (
-    'a photo of a cat',
-    'Two dogs, 12 cafés',
-    "It's a  SMALL (red) house; isn't it?",
-    'snow-covered_mountains & a lake / river + trees = #1 view!',
-    'so many words that they fill the context of any model, ' * 60,
-)
-
-
-def cleaned(
-    fast: Any,  # A tokenizer of the tokenizers library, changed in place
-    clean: str,  # Of `CLEANING`
-):
-    "Put open_clip's cleaning of texts in front of a tokenizer, where it is not there already"
-    from tokenizers import Regex, normalizers
-
-    marks = ''.join(c for c in string.punctuation if c not in '[\\]^-')
-    steps: list[Any] = [normalizers.Replace(Regex(r'\s+'), ' '), normalizers.Strip()]
-    if clean == 'canonicalize':
-        steps = [
-            normalizers.Replace('_', ' '),
-            normalizers.Replace(Regex(rf'[{marks}\[\\\]^-]'), ''),
-            *steps,
-        ]
-    if clean != 'whitespace':
-        steps.append(normalizers.Lowercase())
-    own = fast.normalizer
-    if cleaning_of(fast) != clean:
-        fast.normalizer = normalizers.Sequence([*steps, own] if own else steps)
-    return fast
-
-
-def cleaning_of(
-    fast: Any,  # As for `cleaned`
-) -> str | None:  # Of `CLEANING`; None for none of them
-    "The cleaning that `cleaned` has put in front of a tokenizer"
-    from tokenizers import Tokenizer, models
-
-    def steps(fast):
-        own = json.loads(fast.to_str())['normalizer'] or {}
-        return own.get('normalizers', [])
-
-    if fast.normalizer is None:
-        return None
-    for clean in reversed(CLEANING):  # the first steps of one are all of another
-        ours = steps(cleaned(Tokenizer(models.BPE()), clean))
-        if steps(fast)[: len(ours)] == ours:
-            return clean
-    return None
-
-
 def siglip_tokenizer(
     model: nn.Module,  # A SigLIP or a student
     tokenizer: Any = None,  # open_clip's

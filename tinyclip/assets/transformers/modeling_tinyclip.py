@@ -1,11 +1,13 @@
-"""A CLIP whose layers may differ in heads and neurons, for transformers: needs torch and transformers only.
+"""A CLIP whose layers may differ in heads and neurons, for transformers: needs torch and
+transformers only.
 
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     processor = CLIPProcessor.from_pretrained(folder, trust_remote_code=True, backend="pil")
 
-Parameters have open_clip's names. `config.vision` and `config.text` hold one entry per layer in `heads` and `ffn`; a branch without
-any still adds the bias of its projection.
+Parameters have open_clip's names. `config.vision` and `config.text` hold one entry per layer in
+`heads` and `ffn`; a branch without any still adds the bias of its projection.
 """
+
 from typing import Any
 
 import torch
@@ -21,9 +23,25 @@ class TinyCLIPConfig(PretrainedConfig):
     model_type = "tinyclip"
 
     def __init__(self, vision=None, text=None, projection_dim=512, **kwargs):
-        tower = dict(width=64, head_dim=64, heads=[1], ffn=[256], act="gelu", eps=1e-5, layer_scale=False)
-        self.vision = {**tower, "image_size": [224, 224], "patch_size": [32, 32], "pool": "tok", "pre_norm": True, **(vision or {})}
-        self.text = {**tower, "vocab_size": 49408, "context_length": 77, "eos_id": None, "projection_bias": False, **(text or {})}
+        tower = dict(
+            width=64, head_dim=64, heads=[1], ffn=[256], act="gelu", eps=1e-5, layer_scale=False
+        )
+        self.vision = {
+            **tower,
+            "image_size": [224, 224],
+            "patch_size": [32, 32],
+            "pool": "tok",
+            "pre_norm": True,
+            **(vision or {}),
+        }
+        self.text = {
+            **tower,
+            "vocab_size": 49408,
+            "context_length": 77,
+            "eos_id": None,
+            "projection_bias": False,
+            **(text or {}),
+        }
         self.projection_dim = projection_dim
         super().__init__(**kwargs)
 
@@ -34,6 +52,7 @@ def normal(*shape, std):
 
 class Bias(nn.Module):
     "What is left of a projection into which nothing goes"
+
     def __init__(self, width):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(width))
@@ -60,8 +79,14 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(inner, width)
 
     def forward(self, x, mask):
-        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        q, k, v = (
+            F.linear(x, self.in_proj_weight, self.in_proj_bias)
+            .unflatten(-1, (3, self.heads, -1))
+            .permute(2, 0, 3, 1, 4)
+        )
+        return self.out_proj(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        )
 
 
 class Block(nn.Module):
@@ -71,7 +96,10 @@ class Block(nn.Module):
         super().__init__()
         width = c["width"]
         if heads:
-            self.ln_1, self.attn = nn.LayerNorm(width, eps=c["eps"]), Attention(width, heads, c["head_dim"])
+            self.ln_1, self.attn = (
+                nn.LayerNorm(width, eps=c["eps"]),
+                Attention(width, heads, c["head_dim"]),
+            )
         else:
             self.attn = nn.ModuleDict(dict(out_proj=Bias(width)))
         if ffn:
@@ -79,12 +107,16 @@ class Block(nn.Module):
             self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(width, ffn), c_proj=nn.Linear(ffn, width)))
         else:
             self.mlp = nn.ModuleDict(dict(c_proj=Bias(width)))
-        self.ls_1, self.ls_2 = (Scale(width) if c["layer_scale"] else nn.Identity() for _ in range(2))
+        self.ls_1, self.ls_2 = (
+            Scale(width) if c["layer_scale"] else nn.Identity() for _ in range(2)
+        )
         self.heads, self.ffn = heads, ffn
 
     def forward(self, x, mask=None):
         x = x + self.ls_1(self.attn(self.ln_1(x), mask) if self.heads else self.attn.out_proj())
-        return x + self.ls_2(self.mlp["c_proj"](self.act(self.mlp["c_fc"](self.ln_2(x))) if self.ffn else None))
+        return x + self.ls_2(
+            self.mlp["c_proj"](self.act(self.mlp["c_fc"](self.ln_2(x))) if self.ffn else None)
+        )
 
 
 class Transformer(nn.Module):
@@ -105,7 +137,9 @@ class VisionTower(nn.Module):
         (h, w), patch = c["image_size"], tuple(c["patch_size"])
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = normal(width, std=width**-0.5)
-        self.positional_embedding = normal((h // patch[0]) * (w // patch[1]) + 1, width, std=width**-0.5)
+        self.positional_embedding = normal(
+            (h // patch[0]) * (w // patch[1]) + 1, width, std=width**-0.5
+        )
         self.ln_pre = nn.LayerNorm(width, eps=c["eps"]) if c["pre_norm"] else nn.Identity()
         self.transformer = Transformer(c)
         self.ln_post = nn.LayerNorm(width, eps=c["eps"])
@@ -113,9 +147,15 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels):
         if list(pixels.shape[-2:]) != list(self.c["image_size"]):
-            raise ValueError(f"pixel_values are {tuple(pixels.shape[-2:])}; this model takes {tuple(self.c['image_size'])}.")
+            raise ValueError(
+                f"pixel_values are {tuple(pixels.shape[-2:])}; "
+                f"this model takes {tuple(self.c['image_size'])}."
+            )
         x = self.conv1(pixels.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
+        x = (
+            torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
+            + self.positional_embedding
+        )
         x = self.transformer(self.ln_pre(x))
         pooled = {  # the mean may be taken before or after the norm
             "tok": lambda: self.ln_post(x[:, 0]),
@@ -141,15 +181,27 @@ class TextTower(nn.Module):
     def forward(self, ids, attention_mask=None):
         n = ids.shape[1]
         if n > self.c["context_length"]:
-            raise ValueError(f"A text has {n} tokens; this model takes {self.c['context_length']}. Call the processor with truncation=True.")
-        mask = torch.ones(n, n, dtype=torch.bool, device=ids.device).tril()  # no token sees what comes after it
+            raise ValueError(
+                f"A text has {n} tokens; this model takes {self.c['context_length']}. "
+                "Call the processor with truncation=True."
+            )
+        mask = torch.ones(
+            n, n, dtype=torch.bool, device=ids.device
+        ).tril()  # no token sees what comes after it
         if attention_mask is not None:
             mask = mask & attention_mask[:, None, None].bool()
-        x = self.ln_final(self.transformer(self.token_embedding(ids) + self.positional_embedding[:n], mask))
-        end = ids if self.c["eos_id"] is None else (ids == self.c["eos_id"]).int()  # the first of the highest ids ends the text
+        x = self.ln_final(
+            self.transformer(self.token_embedding(ids) + self.positional_embedding[:n], mask)
+        )
+        end = (
+            ids if self.c["eos_id"] is None else (ids == self.c["eos_id"]).int()
+        )  # the first of the highest ids ends the text
         pooled = x[torch.arange(len(x), device=x.device), end.argmax(-1)]
         p = self.text_projection
-        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=pooled @ p if isinstance(p, torch.Tensor) else p(pooled))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=x,
+            pooler_output=pooled @ p if isinstance(p, torch.Tensor) else p(pooled),
+        )
 
 
 class TinyCLIPModel(PreTrainedModel):
@@ -173,9 +225,20 @@ class TinyCLIPModel(PreTrainedModel):
         "As `CLIPModel` of transformers 5: the features are `pooler_output`"
         return self.text(input_ids, attention_mask)
 
-    def forward(self, input_ids=None, pixel_values=None, attention_mask=None, return_loss=None, return_dict=True, **kwargs):
+    def forward(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        attention_mask=None,
+        return_loss=None,
+        return_dict=True,
+        **kwargs,
+    ):
         if input_ids is None or pixel_values is None:
-            raise ValueError("Give input_ids and pixel_values; for one of them, call get_text_features or get_image_features.")
+            raise ValueError(
+                "Give input_ids and pixel_values; for one of them, call get_text_features or "
+                "get_image_features."
+            )
         image, text = self.visual(pixel_values), self.text(input_ids, attention_mask)
         i, t = (F.normalize(o.pooler_output, dim=-1) for o in (image, text))
         logits = self.logit_scale.exp() * i @ t.T
