@@ -149,7 +149,8 @@ if __name__ == '__main__':
     if a.names != open_clip.list_models() or a.columns != [*CAN]:  # a part: the rest as recorded
         recorded = json.loads(RECORD.read_text())
         known = {r['architecture']: r for r in recorded['metrics']['rows']}
-        recipe |= dict(the_rest_from=recorded['commit'], names=a.names, columns=a.columns)
+        earlier = [*recorded['recipe'].get('earlier', []), recorded['commit']]
+        recipe |= dict(earlier=earlier, names=a.names, columns=a.columns)
     rows = []
     for name in known or a.names:
         rows.append(row(name, a.columns, known.get(name)) if name in a.names else known[name])
