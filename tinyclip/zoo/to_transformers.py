@@ -447,7 +447,10 @@ def pack_siglip(
 
 # %% ../../nbs/zoo/06_to_transformers.ipynb #05b4ce0b
 def _refuse_siglip(why):
-    raise TinyclipError(f'This model cannot be a SiglipModel of transformers, which {why}')
+    raise TinyclipError(
+        "This model cannot be a SiglipModel, transformers' form of a CLIP with a logit_bias: "
+        f'a SiglipModel {why}'
+    )
 
 
 def check_siglip(
