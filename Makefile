@@ -5,7 +5,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
 export PATH := $(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
-.PHONY: help demo test lab check docs site refresh gpu bench
+.PHONY: help demo test lab check docs site refresh gpu bench phone
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -37,6 +37,18 @@ check: $(READY) ## what must hold before a commit: export, tests, nothing out of
 
 gpu: $(READY) ## the cells and tests that need a GPU or minutes
 	nbdev_test --n_workers 1 --flags 'cuda slow' && python -m pytest -q tests -m cuda
+
+# LiteRT's converter pins older packages, so it lies in an environment of its own, on top of the other one.
+PHONE := .venv-phone
+$(PHONE)/.ready: $(READY)
+	$(PYTHON) -m venv $(PHONE)
+	$(BIN)/python -c 'import sysconfig as s; print("import site; site.addsitedir(%r)" % s.get_path("purelib"))' > "$$($(PHONE)/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"))')/below.pth"
+	$(PHONE)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[phone]'
+	@touch $@
+
+phone: $(PHONE)/.ready ## the cells and tests of the export for phones, in .venv-phone
+	$(PHONE)/bin/python -c "from nbdev.test import nbdev_test; nbdev_test('nbs/zoo/11_litert.ipynb', flags='litert', n_workers=0)"
+	$(PHONE)/bin/python -m pytest -q tests/test_litert.py
 
 # What trains for long stays out (methods, leaps, mask_phase, embedded_teacher, flickr8k, landing, dashboard; take_away needs the students of methods): each says in its first lines how to run it.
 SHARED ?= ../shared

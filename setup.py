@@ -33,6 +33,7 @@ setup(
     extras_require={
         'export': words('export_requirements'),
         'eval': words('eval_requirements'),
+        'phone': words('phone_requirements'),  # not in dev: it pins older packages
         'dev': words('dev_requirements')
         + words('export_requirements')
         + words('eval_requirements'),

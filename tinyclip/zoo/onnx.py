@@ -31,14 +31,16 @@ from .vocabulary import ShortTokenizer, tokenizer_of
 # %% ../../nbs/zoo/08_onnx.ipynb #a4732179
 def need(
     *names: str,  # Modules
+    what: str = 'ONNX',  # What needs them
+    extra: str = 'export',  # How setup.py calls them
 ) -> list:  # The modules
     "Import optional packages, or say how to get them"
     try:
         return [importlib.import_module(n) for n in names]
     except ImportError as e:
         raise TinyclipError(
-            f"ONNX needs the package {e.name or names[0]}, which cannot be imported here: "
-            "pip install 'tinyclip[export]'."
+            f'{what} needs the package {e.name or names[0]}, which cannot be imported here: '
+            f"pip install 'tinyclip[{extra}]'."
         ) from e
 
 
@@ -366,14 +368,14 @@ def weight_bits(
 
 # %% ../../nbs/zoo/08_onnx.ipynb #a5662348
 ONNX_CONFIG = 'onnx_config.json'
-# of an export; others are left alone
+# of an export, its configuration first; others are left alone
 FILES = (
     ONNX_CONFIG,
     *(f'{k}{q}.onnx{d}' for k in IO for q in ('', '.int8') for d in ('', '.data')),
 )
 
 
-def onnx_config(model, opset) -> dict:
+def onnx_config(model) -> dict:
     "Configuration of an export: preprocessing, context length, logit scale"
     image, text = (dict(input=i, output=o) for i, o in IO.values())
     image |= preprocess_cfg(model) | dict(size=list(image_size(model)))
@@ -389,7 +391,6 @@ def onnx_config(model, opset) -> dict:
     bias = getattr(model, 'logit_bias', None)
     return dict(
         format=1,
-        opset=opset,
         unit_rows=True,
         logit_scale=float(np.exp(number(model.logit_scale))),
         logit_bias=None if bias is None else number(bias),
@@ -423,6 +424,21 @@ def check_input(config, kind, x):
         )
 
 
+def examples(model, config, images=None, texts=None) -> dict:
+    "What an export is compared on, by tower: given by the user, or drawn"
+    given = dict(zip(IO, sample_inputs(model)))
+    given |= {k: v for k, v in dict(image=images, text=texts).items() if v is not None}
+    for k, x in given.items():
+        check_input(config, k, x)
+    return {k: torch.as_tensor(x).detach().to('cpu', DTYPES[k]) for k, x in given.items()}
+
+
+@torch.no_grad()
+def rows_of(model, kind, x) -> np.ndarray:
+    "What torch gives"
+    return check_finite(Tower(model, kind)(x)).numpy()
+
+
 def parity(path, x, want, one) -> dict:
     "Run a file on one row, shortened where it is a text, and on all, and compare"
     s = session(path)
@@ -452,6 +468,18 @@ def save_tokenizer(model, tokenizer, folder) -> tuple:
     tokenizer.save_pretrained(str(folder))
     return 'huggingface', own
 
+
+def finish_export(model, tokenizer, folder, config, rows, files):
+    "Write the tokenizer, and the configuration, which says what lies beside it"
+    name, *weights = files
+    config['tokenizer'], config['tokenizer_cfg'] = save_tokenizer(model, tokenizer, folder)
+    there = [p for p in map(folder.joinpath, weights) if p.is_file()]
+    config['files'] = {p.name: p.stat().st_size for p in there}
+    config['parity'] = {
+        r['file']: {k: r[k] for k in ('difference', 'cosine', 'weights')} for r in rows
+    }
+    write_json(folder / name, config)
+
 # %% ../../nbs/zoo/08_onnx.ipynb #e6e14777
 TOLERANCE = 1e-4  # Largest relative difference between torch and a float32 file
 
@@ -480,17 +508,10 @@ def to_onnx(
     check_model(model)
     folder = Path(folder).expanduser()
     m, rows = float_copy(model), Parity()
-    given = dict(zip(IO, sample_inputs(m)))
-    config = onnx_config(m, opset)
-    given |= {k: v for k, v in dict(image=images, text=texts).items() if v is not None}
-    for k, x in given.items():
-        check_input(config, k, x)
-    given = {k: torch.as_tensor(x).detach().to('cpu', DTYPES[k]) for k, x in given.items()}
+    config = onnx_config(m) | dict(opset=opset)
     with replacing(folder, FILES) as tmp:
-        for kind, x in given.items():
-            with torch.no_grad():
-                # before the export, which may leave its traces
-                want = check_finite(Tower(m, kind)(x)).numpy()
+        for kind, x in examples(m, config, images, texts).items():
+            want = rows_of(m, kind, x)  # before the export, which may leave its traces
             path = tmp / f'{kind}.onnx'
             about = {k: config[k] for k in (kind, 'logit_scale', 'logit_bias')}
             one = shorten_texts(x[:1], m) if kind == 'text' else x[:1]
@@ -504,24 +525,19 @@ def to_onnx(
                     config['text']['vocab_size'] if kind == 'text' else 0,
                 )
                 rows.append(parity(small, x, want, one) | dict(weights=weight_bits(small)))
-        config['tokenizer'], config['tokenizer_cfg'] = save_tokenizer(model, tokenizer, tmp)
-        config['files'] = {p.name: p.stat().st_size for p in sorted(tmp.glob('*.onnx*'))}
-        config['parity'] = {
-            r['file']: {k: r[k] for k in ('difference', 'cosine', 'weights')} for r in rows
-        }
-        write_json(tmp / ONNX_CONFIG, config)
+        finish_export(model, tokenizer, tmp, config, rows, FILES)
     return rows
 
 # %% ../../nbs/zoo/08_onnx.ipynb #acce8f86
 def read_onnx_config(
     folder: Path,  # As written by `to_onnx`
+    name: str = ONNX_CONFIG,  # Of the configuration
 ) -> dict:
     "The configuration of an export, once its files are known to be whole"
-    path = folder / ONNX_CONFIG
+    path = folder / name
     if not path.is_file():
         raise TinyclipError(
-            f'{str(folder)!r} holds no finished export: {ONNX_CONFIG} is missing. Export '
-            'again with tinyclip.zoo.onnx.to_onnx.'
+            f'{str(folder)!r} holds no finished export: {name} is missing; export again.'
         )
     c = read_json(path, 'export again')
     kinds: dict[str, type] = dict(image=dict, text=dict, logit_scale=float, files=dict)
@@ -558,8 +574,7 @@ def read_onnx_config(
     )
     if bad:
         raise TinyclipError(
-            f'{str(folder / bad)!r} is missing or has another size than {ONNX_CONFIG} says; '
-            'export again.'
+            f'{str(folder / bad)!r} is missing or has another size than {name} says; export again.'
         )
     return c
 
