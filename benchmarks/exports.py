@@ -1,6 +1,6 @@
-"""Which towers of open_clip leave torch as ONNX and as LiteRT files. Towers that are built of the same
-kinds of modules with the same settings are one kind; of each, the smallest is cut to few layers at
-its full width, built with random weights, exported, and compared with torch.
+"""Which towers of open_clip leave torch as ONNX and as LiteRT files. Towers built of the same kinds
+of modules with the same settings are one kind; of each, the smallest is cut to few layers at its
+full width, built with random weights, exported, and compared with torch.
 
     make phone                                    # LiteRT has an environment of its own
     .venv-phone/bin/python benchmarks/exports.py  # writes results/exports/run.json, in minutes
