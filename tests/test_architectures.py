@@ -35,6 +35,15 @@ def test_every_architecture_is_recorded():
     assert sum(r['masks'] for r in RECORDED['rows']) > 120
 
 
+def test_every_architecture_that_is_inherited_has_two_kinds_of_towers_that_were_exported():
+    exports = json.loads((ROOT / 'results' / 'exports' / 'run.json').read_text())['metrics']
+    for r in RECORDED['rows']:
+        towers = [e for e in exports if r['architecture'] in e['architectures']]
+        assert sorted(e['tower'] for e in towers) == ['image', 'text'] * r['inherit']
+        assert all(e['onnx'] is not None and e['onnx'] < 1e-4 for e in towers)
+    assert sum(e['litert'] is None for e in exports) == 1  # the encoder of NLLB
+
+
 @pytest.mark.parametrize('name', SMALL)
 def test_what_is_recorded_is_true(name):
     recorded = next(r for r in RECORDED['rows'] if r['architecture'] == name)

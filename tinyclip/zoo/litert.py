@@ -65,8 +65,8 @@ class NamedTower(nn.Module):
 
 # %% ../../nbs/zoo/11_litert.ipynb #8b840a2f
 def litert(*names: str) -> list:  # The modules
-    "Import parts of LiteRT, or say how to get them"
-    return need(*names, what='LiteRT', extra='phone')
+    "Import parts of LiteRT's converter, or say how to get it"
+    return need(*names, what='LiteRT', install="'tinyclip[phone]'")
 
 
 @contextlib.contextmanager
@@ -105,7 +105,8 @@ class Program:
     "A file, opened: runs one row at a time"
 
     def __init__(self, path, kind: str):
-        (runtime,) = litert('ai_edge_litert.interpreter')
+        name = 'ai_edge_litert.interpreter'
+        (runtime,) = need(name, what='LiteRT', install='ai-edge-litert')
         self.name, self.output = IO[kind]
         try:
             # held here, for what it makes does not hold it

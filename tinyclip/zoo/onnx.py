@@ -32,7 +32,7 @@ from .vocabulary import ShortTokenizer, tokenizer_of
 def need(
     *names: str,  # Modules
     what: str = 'ONNX',  # What needs them
-    extra: str = 'export',  # How setup.py calls them
+    install: str = "'tinyclip[export]'",  # What pip is asked for
 ) -> list:  # The modules
     "Import optional packages, or say how to get them"
     try:
@@ -40,7 +40,7 @@ def need(
     except ImportError as e:
         raise TinyclipError(
             f'{what} needs the package {e.name or names[0]}, which cannot be imported here: '
-            f"pip install 'tinyclip[{extra}]'."
+            f'pip install {install}.'
         ) from e
 
 
