@@ -11,13 +11,18 @@ import torch.multiprocessing as mp
 from tinyclip.core import rank_and_world_size
 from tinyclip.train.engine import make_accelerator
 
+# the one process that all others begin in imports these once; nothing in it runs
+torch.multiprocessing.get_context('forkserver').set_forkserver_preload(
+    ['tinyclip.train.run', 'tinyclip.distill', 'tinyclip.zoo']
+)
+
 
 def spawn(worker, world, *args):
     "Run `worker(rank, world, port, *args)` in each of several processes"
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    mp.spawn(worker, (world, port, *args), nprocs=world)
+    mp.start_processes(worker, (world, port, *args), nprocs=world, start_method='forkserver')
 
 
 @contextlib.contextmanager
