@@ -12,9 +12,22 @@ function CodeBlock(block)
   return block
 end
 
+-- A command in a sentence stays on one line where a phone has room for it.
+local COMMAND = 30 -- characters
+
+function Code(code)
+  if #code.text <= COMMAND then code.classes:insert('brief') end
+  return code
+end
+
 -- A table's columns are as wide as what stands in them (pandoc shares the page out among the columns of a long one),
--- but for sentences, which styles.css keeps readable; and only numbers stand at the right: names do not.
-local SENTENCE = 40 -- characters
+-- but for longer texts, which styles.css keeps readable; and only numbers stand at the right: names do not.
+local BRIEF, SENTENCE = 18, 40 -- characters
+
+local function length_of(said)
+  if #said > SENTENCE then return 'sentence' end
+  return #said > BRIEF and 'phrase' or 'brief'
+end
 
 local function is_number(text)
   local said = text:gsub('^[^%w]+', '')
@@ -29,7 +42,7 @@ function Table(t)
       for i, cell in ipairs(row.cells) do
         local said = pandoc.utils.stringify(cell.contents)
         if align[i] == 'AlignRight' and not is_number(said) then align[i] = 'AlignLeft' end
-        if #said > SENTENCE then cell.contents = {pandoc.Div(cell.contents, {class = 'sentence'})} end
+        if said ~= '' then cell.contents = {pandoc.Div(cell.contents, {class = length_of(said)})} end
       end
     end
   end

@@ -717,3 +717,16 @@ def test_labs_stand_side_by_side(rendered, browser):
         seen = "() => [...document.querySelectorAll('.gallery img')].map(i => i.naturalWidth)"
         assert page.evaluate(seen) == [560] * 7
         assert all(page.locator('.gallery img').evaluate_all('l => l.map(i => i.alt)'))
+
+
+def test_code_wraps_where_it_is_meant_to(rendered, browser):
+    "On a phone: a line goes on further in than it began, and a short command stands on one"
+    with served(rendered) as home, visit(browser, f'{home}/losses/mimicking.html', 390) as page:
+        lines = page.locator('pre > code.sourceCode > span').evaluate_all(
+            'ls => ls.map(l => [l.textContent.search(/\\S/), parseFloat(l.style.paddingLeft)])'
+        )
+        broken = page.locator('main p code.brief').evaluate_all(
+            'cs => cs.filter(c => c.getClientRects().length > 1).map(c => c.textContent)'
+        )
+    assert len(lines) > 100 and not broken, broken
+    assert all(inset == min(begins, 8) + 4 for begins, inset in lines if begins >= 0)
