@@ -101,4 +101,7 @@ if __name__ == '__main__':
         rows.append(row)
         print({k: row[k] for k in ('method', 'seed', 'lr', 'curve')}, flush=True)
     recipe = dict(steps=STEPS, every=EVERY, batch_size=BATCH, share=SHARE, rates=rates)
-    print(table(rows), record_run('training-cost-cifar10', recipe, rows, a.seeds))
+    recipe |= dict(commits=sorted({r['commit'] for r in rows}))
+    found = table(rows)
+    metrics = dict(reached=list(found), rows=rows)
+    print(found, record_run('training-cost-cifar10', recipe, metrics, a.seeds))
