@@ -100,13 +100,5 @@ if __name__ == '__main__':
         rows.append(row | exported(tower, smallest) | dict(architectures=[n for _, n in all_of]))
         print({k: v for k, v in rows[-1].items() if k != 'architectures'}, flush=True)
     recipe = dict(open_clip=open_clip.__version__, depth=0.1, precision='fp32')
-    print(
-        Table(
-            dict(
-                kinds=len(rows),
-                **{f: sum(r[f] is not None for r in rows) for f in ('onnx', 'litert')},
-            )
-            for _ in '1'
-        )
-    )
-    print(record_run('exports', recipe, rows, [0]))
+    counts = {f: sum(r[f] is not None for r in rows) for f in ('onnx', 'litert')}
+    print(Table([dict(kinds=len(rows)) | counts]), record_run('exports', recipe, rows, [0]))

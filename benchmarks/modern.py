@@ -13,8 +13,8 @@ from a ViT of that teacher's size that reads what the student reads.
 
 Their own loss, sigmoid or contrastive, learns little from 17,500 pictures in minutes. While they
 learn, the teachers' features also follow those of a guide: a ViT that was trained on all of
-CIFAR-10. Learning rates of the students are those that budgets.py has chosen on CIFAR-10 for every
-way, from one grid. Both tokenizers are made of the same captions.
+CIFAR-10's training part. Learning rates of the students are those that budgets.py has chosen on
+CIFAR-10 for every way, from one grid. Both tokenizers are made of the same captions.
 """
 
 import argparse

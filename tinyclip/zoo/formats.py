@@ -219,6 +219,12 @@ class LiteRT(Onnx):
     files = {'litert': ('image.tflite', 'text.tflite'), 'litert, 8 bit': ('*.int8.tflite',)}
     marker = 'litert_config.json'
 
+    def check(self, options):
+        from tinyclip.zoo.litert import need_converter
+
+        super().check(options)
+        need_converter()
+
     def write(self, loaded, folder, int8=False):
         from tinyclip.zoo.litert import to_litert
 

@@ -578,6 +578,16 @@ def read_onnx_config(
         )
     return c
 
+
+def found_files(folder, name, ending, int8) -> tuple:  # (configuration, tower -> file)
+    "The configuration of an export and its files in 32 or in 8 bits, whole"
+    folder = Path(folder).expanduser()
+    config = read_onnx_config(folder, name)
+    files = {k: folder / f'{k}{".int8" * int8}.{ending}' for k in IO}
+    if not {f.name for f in files.values()} <= config['files'].keys():
+        raise TinyclipError(f'{str(folder)!r} has no 8-bit files; export with int8=True.')
+    return config, files
+
 # %% ../../nbs/zoo/08_onnx.ipynb #aa27e1f2
 class OnnxCLIP(nn.Module):
     "CLIP that runs an ONNX export: `zero_shot`, `retrieval` and `transforms` take it"
@@ -589,11 +599,7 @@ class OnnxCLIP(nn.Module):
         providers=None,  # As in `session`
     ):
         super().__init__()
-        folder = Path(folder).expanduser()
-        config = read_onnx_config(folder)
-        if int8 and 'image.int8.onnx' not in config['files']:
-            raise TinyclipError(f'{str(folder)!r} has no 8-bit files; export with int8=True.')
-        files = {k: folder / f'{k}{".int8" if int8 else ""}.onnx' for k in IO}
+        config, files = found_files(folder, ONNX_CONFIG, 'onnx', int8)
         self.adopt(config, {k: session(f, providers) for k, f in files.items()})
 
     def adopt(
