@@ -20,6 +20,12 @@ function Code(code)
   return code
 end
 
+-- Options of the command line are no dashes: whoever searches for --data, or copies it, finds two hyphens.
+function Str(word)
+  if not word.text:find('%w–') then word.text = word.text:gsub('–(%l)', '--%1') end
+  return word
+end
+
 -- A table's columns are as wide as what stands in them (pandoc shares the page out among the columns of a long one),
 -- but for longer texts, which styles.css keeps readable; and only numbers stand at the right: names do not.
 local BRIEF, SENTENCE = 18, 40 -- characters

@@ -730,3 +730,8 @@ def test_code_wraps_where_it_is_meant_to(rendered, browser):
         )
     assert len(lines) > 100 and not broken, broken
     assert all(inset == min(begins, 8) + 4 for begins, inset in lines if begins >= 0)
+
+
+def test_options_of_the_command_line_keep_their_hyphens(rendered):
+    page = (rendered / 'tutorials/when_something_fails.html').read_text(encoding='utf-8')
+    assert '--calibrate' in page and not re.search(r'–[a-z]', page)
