@@ -5,6 +5,7 @@ rate that is best for it: the same grid, on photographs that are kept from train
     # the learning rates, the table, the losses: finished rows are kept below runs/ and not repeated
     python benchmarks/budgets.py cifar10 rates --shared ../shared
     python benchmarks/budgets.py cifar10 table --shared ../shared
+    python benchmarks/budgets.py cifar10 loss-rates --shared ../shared
     python benchmarks/budgets.py cifar10 losses --shared ../shared
 
     # writes results/budgets-cifar10/run.json from the rows that are there
@@ -117,6 +118,7 @@ WAYS = {
     'automatic': Way('masks', masks=SHORT),
     'manual, reconstructed': Way('rule', True),
     'automatic, reconstructed': Way('masks', True, masks=SHORT),
+    'automatic (paper), reconstructed': Way('masks', True, masks=PAPER),
     'scores': Way('scores'),
     'scores, reconstructed': Way('scores', True),
     'masks from scores, reconstructed': Way('masks', True, masks=SHORT | dict(scored=True)),
@@ -233,13 +235,18 @@ def rows(a, task, part, cells):
     "Rows of a part, those made now included"
     for cell in cells:
         name = '-'.join(map(told, cell.values()))
-        test = task.held_out if part == 'rates' else task.test
+        test = task.held_out if part.endswith('rates') else task.test
         yield row_of(a.work / part / name, lambda cell=cell: one(task, a, test=test, **cell))
+
+
+def named(v):
+    "A value, in words"
+    return ' + '.join(v) if isinstance(v, list) else str(v)
 
 
 def told(v):
     "A value, in the name of a folder"
-    return '+'.join(v) if isinstance(v, list) else str(v).replace(' ', '_')
+    return named(v).replace(' + ', '+').replace(' ', '_')
 
 
 def rate_cells(a):
@@ -248,12 +255,12 @@ def rate_cells(a):
         yield dict(name=name, share=0.25, seed=100, budget=120, lr=lr)
 
 
-def best_rates(a):
-    "The rate with the highest accuracy on the photographs kept for it, by method"
+def best_rates(a, part='rates', by='method'):
+    "The rate with the highest accuracy on the photographs kept for it, by method or by objective"
     found = {}
-    for file in sorted((a.work.parent / 'cifar10' / 'rates').glob('*/row.json')):
+    for file in sorted((a.work.parent / 'cifar10' / part).glob('*/row.json')):
         row = json.loads(file.read_text())
-        found.setdefault(row['method'], []).append((row['top1'], row['lr']))
+        found.setdefault(named(row[by]), []).append((row['top1'], row['lr']))
     return {name: max(each)[1] for name, each in found.items()}
 
 
@@ -278,12 +285,21 @@ LOSSES = (
 )
 
 
+BEST = dict(name='scores, reconstructed', share=0.25)
+
+
+def loss_rate_cells(a):
+    "The best inheritance, with each loss and rate"
+    for objective, lr in product(LOSSES, a.rates):
+        yield BEST | dict(seed=100, budget=120, lr=lr, objective=objective)
+
+
 def loss_cells(a):
-    "The best inheritance, with each loss"
-    name = 'scores, reconstructed'
+    "The best inheritance, with each loss at its rate"
+    rates = best_rates(a, 'loss-rates', 'objective')
     for seed, objective in product(a.seeds, LOSSES):
-        cell = dict(name=name, share=0.25, seed=seed, budget=120, lr=best_rates(a)[name])
-        yield cell | dict(objective=objective)
+        lr = rates[named(objective)]
+        yield BEST | dict(seed=seed, budget=120, lr=lr, objective=objective)
 
 
 def table(found):
@@ -307,12 +323,13 @@ def record(a):
     "Write what is there into results/"
     parts = {
         part: [json.loads(f.read_text()) for f in sorted((a.work / part).glob('*/row.json'))]
-        for part in ('rates', 'table', 'losses')
+        for part in ('rates', 'table', 'loss-rates', 'losses')
     }
     recipe = dict(
         batch_size=BATCH,
         rates=RATES,
         chosen=best_rates(a),
+        chosen_by_loss=best_rates(a, 'loss-rates', 'objective'),
         mask_steps={str(k): v for k, v in MASK_STEPS.items()},
         weights_lr=WEIGHTS_LR,
         masks=dict(SHORT),
@@ -329,7 +346,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument('data', choices=['shapes', 'cifar10'])
-    p.add_argument('part', choices=['rates', 'table', 'losses', 'record'])
+    p.add_argument('part', choices=['rates', 'table', 'loss-rates', 'losses', 'record'])
     p.add_argument('--shared', default='../shared')
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     p.add_argument('--shares', type=float, nargs='+', default=SHARES)
@@ -344,7 +361,13 @@ def main():
     task = dict(cifar10=cifar10, shapes=shapes)[a.data](a)
     if not (a.work / 'teacher.json').exists():
         write_json(a.work / 'teacher.json', task.test(task.teacher))
-    cells = dict(rates=rate_cells, table=table_cells, losses=loss_cells)[a.part](a)
+    parts = {
+        'rates': rate_cells,
+        'table': table_cells,
+        'loss-rates': loss_rate_cells,
+        'losses': loss_cells,
+    }
+    cells = parts[a.part](a)
     for row in rows(a, task, a.part, cells):
         said = 'method', 'share', 'seed', 'budget', 'lr', 'objective', 'top1', 'seconds'
         print({k: row[k] for k in said}, flush=True)
