@@ -53,7 +53,7 @@ def test_against_explicit_refits(block):
     w, u = torch.randn(3, 8, generator=g).double(), torch.randn(9, 3, generator=g).double()
     h, sensitivity = (x.T @ x).double() / 50, u.T @ u
     p, q = torch.linalg.inv(h)[None], (w.T @ sensitivity @ w)[None]
-    order, lost = eliminate(p, q, block)
+    order, lost = eliminate([(p[0], q[0])], 8 // block)
     gone = []
     for unit, error in list(zip(order, lost.tolist()))[:-1]:
         left = [i for i in range(8 // block) if i not in gone]
@@ -68,20 +68,21 @@ def test_several_readers_add_up():
     h = torch.diag(torch.tensor([4.0, 1.0])).double()
     p = torch.linalg.inv(h)[None].repeat(2, 1, 1)
     q = torch.diag_embed(torch.tensor([[1.0, 1.0], [0.0, 8.0]])).double()
-    order, lost = eliminate(p, q)
+    order, lost = eliminate(list(zip(p, q)), 2)
     assert order == [0, 1] and lost.tolist() == pytest.approx([4.0, 13.0])
 
 
-@given(st.lists(st.floats(0, 10), min_size=1, max_size=20))
-def test_hull(steps):
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=20), st.floats(0, 30))
+def test_hull(steps, rest):
     lost = torch.tensor(steps).double().cumsum(0).tolist()
-    segments = hull(lost)
-    assert sum(k for k, _ in segments) == len(lost)
-    assert sum(e for _, e in segments) == pytest.approx(lost[-1])
-    slopes = [e / k for k, e in segments]
+    segments = hull(lost, rest)
+    assert sum(k for k, _, _ in segments) == len(lost)
+    assert sum(e for _, _, e in segments) == pytest.approx(lost[-1])
+    assert sum(x for _, x, _ in segments) == pytest.approx(len(lost) + rest)
+    slopes = [e / x for _, x, e in segments]
     assert slopes == sorted(slopes)
     at, total = 0, 0.0
-    for k, e in segments:
+    for k, _, e in segments:
         at, total = at + k, total + e
         assert total == pytest.approx(lost[at - 1])
 

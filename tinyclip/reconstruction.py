@@ -183,7 +183,7 @@ def regression_rows(
     if x.ndim == 4:
         x = x if m.conv is None else m.patches(x)
         each = min(y[0, ..., 0].numel(), PLACES) * x[0, 0, 0].numel()
-        step = max(1, 2**22 // each)
+        step = max(1, 2**22 // max(each, 1))  # nothing is read where only a bias is left
         some = [slice(i, i + step) for i in range(0, len(x), step)]
     for part in some:
         a, b, counted = x[part], y[part], batch.get('counted')
@@ -273,13 +273,8 @@ class Inherited:
         if not m.weight:
             b = self.tensor(target.bias).to(like)
             return b.new_zeros(len(b), 0), b
-        found: list[Any] = [self.tensor(t).to(like) if t else None for t in target.names]
-        w, b, *norm = found
-        w = w.T if transposed else w.flatten(1)
-        if norm:
-            gain = norm[2] / (norm[1] + m.eps).sqrt()
-            w, b = gain[:, None] * w, norm[3] + gain * ((0 if b is None else b) - norm[0])
-        return tuple(grouped(t, m) for t in (w, b))
+        found = {n: t.to(like) for n, t in self.tensors(m, target).items()}
+        return tuple(grouped(t, m) for t in m.merged(found, transposed))
 
     def taken_apart(
         self,
@@ -590,13 +585,7 @@ def check_calibration(
     check_positive(name, samples, whole=True)
     if samples < 8 * (world := rank_and_world_size()[1]):
         raise _too_few(samples // world)
-    for t, family in layout(teacher).families.items():
-        if family.branches(*tower_of(teacher, t)) is None:
-            raise TinyclipError(
-                f'The {t} tower is a {family.name} whose linear maps are not known: its family '
-                'has no branches(). Inherit and distil it without reconstruction, or describe '
-                'them, as the page Family says.'
-            )
+    check_known(teacher, 'Inherit and distil it without reconstruction.')
     if student is not None:
         _keep_within(student, teacher)
         s, t = input_sizes(student), input_sizes(teacher)
@@ -604,6 +593,19 @@ def check_calibration(
             raise TinyclipError(
                 f'The {what} is {s[what]} for the student and {t[what]} for the teacher: a student '
                 'is reconstructed on what both read. Distil it without calibration.'
+            )
+
+
+def check_known(
+    teacher: nn.Module,
+    instead: str,  # What can be done without
+):
+    "Refuse towers that cannot be walked through map by map"
+    for t, family in layout(teacher).families.items():
+        if family.branches(*tower_of(teacher, t)) is None:
+            raise TinyclipError(
+                f'The {t} tower is a {family.name} whose linear maps are not known: its family '
+                f'has no branches(), see the page Family. {instead}'
             )
 
 

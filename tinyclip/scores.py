@@ -7,6 +7,7 @@ __all__ = ['MEASURES', 'COMPARABLE', 'Scores', 'unit_scores', 'scored']
 
 # %% ../nbs/05_scores.ipynb #a27e54ba
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,8 +29,16 @@ from tinyclip.core import (
     rank_and_world_size,
 )
 from .keep import Keep, magnitudes
-from .reconstruction import Streams, calibration_batches, check_count
-from .towers import TOWERS, Layout, ParamCount, layout, tower_of
+from .reconstruction import Streams, calibration_batches, check_count, check_known, places
+from tinyclip.towers import (
+    TOWERS,
+    Branch,
+    Layout,
+    LinearMap,
+    ParamCount,
+    layout,
+    tower_of,
+)
 
 # %% ../nbs/05_scores.ipynb #3c29e94f
 @torch.no_grad()
@@ -77,23 +86,59 @@ def contrastive_probes(image: Tensor, text: Tensor, scale: float, seed: int) -> 
 
 # %% ../nbs/05_scores.ipynb #028f7c15
 class Read(NamedTuple):
-    "What one matrix reads of a batch, and the gradient at its side of the stream"
+    "What one map reads of a batch, and the gradient at its side of the stream"
 
-    weight: str  # Name of the matrix
-    axis: str  # Whose units it reads: channels of the stream, heads or neurons
-    matrix: Tensor  # `(outputs, inputs)`
-    bias: bool  # Whether it has one
-    x: Tensor  # `(..., inputs)`
-    u: Tensor  # The gradient, of `x` for channels, of what the matrix gives for heads and neurons
+    map: LinearMap
+    axis: str  # Whose units it reads: channels, heads, neurons
+    matrix: Tensor  # `(outputs, inputs)`; of a convolution the inputs are channels times places
+    bias: bool  # Whether it has one, or a BatchNorm's
+    at_input: bool  # Whether the gradient is that of `x`; else of what the map gives
+    x: Tensor  # `(n, ..., channels)`
+    u: Tensor  # The gradient `(n, ..., channels)`
 
-    @property
-    def of_stream(self) -> bool:
-        "Whether the matrix reads the stream"
-        return self.axis.endswith('.width')
+    def rows(
+        self,
+        numbers: Tensor,  # Of the samples `(n,)`
+    ) -> tuple:  # (`(rows, inputs)`, `(rows, channels)`, places that each row stands for)
+        "What the matrix multiplies, and the gradient: every token, and some places of a map"
+        x, u, every = self.x, self.u, 1.0
+        if x.ndim == 4:
+            x = x[..., None] if self.map.conv is None else self.map.patches(x)
+            at = torch.arange(len(x), device=x.device)[:, None], *places(*x.shape[1:3], numbers)
+            every = x.shape[1] * x.shape[2] / at[1].shape[1]
+            x, u = x[at].flatten(2), u[at]
+        return x.flatten(0, -2), u.flatten(0, -2), every
 
-    def gates(self) -> Tensor:  # `(..., inputs)`
-        "First-order effect of every input on the probed sum"
-        return self.x * (self.u if self.of_stream else self.u @ self.matrix)
+
+class Listener:
+    "A `LinearMap` that also writes down what it reads and gives"
+
+    def __init__(self, m: LinearMap, heard: list):
+        self.map, self.heard = m, heard
+        self.weight, self.bias, self.read = m.weight, m.bias, m.read
+
+    def __call__(self, weights: Mapping, x: Tensor) -> Tensor:
+        x = x.view_as(x)  # a tensor of its own: others may read the same
+        y = self.map(weights, x)
+        self.heard.append((self.map, x, y))
+        return y
+
+
+def listening(
+    branch: Branch,
+    heard: list,  # Takes (map, what it reads, what it gives)
+) -> Branch:
+    "A branch that does the same, and writes down what its maps read and give"
+
+    def listen(maps):
+        return tuple(
+            [Listener(m, heard) for m in one] if isinstance(one, list) else Listener(one, heard)
+            for one in maps
+        )
+
+    around = branch.shortcut
+    around = listen(around) if isinstance(around, tuple) else around
+    return branch._replace(maps=listen(branch.maps), shortcut=around)
 
 
 def reads(
@@ -102,85 +147,84 @@ def reads(
     l: Layout,  # Of the model
     x: Tensor,  # Images or texts `(n, ...)`
     v: Tensor,  # Probes of their embeddings `(n, d)`
-) -> list:  # Of `Read`, with the rows that count only: `(rows, ...)`, of which texts have no other
+    at_inputs: bool = False,  # Gradients of all inputs; else where they are cheap
+) -> list:  # Of `Read`; what does not count is 0
     "Walk a batch up a tower and the probes down again"
     family, (module, path) = l.families[tower], tower_of(model, tower)
-    weights = dict(model.named_parameters())
+    weights = dict([*model.named_parameters(), *model.named_buffers()])
     with torch.no_grad():
         h, mask = family.stem(model, x)
-    counted = family.counted(module, x)
-    counted = torch.ones(h.shape[:2], device=x.device) if counted is None else counted
-    found = []
-
-    def read(x, side, name, bias, transposed=False):
-        w = weights[name].T if transposed else weights[name]
-        axis = l.dims[name][0 if transposed else 1].axis
-        if axis == 'embed':  # the MLP of a pooling whose feature is the embedding
-            return
-        side = x if axis.endswith('.width') else side
-        found.append((side, Read(name, axis, w.detach().float(), bool(bias), x, side)))
-
+    heard: list[Any] = []
     with torch.enable_grad():
         h = h.detach().requires_grad_()
         for branch in (b for block in family.branches(module, path) for b in block):
-            if not branch.maps[-1].weight:
-                h = branch.add(weights, h, mask)
-                continue
-            y = h
-            for maps in branch.maps:
-                side_by_side = isinstance(maps, list)
-                y, before = [], y
-                for m in maps if side_by_side else [maps]:
-                    x_in = m.read(before, mask)
-                    y.append(F.linear(x_in, weights[m.weight], weights.get(m.bias)))
-                    read(x_in, y[-1], m.weight, m.bias)
-                y = y if side_by_side else y[0]
-            y = y if branch.behind is None else branch.behind(y)
-            y = y if branch.scale is None else y * branch.scale
-            h = y if branch.shortcut is None else h + y
-            h = h if branch.act is None else branch.act(h)
+            h = listening(branch, heard).add(weights, h, mask)
+        turned = False
         if projection := family.projection(module, path):
-            name, bias, transposed = projection
-            h, w = family.pooled(model, x, h), weights[name]
-            read(h, h, name, bias, transposed)
-            h = F.linear(h, w.T if transposed else w, weights.get(bias))
+            name, bias, turned = projection
+            h = family.pooled(model, x, h)
+            y = F.linear(h, weights[name].T if turned else weights[name], weights.get(bias))
+            heard.append((LinearMap(name, bias, lambda h, mask: h), h, y))
+            h = y
+        elif h.ndim > 2:  # no branch of the last block has pooled it
+            h = family.pooled(model, x, h)
         z = F.normalize(h.float(), dim=-1)
+        found = []
+        for m, x_in, y in heard:
+            transposed = turned and m is heard[-1][0]
+            d = l.dims[m.weight][0 if transposed else 1]
+            if d is None or d.axis == 'embed':  # pixels, one channel each, or what is not cut here
+                continue
+            at_input = at_inputs or d.axis.endswith('.width') and _reads_as_it_is(m)
+            matrix, b = m.merged({n: weights[n].detach().float() for n in m.names if n}, transposed)
+            side = x_in if at_input else y
+            found.append((side, Read(m, d.axis, matrix, b is not None, at_input, x_in, side)))
         grads = torch.autograd.grad((z * v).sum(), [side for side, _ in found])
+    counted = family.counted(module, x)
     return [_counted(r, u, counted) for (_, r), u in zip(found, grads)]
 
 
+def _reads_as_it_is(m) -> bool:
+    "Whether every place of the output comes from one place of the input"
+    return m.conv is None or m.conv.kernel_size == m.conv.stride == (1, 1)
+
+
 def _counted(read, u, counted) -> Read:
-    "A read without the rows that do not count"
+    "A read in float32, without what does not count"
     x, u = read.x.detach().float(), u.float()
-    if x.shape[:2] == counted.shape:  # not what is pooled
+    if counted is not None and x.ndim > 2 and x.shape[:2] == counted.shape:
         x, u = x * counted[..., None], u * counted[..., None]
     return read._replace(x=x, u=u)
 
 # %% ../nbs/05_scores.ipynb #2c202fc5
 class Products:
-    "For the surgeon: products of what every matrix reads, and of gradients"
+    "For the surgeon: products of what every map reads, and of gradients"
 
     def __init__(self, reads: list):
         self.reads = [r._replace(x=r.x[:0], u=r.u[:0]) for r in reads]  # names and matrices
         self.sums = []
         for r in reads:
-            for n in (r.x.shape[-1] + 1, r.u.shape[-1]):
+            for n in (r.matrix.shape[1] + 1, r.u.shape[-1]):
                 self.sums.append(torch.zeros(n, n, dtype=torch.float64, device=_doubles(r.x)))
 
-    def add(self, reads: list):
+    def add(
+        self,
+        reads: list,
+        numbers: Tensor,  # Of the samples
+    ):
         "Take in a batch"
         for r, xx, uu in zip(reads, self.sums[::2], self.sums[1::2]):
-            x, u = r.x.flatten(0, -2), r.u.flatten(0, -2)
+            x, u, every = r.rows(numbers)
             x = F.pad(x, (0, 1), value=1.0)
             xx += ((x * u.square().sum(1, keepdim=True)).T @ x).to(xx)
-            uu += (u.T @ u).to(uu)
+            uu += every * (u.T @ u).to(uu)
 
     def surgeon(
         self,
         axis: str,  # Channels, heads or neurons
         damping: float,  # Share of the mean variance of the inputs
-    ) -> tuple:  # (`(m, n, n)` inverse covariances, `(m, n, n)` sensitivities)
-        "$H^{-1}$ and $W^T G W$ of the matrices that read an axis"
+    ) -> list:  # (inverse covariance `(n, n)`, sensitivity `(n, n)`) of every map
+        "$H^{-1}$ and $W^T G W$ of the maps that read an axis"
         out = []
         for r, xx, uu in zip(self.reads, self.sums[::2], self.sums[1::2]):
             if r.axis == axis:
@@ -191,23 +235,28 @@ class Products:
                 eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
                 inverse = torch.linalg.inv(h / mean + damping * eye) * (total / mean)
                 w = r.matrix.to(uu)
-                out.append((inverse, uu if r.of_stream else w.T @ uu @ w))
-        return tuple(torch.stack(t) for t in zip(*out))
+                out.append((inverse, uu if r.at_input else w.T @ uu @ w))
+        return out
 
 
 class Gates:
     "For `taylor` and `fisher`: sums over pairs of the gradient of a gate on every unit"
 
     def __init__(self, reads: list, sizes: Mapping, power: int):
+        self.reads = [r._replace(x=r.x[:0], u=r.u[:0]) for r in reads]
         self.axes, self.power = list(dict.fromkeys(r.axis for r in reads)), power
         device = _doubles(reads[0].x)
         self.sizes = [sizes[a] for a in self.axes]
         self.sums = [torch.zeros(n, dtype=torch.float64, device=device) for n in self.sizes]
 
-    def add(self, reads: list):
+    def add(
+        self,
+        reads: list,  # With gradients of their inputs
+        numbers: Tensor,
+    ):
         "Take in a batch"
         for axis, n, total in zip(self.axes, self.sizes, self.sums):
-            each = [r.gates() for r in reads if r.axis == axis]
+            each = [r.x * r.u for r in reads if r.axis == axis]
             gates = sum(_per_unit(g, n).reshape(len(g), -1, n).sum(1) for g in each)
             total += (gates**self.power).sum(0).to(total)
 
@@ -225,7 +274,7 @@ class Fluctuations:
             torch.zeros(3, r.x.shape[-1], dtype=torch.float64, device=_doubles(r.x)) for r in reads
         ]
 
-    def add(self, reads: list):
+    def add(self, reads: list, numbers: Tensor):
         "Take in a batch"
         for r, total in zip(reads, self.sums):
             x = r.x.flatten(0, -2)
@@ -233,9 +282,13 @@ class Fluctuations:
             total += torch.stack([rows, x.sum(0), x.square().sum(0)]).to(total)
 
     def units(self, axis: str) -> Tensor:  # `(size,)`
-        own = [(r, s) for r, s in zip(self.reads, self.sums) if r.axis == axis]
-        each = ((sq / n - (x / n) ** 2) * r.matrix.square().sum(0).to(sq) for r, (n, x, sq) in own)
-        return torch.stack([_per_unit(e, self.sizes[axis]) for e in each]).sum(0)
+        total = torch.zeros(self.sizes[axis], dtype=torch.float64)
+        for r, (n, x, sq) in zip(self.reads, self.sums):
+            if r.axis == axis:
+                weights = _per_unit(r.matrix.square().sum(0).to(sq), len(x))
+                each = _per_unit((sq / n - (x / n) ** 2) * weights, self.sizes[axis])
+                total = total.to(each) + each
+        return total
 
 
 def _per_unit(x, n) -> Tensor:
@@ -257,53 +310,65 @@ def _without(p, q, gone, left) -> tuple:
     return p[:, left][..., left] - p[:, left][..., gone] @ a, q
 
 
-def _each(p, q, block) -> Tensor:
+def _each(p, q, units) -> Tensor:
     "What is lost with every unit alone, over all matrices"
+    block = p.shape[1] // units
     if block == 1:
         return (q.diagonal(dim1=1, dim2=2) / p.diagonal(dim1=1, dim2=2)).sum(0)
 
     def blocks(t):
-        n = t.shape[1] // block
-        return t.reshape(len(t), n, block, n, block).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+        return t.reshape(len(t), units, block, units, block).diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
     both = torch.linalg.solve(blocks(p), blocks(q))
     return both.diagonal(dim1=2, dim2=3).sum((0, 2))
 
 
+def _columns(index, p, units) -> Tensor:
+    "Where the columns of some of the units are"
+    block = p.shape[1] // units
+    return (index[:, None] * block + torch.arange(block, device=index.device)).flatten()
+
+
 def eliminate(
-    p: Tensor,  # Inverse covariances `(m, n, n)`: of every matrix that reads the units
-    q: Tensor,  # Sensitivities, alike
-    block: int = 1,  # Columns of a unit
+    readers: list,  # (inverse covariance, sensitivity), each `(n, n)`, of all that read the units
+    units: int,  # How many; each has as many columns in a matrix as all others
     step: float = 0.02,  # Share of the units that go between two updates of everything
 ) -> tuple:  # (units, the first to go first), (what is lost when so many are gone `(units,)`)
     "Optimal brain surgeon: remove units one by one, the rest refitted every time"
+    stacks = [
+        tuple(torch.stack(t) for t in zip(*(r for r in readers if len(r[0]) == n)))
+        for n in dict.fromkeys(len(p) for p, _ in readers)
+    ]
 
-    def columns(units):
-        return (units[:, None] * block + torch.arange(block, device=p.device)).flatten()
+    def lost_with(stacks, n):
+        return torch.stack([_each(p, q, n) for p, q in stacks]).sum(0)
 
-    def rest(n, gone):
-        stays = torch.ones(n, dtype=torch.bool, device=p.device)
+    def removed(stacks, n, gone):
+        "What is left without some of `n` units: (the matrices, the units)"
+        stays = torch.ones(n, dtype=torch.bool, device=gone.device)
         stays[gone] = False
-        return stays.nonzero()[:, 0]
+        stay = stays.nonzero()[:, 0]
+        each = (_without(p, q, *(_columns(i, p, n) for i in (gone, stay))) for p, q in stacks)
+        return list(each), stay
 
-    left = torch.arange(p.shape[1] // block, device=p.device)
+    left = torch.arange(units, device=stacks[0][0].device)
     order, lost = [], []
-    while len(left):
-        count = max(1, int(step * len(left)))
-        cheap = _each(p, q, block).argsort(stable=True)[: 3 * count].sort().values
-        c, gone = columns(cheap), []
-        small = p[:, c][..., c], q[:, c][..., c]
+    while n := len(left):
+        count = max(1, int(step * n))
+        cheap = lost_with(stacks, n).argsort(stable=True)[: 3 * count].sort().values
+        small, gone = [], []
+        for p, q in stacks:
+            c = _columns(cheap, p, n)
+            small.append((p[:, c][..., c], q[:, c][..., c]))
         for _ in range(count):
-            each = _each(*small, block)
+            each = lost_with(small, len(cheap))
             i = each.argmin()
             lost.append(each[i])
             gone.append(cheap[i])
-            stay = rest(len(cheap), i)
-            small = _without(*small, columns(i[None]), columns(stay))
+            small, stay = removed(small, len(cheap), i[None])
             cheap = cheap[stay]
         gone = torch.stack(gone)
-        stay = rest(len(left), gone)
-        p, q = _without(p, q, columns(gone), columns(stay))
+        stacks, stay = removed(stacks, n, gone)
         order += left[gone].tolist()
         left = left[stay]
     return order, torch.stack(lost).clamp(min=0).cumsum(0).cpu()
@@ -311,92 +376,179 @@ def eliminate(
 # %% ../nbs/05_scores.ipynb #6ebdda4c
 def hull(
     lost: list,  # What is lost when so many are gone, from 1 on
-) -> list:  # (how many more, what more is lost) of every segment
+    rest: float = 0.0,  # What goes with the last of them, in units
+) -> list:  # (how many more, what goes with them in units, what more is lost) of every segment
     "Lower convex hull of a curve that begins at 0"
     points = [(0, 0.0)]
     for x, y in enumerate(lost, 1):
+        if x == len(lost):
+            x += rest
         while len(points) > 1:
             (a, b), (c, d) = points[-2:]
             if (d - b) * (x - c) < (y - d) * (c - a):
                 break
             points.pop()
         points.append((x, y))
-    return [(c - a, d - b) for (a, b), (c, d) in zip(points, points[1:])]
+    n = len(lost)
+    return [(int(min(c, n)) - a, c - a, d - b) for (a, b), (c, d) in zip(points, points[1:])]
 
 
 CHANNELS = 2.0  # weight of what is lost with channels: all that is computed later lacks them, too
 
 
-def least(axis: str) -> int:
-    "How many units of an axis stay at least: only heads and neurons of a layer may go altogether"
-    return int(not ('.layers.' in axis and axis.endswith(('.heads', '.ffn'))))
+def least(axis: str, l: Layout) -> int:
+    "How many units of an axis stay at least: none of the heads or neurons of a layer need to"
+    return int(axis not in l.branch.values())
+
+
+def outer_axes(
+    pairs: list,  # Of axes that share a tensor
+    streams: list,  # Axes of channels
+) -> list:
+    "Axes such that, when their sizes are fixed, the parameters are linear in all other sizes"
+    out = list(streams)
+    while rest := [set(p) for p in pairs if not set(p) & set(out)]:
+        out.append(Counter(a for p in rest for a in sorted(p)).most_common(1)[0][0])
+    return out
 
 
 class Budget:
     "The cheapest numbers of channels, heads and neurons of a tower for a number of parameters"
 
-    def __init__(self, tower: str, lost: Mapping, size: ParamCount):
-        self.tower, self.size, self.width = tower, size, f'{tower}.width'
-        self.branches = [a for a in lost if a.startswith(f'{tower}.') and a != self.width]
-        each = enumerate(lost[a][: len(lost[a]) - least(a)].tolist() for a in self.branches)
-        steps = [(k, e, i) for i, some in each for k, e in hull(some)]
-        self.units, self.errors, self.axis = np.array(steps).reshape(-1, 3).T
+    def __init__(self, tower: str, scores: Any, size: ParamCount):
+        self.tower, self.size, self.sizes = tower, size, size.sizes
+        lost, l = scores.lost, scores.layout
+        terms = {axes: c for (t, axes), c in size.terms.items() if t == tower}
+        own = [a for a in lost if a.startswith(f'{tower}.')]
+        pairs = [axes for axes in terms if len(axes) == 2]
+        self.outer = outer_axes(
+            [p for p in pairs if set(p) <= set(own)], [a for a in own if a.endswith('.width')]
+        )
+        self.branches = [a for a in own if a not in self.outer]
+        # what nothing here reads, the squeeze of a gate: as large a share as of what it is beside
+        silent = [a for a in scores.order if a not in lost]
+        both = [(a, b) for p in pairs for a, b in (p, p[::-1])]
+        self.beside = {a: b for a, b in both if a in silent and b.endswith('.width')}
+        self._polynomial(terms)
+        _, one, rest = self._prices(tuple(self.sizes[a] for a in self.outer))
+        steps = []
+        for i, a in enumerate(self.branches):
+            may_go = len(lost[a]) - least(a, l)
+            all_ = may_go == len(lost[a])
+            steps += [(i, *s) for s in hull(lost[a][:may_go].tolist(), all_ * rest[i] / one[i])]
+        self.axis, self.units, self.saved, self.errors = np.array(steps).reshape(-1, 4).T
         self.axis = self.axis.astype(int)
-        self.lost = CHANNELS * np.array([0.0, *lost[self.width].tolist()])
-        self.prices = [self._prices(w) for w in (1, 2)]
-        self.curves = [self._curve(w) for w in range(1, size.sizes[self.width] + 1)]
-
-    def count(self, counts: Mapping) -> int:
-        "Parameters of the tower"
-        return self.size.count(counts)[self.tower]
-
-    def _prices(self, width) -> np.ndarray:
-        "Parameters of the whole tower at a width, and of one unit of every branch"
-        whole = self.count({self.width: width})
-        one = [
-            whole - self.count({self.width: width, a: self.size.sizes[a] - 1})
-            for a in self.branches
+        self.lost = [
+            (CHANNELS if a.endswith('.width') else 1.0) * np.array([0.0, *lost[a].tolist()])
+            for a in self.outer
         ]
-        return np.array([whole, *one])
+        self.curves: dict = {}
 
-    def _at(self, width) -> np.ndarray:
-        "The same at any width: all are linear in it"
-        first, second = self.prices
-        return first + (second - first) * (width - 1)
+    def _polynomial(self, terms):
+        "Parameters by sizes, and by whether there is any unit: coefficients"
+        names = [*self.sizes, *(f'any {a}' for a in self.sizes)]
+        at = {a: i for i, a in enumerate(names)}
+        self.constant = terms.get((), 0)
+        self.linear, self.quadratic = np.zeros(len(at)), np.zeros((len(at), len(at)))
+        for axes, c in terms.items():
+            if len(axes) == 1:
+                self.linear[at[axes[0]]] += c
+            elif axes:
+                self.quadratic[at[axes[0]], at[axes[1]]] += c
+        self.at = [[at[prefix + a] for a in self.branches] for prefix in ('', 'any ')]
 
-    def _curve(self, width) -> tuple:
-        "(order of the steps, parameters and loss after each) at a width"
-        whole, *one = self._at(width)
-        saved = self.units * np.array(one)[self.axis]
-        order = np.argsort(self.errors / saved, kind='stable')
-        start = self.lost[self.size.sizes[self.width] - width]
-        params = whole - np.concatenate([[0], saved[order].cumsum()])
-        return order, params, start + np.concatenate([[0], self.errors[order].cumsum()])
+    def _sizes(self, outer) -> dict:
+        "axis -> size, where the outer axes have these and the branches all that they have"
+        out = dict(self.sizes) | dict(zip(self.outer, outer))
+        out |= {
+            a: max(1, round(out[b] / self.sizes[b] * self.sizes[a])) for a, b in self.beside.items()
+        }
+        return out
 
-    def losses(self, params: np.ndarray) -> np.ndarray:  # `(widths, len(params))`
-        "The loss at every width for every number of parameters; infinite where it cannot be had"
-        each = [
-            np.interp(params, p[::-1], e[::-1], left=np.inf, right=np.inf)
-            for _, p, e in self.curves
-        ]
-        return np.array(each)
+    def _prices(self, outer) -> tuple:
+        "Parameters of the whole tower at these sizes, of a unit of every branch, and of its rest"
+        n = np.array([*self._sizes(outer).values(), *(1 for _ in self.sizes)], float)
+        whole = self.constant + self.linear @ n + n @ self.quadratic @ n
+        each = self.linear + (self.quadratic + self.quadratic.T) @ n
+        return whole, *(each[at] for at in self.at)
+
+    def curve(self, outer: tuple) -> tuple:
+        "(order of the steps, parameters and loss after each) at sizes of the outer axes"
+        if outer not in self.curves:
+            whole, one, _ = self._prices(outer)
+            saved = self.saved * one[self.axis]
+            order = np.argsort(self.errors / saved, kind='stable')
+            start = sum(e[self.sizes[a] - n] for a, e, n in zip(self.outer, self.lost, outer))
+            params = whole - np.concatenate([[0], saved[order].cumsum()])
+            self.curves[outer] = order, params, start + np.cumsum([0, *self.errors[order]])
+        return self.curves[outer]
+
+    def loss(self, outer: tuple, params):
+        "What is lost at numbers of parameters; infinite where they cannot be had"
+        _, p, e = self.curve(outer)
+        return np.interp(params, p[::-1], e[::-1], left=np.inf, right=np.inf)
+
+    def _rank(self, outer, params) -> tuple:
+        "What is lost, and by how much the parameters cannot be had"
+        _, p, _ = self.curve(outer)
+        return self.loss(outer, params), max(p[-1] - params, params - p[0])
+
+    def best(self, params: float) -> tuple:
+        "Sizes of the outer axes with which least is lost, one axis after the other"
+        full = [self.sizes[a] for a in self.outer]
+        shares = np.linspace(0, 1, 65)
+        even = [tuple(max(1, round(s * n)) for n in full) for s in shares]
+        found, before = min(even, key=lambda o: self._rank(o, params)), None
+        while found != before:
+            before = found
+            for i, n in enumerate(full):
+                tries = [(*found[:i], k, *found[i + 1 :]) for k in self._tries(found[i], n)]
+                found = min([found, *tries], key=lambda o: self._rank(o, params))
+        return found
+
+    def _tries(self, now, most) -> list:
+        "Sizes to try in place of `now`: all of a single axis, else nearer and farther ones"
+        if len(self.outer) == 1:
+            return list(range(1, most + 1))
+        steps = [2**k for k in range(most.bit_length())]
+        return [n for k in steps for n in (now - k, now + k) if 1 <= n <= most]
+
+    def losses(self, params: np.ndarray) -> np.ndarray:
+        "The least loss for every number of parameters"
+        some = np.linspace(params[0], params[-1], min(len(params), 33))
+        tried = [self.best(p) for p in some]
+        every = dict.fromkeys(tried) if len(self.outer) > 1 else self.curves
+        return np.array([self.loss(o, params) for o in every]).min(0)
 
     def counts(self, params: float) -> dict:
         "axis -> how many stay, to within a neuron"
-        width = int(self.losses(np.array([params])).argmin()) + 1
-        out = {self.width: width} | {a: self.size.sizes[a] for a in self.branches}
-        left, *prices = self._at(width)
-        for i in self.curves[width - 1][0]:
+        outer = self.best(params)
+        sizes, (left, prices, _) = self._sizes(outer), self._prices(outer)
+        out = {a: sizes[a] for a in [*self.outer, *self.beside, *self.branches]}
+        for i in self.curve(outer)[0]:
             axis, price = self.branches[self.axis[i]], prices[self.axis[i]]
-            n = min((left - params) / price, self.units[i])
-            n = max(round(n) if axis.endswith('.ffn') else int(n + 1e-9), 0)
-            out[axis] -= n
-            left -= n * price
-        for a, price in zip(self.branches, prices):  # what went with the last unit of a branch
-            if a.endswith('.ffn') and out[a] == max(out[b] for b in self.branches):
-                off = round((params - self.count(out)) / price)
-                out[a] = min(max(out[a] + off, least(a)), self.size.sizes[a])
+            n, saved = self.units[i], self.saved[i]
+            if (part := (left - params) / price) < n:
+                n = saved = min(max(round(part), 0), n - (saved > n))
+            out[axis] -= int(n)
+            left -= saved * price
+        fine = [a for a in self.branches if out[a] and not a.endswith('.heads')]
+        fill(out, sorted(fine, key=lambda a: out[a]), params, self.size)
         return out
+
+
+def fill(
+    counts: dict,  # axis -> how many stay; changed in place
+    axes: list,  # Of neurons, or of what there is much of
+    params: float,  # Parameters of the tower
+    size: ParamCount,
+):
+    "Settle the rest with single neurons, everywhere alike"
+    for i, a in enumerate(axes):
+        tower = a.split('.')[0]
+        now, one_more = (size.count({**counts, a: counts[a] + k})[tower] for k in (0, 1))
+        off = round((params - now) / (len(axes) - i) / (one_more - now))
+        counts[a] = min(max(counts[a] + off, 1), size.sizes[a])
 
 
 def evenly(
@@ -406,25 +558,18 @@ def evenly(
     axes: Iterable,  # What may be cut
 ) -> dict:  # axis -> how many stay, to within a neuron
     "Channels, heads and neurons in the same proportion in every layer"
-    width = f'{tower}.width'
-    branches = [a for a in axes if a.startswith(f'{tower}.') and a != width]
-    neurons = [a for a in branches if a.endswith('.ffn') and not least(a)]
+    own = [a for a in axes if a.startswith(f'{tower}.')]
+    streams = [a for a in own if a.endswith('.width')]
+    most = max(size.sizes[a] for a in streams or own)
 
-    def counts(w):
-        share = w / size.sizes[width]
-        return {width: w} | {a: max(1, round(share * size.sizes[a])) for a in branches}
+    def count(counts):
+        return size.count(counts)[tower]
 
-    def off(counts):
-        return params - size.count(counts)[tower]
+    def even(n):
+        return {a: max(1, round(n / most * size.sizes[a])) for a in own}
 
-    out = counts(min(range(1, size.sizes[width] + 1), key=lambda w: abs(off(counts(w)))))
-    if not neurons:
-        return out
-    a = neurons[0]
-    one = size.count({**out, a: out[a] + 1})[tower] - size.count(out)[tower]
-    more, rest = divmod(round(off(out) / one), len(neurons))
-    for i, a in enumerate(neurons):  # they make up for whole heads
-        out[a] = min(max(out[a] + more + (i < rest), 1), size.sizes[a])
+    out = min(map(even, range(1, most + 1)), key=lambda c: abs(params - count(c)))
+    fill(out, [a for a in own if a.endswith('.ffn') and '.layers.' in a], params, size)
     return out
 
 # %% ../nbs/05_scores.ipynb #07355043
@@ -440,7 +585,8 @@ class Scores:
     layout: Layout  # Of the teacher
     by: str  # How they were measured
     order: Mapping  # axis -> its units, the first to go first
-    lost: Mapping  # axis -> what is lost when so many are gone, `(size,)`
+    # axis -> what is lost when so many are gone, `(size,)`; not of the squeeze of a gate
+    lost: Mapping
 
     def keep(
         self,
@@ -452,27 +598,37 @@ class Scores:
         size = ParamCount(self.layout)
         params = {t: shares[t] * size.whole[t] for t in TOWERS}
         global_ = self.by in COMPARABLE
-        _check_least(params, size, towers, {a: max(least(a), not global_) for a in self.lost})
-        budgets = {t: Budget(t, self.lost, size) for t in TOWERS if global_}
+        fewest = {a: max(least(a, self.layout), not global_) for a in self.order}
+        _check_least(params, size, towers, fewest)
+        budgets = {t: Budget(t, self, size) for t in TOWERS if global_}
         if towers == 'both' and global_:
             params = _divided(budgets, sum(params.values()))
         counts = {}
         for t in TOWERS:
             counts |= (
-                budgets[t].counts(params[t]) if budgets else evenly(t, size, params[t], self.lost)
+                budgets[t].counts(params[t]) if budgets else evenly(t, size, params[t], self.order)
             )
         return self._keep(counts)
 
     def _keep(self, counts) -> Keep:
         axes = {a: sorted(self.order[a][self.layout.sizes[a] - n :]) for a, n in counts.items()}
-        for depth in self.layout.depth:
+        for depth, path in self.layout.depth.items():
             n = self.layout.sizes[depth]
             kinds = {i: [a for a in counts if a.startswith(f'{depth}.{i}.')] for i in range(n)}
-            stay = [i for i in range(n) if any(counts[a] for a in kinds[i])] or [0]
+            stay = [
+                i
+                for i in range(n)
+                if any(counts[a] for a in kinds[i]) or self._more(f'{path}.{i}.')
+            ] or [0]
             axes[depth] = stay
             for a in (a for i in range(n) if i not in stay for a in kinds[i]):
                 del axes[a]
         return Keep(self.layout.sizes, axes)
+
+    def _more(self, path) -> bool:
+        "Whether a layer has maps that stay without heads and neurons"
+        own = [(n, d) for n, d in self.layout.dims.items() if n.startswith(path)]
+        return any(len(d) > 1 and n not in self.layout.branch for n, d in own)
 
     def units(self) -> dict:  # axis -> `(size,)`
         "What is lost more when a unit goes at its turn, by index; never less than before it"
@@ -523,11 +679,14 @@ def _divided(budgets, params) -> dict:
     image, text = (budgets[t] for t in TOWERS)
     low, high = params - text.size.whole['text'], image.size.whole['image']
     own = np.linspace(max(low, 0), min(high, params), 1001)
-    loss = image.losses(own).min(0) + text.losses(params - own).min(0)
+    loss = image.losses(own) + text.losses(params - own)
     best = own[loss.argmin()]
     return dict(zip(TOWERS, (best, params - best)))
 
 # %% ../nbs/05_scores.ipynb #81696ea4
+AT_ONCE = 32  # images or texts that are walked up together: maps are large
+
+
 def _sums(teacher, l, batches, by, seed, progress) -> dict:
     "What a measure sums up over the pairs, by tower"
     kinds = dict(
@@ -541,16 +700,17 @@ def _sums(teacher, l, batches, by, seed, progress) -> dict:
     probes = contrastive_probes if by in ('taylor', 'fisher') else affinity_probes
     scale = teacher.logit_scale.detach().float().exp().cpu()
     v = {t: p[own] for t, p in probes(image, text, scale, seed).items()}
-    sums, seen = {}, 0
+    sums, seen = {}, dict.fromkeys(TOWERS, 0)
     for batch in tqdm(batches, 'score', batches.count, disable=not progress):
         for tower in TOWERS:
-            x = batch[tower]
-            probe = v[tower][seen : seen + len(x)].to(x.device)
-            found = reads(teacher, tower, l, x, probe)
-            if tower not in sums:
-                sums[tower] = kinds[by](found)
-            sums[tower].add(found)
-        seen += len(batch['text'])
+            for x in batch[tower].split(AT_ONCE):
+                numbers = seen[tower] + torch.arange(len(x), device=x.device)
+                probe = v[tower][numbers.to('cpu')].to(x.device)
+                found = reads(teacher, tower, l, x, probe, by in ('taylor', 'fisher'))
+                if tower not in sums:
+                    sums[tower] = kinds[by](found)
+                sums[tower].add(found, numbers)
+                seen[tower] += len(x)
     for s in (s for t in TOWERS for s in sums[t].sums):
         if rank_and_world_size()[1] > 1:
             dist.all_reduce(s)
@@ -569,43 +729,19 @@ def _check_finite(t):
 DAMPING = 1e-3  # share of the mean variance of the inputs
 
 
-def _by_reconstruction(l, sums, axes, progress) -> Scores:
-    order, lost = {}, {}
+def _by_reconstruction(l, sums, axes, silent, progress) -> Scores:
+    order, lost = dict(silent), {}
     for a in tqdm(axes, 'remove', disable=not progress):
-        p, q = sums[a.split('.')[0]].surgeon(a, DAMPING)
-        order[a], lost[a] = eliminate(p, q, p.shape[1] // l.sizes[a])
+        readers = sums[a.split('.')[0]].surgeon(a, DAMPING)
+        order[a], lost[a] = eliminate(readers, l.sizes[a])
     return Scores(l, 'reconstruction', order, lost)
 
 # %% ../nbs/05_scores.ipynb #b2dc1c19
-def _one_stream(l, tower, family, module, path) -> bool:
-    "Whether every matrix reads one stream or what stands beside it, up to what pools or projects"
-    blocks = family.blocks and family.branches(module, path)
-    if not blocks or f'{tower}.width' not in l.sizes or f'{tower}.heads' in l.sizes:
-        return False
-    projection = family.projection(module, path)
-    inner, (last, *_) = blocks if projection else blocks[:-1], blocks[-1]
-    if not all(b.shortcut == () and b.act is None for block in inner for b in block):
-        return False
-    if not projection:
-        return last.shortcut is None
-    name, _, transposed = projection
-    return l.dims[name][0 if transposed else 1] is not None
-
-
-def check_scorable(teacher: nn.Module, l: Layout):
-    "Refuse towers that cannot be walked down again, before anything is computed"
-    for tower, family in l.families.items():
-        if not _one_stream(l, tower, family, *tower_of(teacher, tower)):
-            raise TinyclipError(
-                f'The {tower} tower is a {family.name}, whose parts cannot be scored yet: only '
-                'towers of pre-norm attention blocks with a projection or a pooling by attention '
-                'behind them can. Choose by rule, tinyclip.keep.manual, or let masks learn it, '
-                'mask_steps=.'
-            )
+SCORELESS = 'Choose by rule, tinyclip.keep.manual, or let masks learn it, mask_steps=.'
 
 # %% ../nbs/05_scores.ipynb #0e1f1d2b
 def unit_scores(
-    teacher: nn.Module,  # A CLIP whose towers are transformers
+    teacher: nn.Module,  # A CLIP
     pairs: Iterable | None = None,  # As in `reconstruct`; `'magnitude'` and `'random'` need none
     by: str = 'reconstruction',  # One of `MEASURES`
     samples: int = 1000,  # Pairs to look at, at most, over all processes
@@ -616,9 +752,10 @@ def unit_scores(
     check_choice('measure', by, MEASURES)
     check_positive('samples', samples, whole=True)
     l = layout(teacher)
-    check_scorable(teacher, l)
+    check_known(teacher, SCORELESS)
     scaled = {d.axis for dims in l.dims.values() for d in dims if d and d.scaled}
-    axes = [a for a in l.sizes if a in scaled and a not in l.depth]
+    axes = [a for a in l.sizes if a in scaled and a not in l.depth and a != 'embed']
+    order: dict = {}  # of the squeeze of a gate, which no map that is walked through reads
     if by == 'magnitude':
         units = magnitudes(teacher, l)
     elif by == 'random':
@@ -635,16 +772,21 @@ def unit_scores(
                 seen += len(text)
             check_count(seen, device)
             sums = _sums(teacher, l, batches, by, seed, progress)
+        heard = {r.axis for t in TOWERS for r in sums[t].reads}
+        silent = [a for a in axes if a not in heard]
+        axes = [a for a in axes if a in heard]
+        order = {a: u.argsort(stable=True).tolist() for a, u in magnitudes(teacher, l).items()}
+        order = {a: order[a] for a in silent}
         if by == 'reconstruction':
-            return _by_reconstruction(l, sums, axes, progress)
+            return _by_reconstruction(l, sums, axes, order, progress)
         units = {a: sums[a.split('.')[0]].units(a) for a in axes}
-    order = {a: units[a].argsort(stable=True).tolist() for a in axes}
+    order |= {a: units[a].argsort(stable=True).tolist() for a in axes}
     lost = {a: units[a].double().sort().values.cumsum(0).cpu() for a in axes}
     return Scores(l, by, order, lost)
 
 # %% ../nbs/05_scores.ipynb #67598ed1
 def scored(
-    teacher: nn.Module,  # A CLIP whose towers are transformers
+    teacher: nn.Module,  # A CLIP
     pairs: Iterable
     | None,  # From `open_pairs`, or batches `(images (n, 3, h, w), texts (n, context))`
     share,  # As in `Scores.keep`

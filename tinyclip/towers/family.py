@@ -63,6 +63,20 @@ class LinearMap(NamedTuple):
             y = F.batch_norm(y.movedim(-1, 1), *norm, eps=self.eps).movedim(1, -1)
         return y
 
+    def merged(
+        self,
+        weights: Mapping,  # Parameters and statistics of the model by name
+        transposed: bool = False,  # Whether the matrix is kept `(inputs, outputs)`
+    ) -> tuple[Tensor, Tensor | None]:  # `(outputs, inputs)`, `(outputs,)` or None
+        "Weights and bias as one matrix and one vector, the BatchNorm merged into both"
+        w, b, *norm = (weights[n] if n else None for n in self.names)
+        w = w.T if transposed else w.flatten(1)
+        if norm:
+            mean, var, gain, shift = norm
+            gain = gain / (var + self.eps).sqrt()
+            w, b = gain[:, None] * w, shift + gain * ((0 if b is None else b) - mean)
+        return w, b
+
     def patches(
         self,
         x: Tensor,  # From `read`, `(n, height, width, channels)`

@@ -246,12 +246,21 @@ class HuggingFaceText(Family):
         "What stands between the last layer and the pooler"
         return lambda h: h
 
+    def pool(self, tower, h, mask):
+        "What the pooler makes of what the last layer gives, `(n, width)`"
+        h = self.last_norm(tower)(h)
+        return tower.pooler(SimpleNamespace(last_hidden_state=h), mask.long())
+
+    def pooled(self, model, x, stream):
+        tower = model.text
+        return self.pool(tower, stream, x != tower.config.pad_token_id)
+
     def head(self, tower, path) -> Branch:
         "Pooler and projection as a `Branch` in which the stream ends"
-        norm, proj, maps = self.last_norm(tower), tower.proj, []
+        proj, maps = tower.proj, []
 
         def pool(h, mask):
-            return tower.pooler(SimpleNamespace(last_hidden_state=norm(h)), mask.long())
+            return self.pool(tower, h, mask)
 
         before, by_layer = pool, self.pools_by_layer(tower)
         if by_layer:

@@ -76,7 +76,7 @@ def attended(
 ) -> Tensor:  # What its `proj` multiplies
     "An attention between its two matrices"
     with with_forward(attn.qkv, lambda x: qkv), with_forward(attn.proj, lambda x: x):
-        return attn(qkv[..., : attn.proj.out_features])
+        return attn(qkv[..., :1].expand(*qkv.shape[:-1], attn.proj.out_features))  # not looked at
 
 
 def windowed(
