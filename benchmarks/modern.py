@@ -27,7 +27,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-from budgets import BATCH, MASK_STEPS, SETTINGS, WAYS, WEIGHTS_LR, Task
+from budgets import BATCH, MASK_STEPS, SETTINGS, WEIGHTS_LR, Task
 from budgets import one as compressed
 from methods import row_of
 from open_clip.tokenizer import HFTokenizer
@@ -215,9 +215,8 @@ def students(a):
     task, rates = task_of(a, a.name), chosen_rates()
     for (budget, ways), seed in product(((BUDGET, TRAINED), (0, UNTRAINED)), SEEDS):
         for way in ways:
-            if WAYS[way].chosen != 'scores' or a.name in ('siglip', 'vit'):
-                make = partial(compress_one, a, task, way, rates[way], seed, budget)
-                yield f'{a.name}-{way}-{budget}-{seed}', make
+            make = partial(compress_one, a, task, way, rates[way], seed, budget)
+            yield f'{a.name}-{way}-{budget}-{seed}', make
 
 
 def across(a, who, seed):

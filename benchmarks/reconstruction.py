@@ -7,16 +7,19 @@ another kind, few and many.
 
     # writes results/reconstruction-shapes/run.json
     python benchmarks/reconstruction.py shapes
+
+Finished rows are kept below runs/ and not repeated.
 """
 
 import argparse
 import json
 import statistics
 import time
+from functools import partial
 from itertools import product
 from pathlib import Path
 
-from methods import cifar10, shapes
+from methods import cifar10, row_of, shapes
 
 from tinyclip.core import Table, record_run
 from tinyclip.data import open_pairs, transforms
@@ -59,8 +62,14 @@ def one(task, keep, pairs, samples, method, share, seed, calibration):
     return row | dict(inherited=test(student)['top1'], seconds=seconds, **test(new))
 
 
+def one_scored(task, pairs, samples, share, seed, calibration):
+    "The same with what scores keep"
+    keep = scored(task[0], pairs, share, samples=min(samples, MOST), progress=False)
+    return one(task, keep, pairs, samples, 'scores', share, seed, calibration)
+
+
 def rows_of(task, data, a):
-    "All rows, the quick ones first"
+    "All rows, the quick ones first: (name, what makes it)"
     teacher, pairs, _ = task
     kinds = dict(own=pairs)
     if data == 'cifar10':
@@ -74,11 +83,12 @@ def rows_of(task, data, a):
                 rule=keep_for_size(teacher, share), masks=recorded_keeps(data, share)[seed]
             )
             for (kind, of), (method, keep) in product(kinds.items(), keeps.items()):
-                yield one(task, keep, of(seed, 50), USUAL, method, share, seed, kind)
+                make = partial(one, task, keep, of(seed, 50), USUAL, method, share, seed, kind)
+                yield f'{method}-{share}-{kind}-{USUAL}-{seed}', make
     for n, seed, (kind, of) in product(a.samples, a.seeds, kinds.items()):
         share = min(a.shares)
-        keep = scored(teacher, of(seed, 50), share, samples=min(n, MOST), progress=False)
-        yield one(task, keep, of(seed, 50), n, 'scores', share, seed, kind)
+        make = partial(one_scored, task, of(seed, 50), n, share, seed, kind)
+        yield f'scores-{share}-{kind}-{n}-{seed}', make
 
 
 def table(rows):
@@ -105,11 +115,13 @@ if __name__ == '__main__':
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     p.add_argument('--shares', type=float, nargs='+', default=[0.5, 0.25])
     p.add_argument('--samples', type=int, nargs='+', default=[50, 100, 200, USUAL, 1000, 10000])
+    p.add_argument('--work', type=Path, default=Path('runs/reconstruction'))
     a = p.parse_args()
     task = dict(cifar10=cifar10, shapes=shapes)[a.data](a.shared)
     rows = []
-    for row in rows_of(task, a.data, a):
-        rows.append(row)
-        print(row, flush=True)
+    for name, make in rows_of(task, a.data, a):
+        rows.append(row_of(a.work / a.data / name, make))
+        print(rows[-1], flush=True)
     recipe = dict(data=a.data, samples=a.samples, batch_size=50, teacher=task[2](task[0]))
+    recipe |= dict(commits=sorted({r['commit'] for r in rows}))
     print(table(rows), record_run(f'reconstruction-{a.data}', recipe, rows, a.seeds))
