@@ -102,7 +102,9 @@ def reconstructs(clip):
 
 def scores(clip):
     "Half of it, chosen by scores; which ones does not matter here"
-    inherit(clip, unit_scores(clip, by='random', progress=False).keep(0.5))
+    with torch.device('cpu'):
+        keep = unit_scores(clip, by='random', progress=False).keep(0.5)
+    inherit(clip, keep)
 
 
 def leaves(clip):
