@@ -9,7 +9,7 @@ from test_reconstruction import equal, refitted, refused
 from torch import nn
 
 from tinyclip.inheritance import inherit
-from tinyclip.keep import choose, manual
+from tinyclip.keep import Keep, choose, manual
 from tinyclip.reconstruction import PLACES, places
 from tinyclip.towers import layout
 from tinyclip.towers.architecture import build
@@ -209,3 +209,14 @@ def test_what_is_not_finite_is_refused_by_name():
     refused('visual.conv1.weight cannot be refitted', half(teacher), teacher, [(x / 0, t)])
     nn.init.constant_(teacher.visual.layer2[0].bn2.bias, float('nan'))
     refused('layer2.0.conv2.weight cannot be refitted', half(teacher), teacher, [(x, t)])
+
+
+@pytest.mark.parametrize('family', ['tinyvit', 'davit'])
+def test_fewer_heads_and_none(family):
+    "Attention narrower than its stream, and a branch of which a bias is left"
+    teacher = clip(family)
+    sizes = layout(teacher).sizes
+    heads = [a for a in sizes if a.startswith('image') and a.endswith('.heads')]
+    student = inherit(teacher, Keep(sizes, {a: () if a == heads[0] else (0,) for a in heads}))
+    better = refitted(student, teacher, batches())
+    assert image_off(better, teacher) < image_off(student, teacher)

@@ -684,7 +684,7 @@ def _divided(budgets, params) -> dict:
     return dict(zip(TOWERS, (best, params - best)))
 
 # %% ../nbs/05_scores.ipynb #81696ea4
-AT_ONCE = 32  # images or texts that are walked up together: maps are large
+AT_ONCE = 16  # images or texts that are walked up together: maps are large
 
 
 def _sums(teacher, l, batches, by, seed, progress) -> dict:
