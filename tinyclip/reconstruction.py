@@ -585,7 +585,7 @@ def check_calibration(
     check_positive(name, samples, whole=True)
     if samples < 8 * (world := rank_and_world_size()[1]):
         raise _too_few(samples // world)
-    check_known(teacher, 'Inherit and distil it without reconstruction.')
+    check_known(teacher, 'Inherit and distil it without reconstruction')
     if student is not None:
         _keep_within(student, teacher)
         s, t = input_sizes(student), input_sizes(teacher)
@@ -604,8 +604,8 @@ def check_known(
     for t, family in layout(teacher).families.items():
         if family.branches(*tower_of(teacher, t)) is None:
             raise TinyclipError(
-                f'The {t} tower is a {family.name} whose linear maps are not known: its family '
-                f'has no branches(), see the page Family. {instead}'
+                f'The linear maps of the {t} tower, a {family.name}, are not known: its family '
+                f'has no branches(). {instead}, or describe them, as the page Family says.'
             )
 
 

@@ -736,9 +736,6 @@ def _by_reconstruction(l, sums, axes, silent, progress) -> Scores:
         order[a], lost[a] = eliminate(readers, l.sizes[a])
     return Scores(l, 'reconstruction', order, lost)
 
-# %% ../nbs/05_scores.ipynb #b2dc1c19
-SCORELESS = 'Choose by rule, tinyclip.keep.manual, or let masks learn it, mask_steps=.'
-
 # %% ../nbs/05_scores.ipynb #0e1f1d2b
 def unit_scores(
     teacher: nn.Module,  # A CLIP
@@ -752,7 +749,7 @@ def unit_scores(
     check_choice('measure', by, MEASURES)
     check_positive('samples', samples, whole=True)
     l = layout(teacher)
-    check_known(teacher, SCORELESS)
+    check_known(teacher, 'Choose by rule, tinyclip.keep.manual, let masks learn it, mask_steps=')
     scaled = {d.axis for dims in l.dims.values() for d in dims if d and d.scaled}
     axes = [a for a in l.sizes if a in scaled and a not in l.depth and a != 'embed']
     order: dict = {}  # of the squeeze of a gate, which no map that is walked through reads

@@ -43,7 +43,7 @@ def readme() -> str:
     parts = [text(c['source']) if c['cell_type'] == 'markdown' else shown(c) for c in cells]
     page = '\n\n'.join(p.strip() for p in parts if p.strip())
     # Links between pages, seen from the repository's top
-    page = re.sub(r'\]\((?!https?:|#)([\w/]+\.(?:ipynb|png))\)', r'](nbs/\1)', page)
+    page = re.sub(r'\]\((?!https?:|#)([\w/]+\.(?:ipynb|png)(?:#[\w-]+)?)\)', r'](nbs/\1)', page)
     return f'<!-- made from nbs/index.ipynb by tools/readme.py -->\n\n{page}\n'
 
 
