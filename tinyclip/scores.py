@@ -429,20 +429,13 @@ class Budget:
         silent = [a for a in scores.order if a not in lost]
         both = [(a, b) for p in pairs for a, b in (p, p[::-1])]
         self.beside = {a: b for a, b in both if a in silent and b.endswith('.width')}
-        self._polynomial(terms)
-        _, one, rest = self._prices(tuple(self.sizes[a] for a in self.outer))
-        steps = []
-        for i, a in enumerate(self.branches):
-            may_go = len(lost[a]) - least(a, l)
-            all_ = may_go == len(lost[a])
-            steps += [(i, *s) for s in hull(lost[a][:may_go].tolist(), all_ * rest[i] / one[i])]
-        self.axis, self.units, self.saved, self.errors = np.array(steps).reshape(-1, 4).T
-        self.axis = self.axis.astype(int)
         self.lost = [
             (CHANNELS if a.endswith('.width') else 1.0) * np.array([0.0, *lost[a].tolist()])
             for a in self.outer
         ]
         self.curves: dict = {}
+        self._polynomial(terms)
+        self._steps(lost, l)
 
     def _polynomial(self, terms):
         "Parameters by sizes, and by whether there is any unit: coefficients"
@@ -456,6 +449,19 @@ class Budget:
             elif axes:
                 self.quadratic[at[axes[0]], at[axes[1]]] += c
         self.at = [[at[prefix + a] for a in self.branches] for prefix in ('', 'any ')]
+
+    def _steps(self, lost, l):
+        "What can go of every branch, step by step: units, what they save in units, what is lost"
+        _, one, rest = self._prices(tuple(self.sizes[a] for a in self.outer))
+        axis, steps = [], []
+        for i, a in enumerate(self.branches):
+            may_go = self.sizes[a] - least(a, l)
+            rest_too = rest[i] / one[i] if may_go == self.sizes[a] else 0.0
+            some = hull(lost[a][:may_go].tolist(), rest_too)
+            axis += [i] * len(some)
+            steps += some
+        self.axis = np.array(axis, int)
+        self.units, self.saved, self.errors = np.array(steps).reshape(-1, 3).T
 
     def _sizes(self, outer) -> dict:
         "axis -> size, where the outer axes have these and the branches all that they have"

@@ -72,7 +72,7 @@ class LinearMap(NamedTuple):
         w, b, *norm = (weights[n] if n else None for n in self.names)
         w = w.T if transposed else w.flatten(1)
         if norm:
-            mean, var, gain, shift = norm
+            (mean, var), (gain, shift) = norm[:2], norm[2:]
             gain = gain / (var + self.eps).sqrt()
             w, b = gain[:, None] * w, shift + gain * ((0 if b is None else b) - mean)
         return w, b
