@@ -85,7 +85,7 @@ def rows_of(task, data, a):
             for (kind, of), (method, keep) in product(kinds.items(), keeps.items()):
                 make = partial(one, task, keep, of(seed, 50), USUAL, method, share, seed, kind)
                 yield f'{method}-{share}-{kind}-{USUAL}-{seed}', make
-    for n, seed, (kind, of) in product(a.samples, a.seeds, kinds.items()):
+    for n, (kind, of), seed in product(a.samples, kinds.items(), a.seeds):
         share = min(a.shares)
         make = partial(one_scored, task, of(seed, 50), n, share, seed, kind)
         yield f'scores-{share}-{kind}-{n}-{seed}', make
@@ -116,11 +116,15 @@ if __name__ == '__main__':
     p.add_argument('--shares', type=float, nargs='+', default=[0.5, 0.25])
     p.add_argument('--samples', type=int, nargs='+', default=[50, 100, 200, USUAL, 1000, 10000])
     p.add_argument('--work', type=Path, default=Path('runs/reconstruction'))
+    p.add_argument('--record', action='store_true', help='only what is there')
     a = p.parse_args()
     task = dict(cifar10=cifar10, shapes=shapes)[a.data](a.shared)
     rows = []
     for name, make in rows_of(task, a.data, a):
-        rows.append(row_of(a.work / a.data / name, make))
+        place = a.work / a.data / name
+        if a.record and not (place / 'row.json').exists():
+            continue
+        rows.append(row_of(place, make))
         print(rows[-1], flush=True)
     recipe = dict(data=a.data, samples=a.samples, batch_size=50, teacher=task[2](task[0]))
     recipe |= dict(commits=sorted({r['commit'] for r in rows}))
