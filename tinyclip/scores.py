@@ -669,14 +669,14 @@ def _shares(share, towers) -> dict:
 
 
 def _check_least(params, size, towers, units):
-    "Refuse a size that is below one channel, with `units` heads and neurons in every layer"
+    "Refuse a size that is below that of one channel, and of `units` everywhere else"
     fewest = size.count(units)
     for some in [TOWERS] if towers == 'both' else [(t,) for t in TOWERS]:
         asked, low = (sum(n[t] for t in some) for n in (params, fewest))
         if asked < low:
             raise TinyclipError(
-                f'The {" and ".join(some)} tower cannot shrink to {asked:,.0f} parameters: one '
-                f'channel has {low:,}. Ask for more.'
+                f'The {" and ".join(some)} tower cannot shrink to {asked:,.0f} parameters: with '
+                f'the least of everything it has {low:,}. Ask for more.'
             )
 
 
