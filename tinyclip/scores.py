@@ -690,7 +690,7 @@ def _divided(budgets, params) -> dict:
     return dict(zip(TOWERS, (best, params - best)))
 
 # %% ../nbs/05_scores.ipynb #81696ea4
-AT_ONCE = 16  # images or texts that are walked up together: maps are large
+AT_ONCE = 16  # images of a batch that are walked up a tower in stages: its maps are large
 
 
 def _sums(teacher, l, batches, by, seed, progress) -> dict:
@@ -709,7 +709,8 @@ def _sums(teacher, l, batches, by, seed, progress) -> dict:
     sums, seen = {}, dict.fromkeys(TOWERS, 0)
     for batch in tqdm(batches, 'score', batches.count, disable=not progress):
         for tower in TOWERS:
-            for x in batch[tower].split(AT_ONCE):
+            some = batch[tower]
+            for x in some.split(AT_ONCE if l.families[tower].blocks is None else len(some)):
                 numbers = seen[tower] + torch.arange(len(x), device=x.device)
                 probe = v[tower][numbers.to('cpu')].to(x.device)
                 found = reads(teacher, tower, l, x, probe, by in ('taylor', 'fisher'))
