@@ -297,6 +297,8 @@ def loss_rate_cells(a):
 def loss_cells(a):
     "The best inheritance, with each loss at its rate"
     rates = best_rates(a, 'loss-rates', 'objective')
+    if missing := [named(o) for o in LOSSES if named(o) not in rates]:
+        raise SystemExit(f'No rate has been chosen for {missing}: run the part loss-rates first.')
     for seed, objective in product(a.seeds, LOSSES):
         lr = rates[named(objective)]
         yield BEST | dict(seed=seed, budget=120, lr=lr, objective=objective)

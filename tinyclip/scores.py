@@ -521,21 +521,25 @@ class Budget:
 
     def losses(self, params: np.ndarray) -> np.ndarray:
         "The least loss for every number of parameters"
-        some = np.linspace(params[0], params[-1], min(len(params), 33))
-        tried = [self.best(p) for p in some]
-        every = dict.fromkeys(tried) if len(self.outer) > 1 else self.curves
-        return np.array([self.loss(o, params) for o in every]).min(0)
+        for p in np.linspace(params[0], params[-1], 33 if len(self.outer) > 1 else 1):
+            self.best(p)  # leaves the curves of all that it tries
+        return np.array([self.loss(o, params) for o in self.curves]).min(0)
 
     def counts(self, params: float) -> dict:
         "axis -> how many stay, to within a neuron"
         outer = self.best(params)
         sizes, (left, prices, _) = self._sizes(outer), self._prices(outer)
         out = {a: sizes[a] for a in [*self.outer, *self.beside, *self.branches]}
-        for i in self.curve(outer)[0]:
+        order = self.curve(outer)[0]
+        heads = np.array([a.endswith('.heads') for a in self.branches])[self.axis]
+        neurons = (self.saved * prices[self.axis] * ~heads)[order]
+        for i, later in zip(order, neurons[::-1].cumsum()[::-1]):  # of them, what can go yet
             axis, price = self.branches[self.axis[i]], prices[self.axis[i]]
             n, saved = self.units[i], self.saved[i]
             if (part := (left - params) / price) < n:
-                n = saved = min(max(round(part), 0), n - (saved > n))
+                # whole heads only, if neurons can do the rest
+                part = int(part + 1e-9) if heads[i] and (part % 1) * price <= later else round(part)
+                n = saved = min(max(part, 0), n - (saved > n))
             out[axis] -= int(n)
             left -= saved * price
         fine = [a for a in self.branches if out[a] and not a.endswith('.heads')]
@@ -633,8 +637,9 @@ class Scores:
 
     def _more(self, path) -> bool:
         "Whether a layer has maps that stay without heads and neurons"
-        own = [(n, d) for n, d in self.layout.dims.items() if n.startswith(path)]
-        return any(len(d) > 1 and n not in self.layout.branch for n, d in own)
+        l = self.layout
+        own = [n for n in l.dims if n.startswith(path) and n.endswith('weight')]
+        return any(len(l.dims[n]) > 1 and n not in l.branch for n in own)
 
     def units(self) -> dict:  # axis -> `(size,)`
         "What is lost more when a unit goes at its turn, by index; never less than before it"
