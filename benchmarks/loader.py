@@ -40,7 +40,7 @@ from torchvision import transforms as T
 from tinyclip.core import Table, record_run
 from tinyclip.data import open_pairs
 from tinyclip.data.jpeg import MARGIN, opener
-from tinyclip.data.sources import decode
+from tinyclip.data.samples import decode
 
 SIZE, EDGE, SHARDS = 224, 1024, 4
 TRAIN, VAL = (image_transform_v2(PreprocessCfg(size=SIZE), is_train=t) for t in (True, False))

@@ -35,8 +35,10 @@ from tinyclip.data.cache import (
     write_shards,
 )
 from tinyclip.data.pairs import labelled
+from tinyclip.data.samples import SamplingPlan, Skip
 from tinyclip.data.shapes import Shapes
-from tinyclip.data.sources import SamplingPlan, Skip, as_source, mix, read_shard
+from tinyclip.data.shards import read_shard
+from tinyclip.data.sources import as_source, mix
 from tinyclip.zoo import load as load_model
 
 # --- what is written

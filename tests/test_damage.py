@@ -16,7 +16,7 @@ from samples import *  # its fixtures guard every test here
 from shards import shard
 
 from tinyclip.core import TinyclipError
-from tinyclip.data.sources import read_shard
+from tinyclip.data.shards import read_shard
 from tinyclip.distill import Distiller
 
 

@@ -20,16 +20,9 @@ from tinyclip.core import TinyclipError
 from tinyclip.data import check, open_pairs, write_shards
 from tinyclip.data import sources as sources_module
 from tinyclip.data.pairs import captioned, labelled, worker_count
+from tinyclip.data.samples import IndexedSource, Sample, SamplingPlan, Skip
 from tinyclip.data.shapes import Shapes
-from tinyclip.data.sources import (
-    SOURCES,
-    IndexedSource,
-    Sample,
-    SamplingPlan,
-    Skip,
-    as_source,
-    mix,
-)
+from tinyclip.data.sources import SOURCES, as_source, mix
 
 # --- order
 

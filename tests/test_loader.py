@@ -22,8 +22,9 @@ from tinyclip.core import TinyclipError
 from tinyclip.data import open_pairs
 from tinyclip.data.jpeg import MARGIN, first_step, opener, reduction, window
 from tinyclip.data.pairs import captioned, labelled, rebatch
+from tinyclip.data.samples import Sample, SamplingPlan, decode
 from tinyclip.data.shapes import Shapes
-from tinyclip.data.sources import Sample, SamplingPlan, as_source, decode, mix
+from tinyclip.data.sources import as_source, mix
 from tinyclip.data.transforms import Chunk, as_bytes, collate, label_targets, pictures
 
 # the package shows the function of this name in place of the module

@@ -22,7 +22,10 @@ from torchvision.datasets import ImageFolder
 from tinyclip.core import TinyclipError
 from tinyclip.data import write_shards
 from tinyclip.data.pairs import labelled
-from tinyclip.data.sources import Csv, Folders, Skip, as_source, decode, read_shard
+from tinyclip.data.samples import Skip, decode
+from tinyclip.data.shards import read_shard
+from tinyclip.data.sources import as_source
+from tinyclip.data.tables import Csv, Folders
 from tinyclip.evaluate.standard_sets import ClassFolders
 
 # --- tables

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from tinyclip.core import TinyclipError
 from tinyclip.data import transforms
 from tinyclip.data.pairs import captioned, labelled
-from tinyclip.data.sources import Sample, SamplingPlan, Shards, Skip, decode
+from tinyclip.data.samples import Sample, SamplingPlan, Skip, decode
+from tinyclip.data.shards import Shards
 from tinyclip.evaluate import zero_shot
 from tinyclip.evaluate.standard_sets import (
     SETS,

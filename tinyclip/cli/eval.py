@@ -14,8 +14,9 @@ from torch import nn
 
 from ..core import Table, TinyclipError, pick_device
 from ..data.pairs import captioned, labelled
+from ..data.samples import IndexedSource
 from ..data.shapes import Shapes
-from ..data.sources import IndexedSource, as_source
+from ..data.sources import as_source
 from ..evaluate.agreement import agreement, model_answers
 from ..evaluate.benchmarks import benchmark
 from ..evaluate.cost import HOW, compare, macs, parameters, profile, weight_bytes

@@ -14,7 +14,8 @@ import torch
 from .eval import evaluation, source_of
 from .options import format_options
 from ..core import Table, evaluating
-from ..data.sources import SamplingPlan, as_source
+from ..data.samples import SamplingPlan
+from ..data.sources import as_source
 from ..evaluate.cost import inputs
 from ..towers import token_table
 from ..towers.short_texts import encode_text

@@ -3,7 +3,8 @@
 from .inspect import Report, check
 from .pairs import Batch, EvalBatches, Pairs, captioned, labelled, open_pairs
 from .shapes import Shapes
-from .sources import SOURCES, IndexedSource, Sample, SamplingPlan, Skip, Source, as_source, mix
+from .samples import IndexedSource, Sample, SamplingPlan, Skip, Source
+from .sources import SOURCES, as_source, mix
 from .transforms import transforms
 
 _LATER = {  # imported at first use

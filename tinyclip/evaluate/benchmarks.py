@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..core import TinyclipError, evaluating, unknown
-from ..data.sources import template_fields
+from ..data.samples import template_fields
 from .probe import linear_probe
 from .standard_sets import watched
 from .zeroshot import prompts, retrieval, zero_shot

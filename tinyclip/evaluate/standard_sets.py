@@ -25,21 +25,18 @@ from tqdm.auto import tqdm
 
 from ..core import TinyclipError, unknown
 from ..data.pairs import captioned, labelled
-from tinyclip.data.sources import (
-    TEMPLATES as ONE,
-)
-from tinyclip.data.sources import (
+from ..data.samples import TEMPLATES as ONE
+from tinyclip.data.samples import (
     IndexedSource,
     Sample,
-    Shards,
     Skip,
     Source,
-    class_files,
     decode,
     fill_template,
     is_image,
-    left_out,
 )
+from ..data.shards import Shards
+from ..data.tables import class_files, left_out
 from .zeroshot import prompts, retrieval, zero_shot
 
 # %% ../../nbs/evaluate/06_standard_sets.ipynb #1a6699bb

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import TinyclipError, autocast, evaluating, unknown
-from ..data.sources import fill_template
+from ..data.samples import fill_template
 from ..data.transforms import image_dtype
 from ..towers.short_texts import encode_text
 

@@ -18,8 +18,9 @@ from torch import nn
 
 from ..core import TinyclipError, evaluating, human, pick_device
 from ..data.pairs import Pairs, SkipCounter, captioned, labelled, load_chunks, open_pairs
+from ..data.samples import IndexedSource, SamplingPlan, Source
 from ..data.shapes import Shapes
-from ..data.sources import IndexedSource, SamplingPlan, Source, SyntheticSource, as_source
+from ..data.sources import SyntheticSource, as_source
 from ..data.transforms import Chunk, drawn_caption, pictures, transforms
 from ..evaluate.cost import parameters
 from ..evaluate.zeroshot import retrieval, zero_shot
