@@ -47,7 +47,7 @@ $(PHONE)/.ready: $(READY)
 	@touch $@
 
 phone: $(PHONE)/.ready ## the cells and tests of the export for phones, in .venv-phone
-	$(PHONE)/bin/python -c "from nbdev.test import nbdev_test; nbdev_test('nbs/zoo/11_litert.ipynb', flags='litert', n_workers=0)"
+	$(PHONE)/bin/python -c "from nbdev.test import nbdev_test; nbdev_test('nbs/zoo/14_litert.ipynb', flags='litert', n_workers=0)"
 	$(PHONE)/bin/python -m pytest -q tests/test_litert.py
 
 # What trains for long stays out (methods, leaps, mask_phase, embedded_teacher, flickr8k, landing, dashboard; take_away needs the students of methods): each says in its first lines how to run it.

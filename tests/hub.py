@@ -12,9 +12,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from tinyclip.core import TinyclipError
 from tinyclip.inheritance import build
-from tinyclip.zoo import to_transformers as huggingface
 from tinyclip.zoo.to_transformers import MODELLING
-from tinyclip.zoo.vocabulary import shorten
+from tinyclip.zoo.vocabulary import shorten, tokenizer_of
 
 CAPTIONS = [
     'a photo of a cat',
@@ -84,7 +83,7 @@ def theirs(folder, form):
 def compare(model, folder, form, tokenizer=None, tol=1e-5):
     "Features of images and texts, and the logits"
     other, processor = theirs(folder, form)
-    tokenizer = tokenizer or huggingface.tokenizer_of(model)
+    tokenizer = tokenizer or tokenizer_of(model)
     torch.manual_seed(1)
     pixels = torch.randn(4, 3, *model.visual.image_size)
     i = model.encode_image(pixels, normalize=True)

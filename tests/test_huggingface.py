@@ -29,10 +29,12 @@ from tinyclip.towers.architecture import architecture
 from tinyclip.zoo import from_transformers as from_huggingface
 from tinyclip.zoo import load
 from tinyclip.zoo import to_transformers as huggingface
+from tinyclip.zoo.even_layers import describe, fit, obstacle
 from tinyclip.zoo.folders import finish, preprocess_cfg
 from tinyclip.zoo.from_transformers import from_transformers
-from tinyclip.zoo.to_transformers import FILES, describe, obstacle, to_transformers
-from tinyclip.zoo.vocabulary import shorten
+from tinyclip.zoo.processors import processor as own_processor
+from tinyclip.zoo.to_transformers import FILES, to_transformers
+from tinyclip.zoo.vocabulary import shorten, tokenizer_of
 
 # ---- photographs, in a process without this package and without open_clip
 
@@ -108,7 +110,7 @@ def test_logits_of_photographs_without_our_package(shared, tmp_path):
     for n, m in models.items():
         with torch.no_grad():
             i = m.encode_image(pixels, normalize=True)
-            t = m.encode_text(huggingface.tokenizer_of(m)(texts), normalize=True)
+            t = m.encode_text(tokenizer_of(m)(texts), normalize=True)
             want = m.logit_scale.exp() * i @ t.T
         got = torch.load(tmp_path / f'{n}.pt')
         assert torch.equal(got['pixels'], pixels), n
@@ -119,7 +121,7 @@ def test_logits_of_photographs_without_our_package(shared, tmp_path):
 def test_the_torchvision_backend_stays_within_two_steps(shared):
     "What a user gets who does not ask for backend='pil'; the crop is even here, see below"
     teacher, preprocess, _ = load('shapes-teacher')
-    processor = huggingface.processor(teacher)
+    processor = own_processor(teacher)
     images = photographs(shared, 'flickr8k', 30)
     d = processor(images=images, return_tensors='pt')['pixel_values'] - torch.stack(
         [preprocess(i) for i in images]
@@ -175,7 +177,7 @@ def test_captions_of_people_have_the_same_tokens(shared):
             if m.name.endswith('.json')
             for c in json.loads(tar.extractfile(m).read())['captions']
         ][:1500]
-    ids = huggingface.processor(model).tokenizer(
+    ids = own_processor(model).tokenizer(
         texts, padding='max_length', truncation=True, return_tensors='pt'
     )['input_ids']
     ours = tokenizer(texts)
@@ -235,7 +237,7 @@ def test_both_forms_occur_among_random_students():
         describe(inherit(teacher, choose(teacher, {'image.width': 40})))
     )
     fits = inherit(teacher, choose(teacher, {'image.width': 40, 'image.layers.*.heads': 2}))
-    assert obstacle(describe(fits)) == '' and huggingface.fit(describe(fits)['vision']) == (
+    assert obstacle(describe(fits)) == '' and fit(describe(fits)['vision']) == (
         2,
         20,
         512,
@@ -305,7 +307,7 @@ def test_plain_models_there_and_back_bit_for_bit(change, tmp_path):
     }
     got = again.state_dict()
     assert set(got) == set(want) and all(torch.equal(got[k], want[k]) for k in want)
-    assert torch.equal(tokenizer(CAPTIONS), huggingface.tokenizer_of(model)(CAPTIONS))
+    assert torch.equal(tokenizer(CAPTIONS), tokenizer_of(model)(CAPTIONS))
     assert change or torch.equal(
         tokenizer(CAPTIONS), open_clip.get_tokenizer('', context_length=16)(CAPTIONS)
     )

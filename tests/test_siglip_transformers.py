@@ -26,7 +26,8 @@ from tinyclip.masking import MaskedCLIP
 from tinyclip.towers.architecture import architecture, build, config, create
 from tinyclip.zoo import load, save
 from tinyclip.zoo.from_transformers import from_transformers
-from tinyclip.zoo.to_transformers import chosen, describe_siglip, pack_siglip, to_transformers
+from tinyclip.zoo.siglip import describe_siglip, pack_siglip
+from tinyclip.zoo.to_transformers import chosen, to_transformers
 from tinyclip.zoo.vocabulary import shorten
 
 TEXTS = [*CORPUS[:5], 'A  PHOTO of_a (café), 12 &things!', '', 'long ' * 40]

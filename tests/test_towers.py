@@ -24,8 +24,22 @@ NAMES = re.compile(
 )
 # Pages that translate names between two libraries have to say both.
 TRANSLATORS = {
-    'zoo/to_transformers.py': {
+    'zoo/even_layers.py': {
         'resblocks',
+        'in_proj_weight',
+        'in_proj_bias',
+        'c_fc',
+        'c_proj',
+        'conv1',
+        'token_embedding',
+        'positional_embedding',
+        'class_embedding',
+        'ln_pre',
+        'ln_post',
+        'ln_final',
+        'text_projection',
+    },
+    'zoo/siglip.py': {
         'in_proj_weight',
         'in_proj_bias',
         'in_proj_',
@@ -35,12 +49,8 @@ TRANSLATORS = {
         'trunk',
         'c_fc',
         'c_proj',
-        'conv1',
         'token_embedding',
         'positional_embedding',
-        'class_embedding',
-        'ln_pre',
-        'ln_post',
         'ln_final',
         'text_projection',
     },
