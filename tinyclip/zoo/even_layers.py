@@ -145,7 +145,7 @@ def _misfit(tower, kind) -> str:
     )
 
 
-def fitted(tower, kind) -> tuple:
+def fit_or_refuse(tower, kind) -> tuple:
     "`fit` of a tower, refused where nothing fits"
     even = fit(tower)
     if even is None:
@@ -241,7 +241,7 @@ def pack_layers(
     new = {}
     for tower, (here, there) in BLOCKS.items():
         t = d[tower]
-        even = fitted(t, tower)
+        even = fit_or_refuse(t, tower)
         for i in range(len(t['heads'])):
             p = f'{here}.{i}.'
             block = {k[len(p) :]: v for k, v in state.items() if k.startswith(p)}

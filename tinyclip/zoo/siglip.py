@@ -15,7 +15,7 @@ from torch import nn
 from ..core import TinyclipError
 from ..towers import TEXT, family_of, layout
 from ..towers.timm_vit import TIMM_VIT
-from .even_layers import BLOCKS, ELSEWHERE, fitted, pack_block, pack_layers
+from .even_layers import BLOCKS, ELSEWHERE, fit_or_refuse, pack_block, pack_layers
 
 # %% ../../nbs/zoo/07_siglip.ipynb #6801619f
 SIGLIP = {
@@ -86,7 +86,7 @@ def pack_pool(
         'attn.in_proj_weight': torch.cat([w, p['kv.weight']]),
         'attn.in_proj_bias': torch.cat([b, p['kv.bias']]),
     }
-    packed = pack_block(block, width, tower['head_dim'], fitted(tower, 'vision'))
+    packed = pack_block(block, width, tower['head_dim'], fit_or_refuse(tower, 'vision'))
     new = {'probe': probe.view(1, 1, width)}
     for k in ('weight', 'bias'):
         qkv = [packed[f'self_attn.{n}_proj.{k}'] for n in 'qkv']
@@ -198,5 +198,5 @@ def describe_siglip(
     if any(a != b for a, b in (vision['image_size'], vision['patch_size'])):
         _refuse_siglip(f'takes squares, for images and patches. {ELSEWHERE}')
     for kind, t in dict(vision=vision, text=words).items():
-        fitted(t, kind)
+        fit_or_refuse(t, kind)
     return dict(vision=vision, text=words, projection_dim=sizes['embed'])

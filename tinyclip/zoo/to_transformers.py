@@ -17,7 +17,7 @@ from torch import nn
 
 import tinyclip
 from ..core import TinyclipError, check_choice
-from .even_layers import describe, fitted, flat_state, obstacle, pack
+from .even_layers import describe, fit_or_refuse, flat_state, obstacle, pack
 from .folders import replacing
 from tinyclip.zoo.processors import (
     BPE,
@@ -35,7 +35,7 @@ MODELLING = Path(tinyclip.__file__).parent / 'assets' / 'transformers' / 'modeli
 def even_config(d, kind, **more) -> dict:
     "Configuration of a tower for transformers"
     t = d[kind]
-    heads, _, ffn = fitted(t, kind)
+    heads, _, ffn = fit_or_refuse(t, kind)
     if kind == 'vision':
         more |= {k: t[k][0] for k in ('image_size', 'patch_size')}
     else:
