@@ -345,8 +345,8 @@ def followed(
     counts: Mapping,  # Axis -> how many to keep
 ) -> dict:
     "The same, with the sizes of axes that others decide"
-    whole = l.sizes | counts
-    return counts | {a: min(size(whole), l.sizes[a]) for a, size in l.follows.items()}
+    whole = {**l.sizes, **counts}
+    return {**counts, **{a: min(size(whole), l.sizes[a]) for a, size in l.follows.items()}}
 
 # %% ../nbs/01_keep.ipynb #a2e6be35
 def by_counts(

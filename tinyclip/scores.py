@@ -104,7 +104,8 @@ class Read(NamedTuple):
         x, u, every = self.x, self.u, 1.0
         if x.ndim == 4:
             x = x[..., None] if self.map.conv is None else self.map.patches(x)
-            at = torch.arange(len(x), device=x.device)[:, None], *places(*x.shape[1:3], numbers)
+            high, wide = x.shape[1:3]
+            at = torch.arange(len(x), device=x.device)[:, None], *places(high, wide, numbers)
             every = x.shape[1] * x.shape[2] / at[1].shape[1]
             x, u = x[at].flatten(2), u[at]
         return x.flatten(0, -2), u.flatten(0, -2), every
@@ -379,7 +380,7 @@ def hull(
     rest: float = 0.0,  # What goes with the last of them, in units
 ) -> list:  # (how many more, what goes with them in units, what more is lost) of every segment
     "Lower convex hull of a curve that begins at 0"
-    points = [(0, 0.0)]
+    points: list[tuple[float, float]] = [(0, 0.0)]
     for x, y in enumerate(lost, 1):
         if x == len(lost):
             x += rest

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections import Counter, deque
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -329,7 +329,7 @@ class Pairs:
         self.tally = SkipCounter(source)
         self.marks = deque(maxlen=64)
         self.recalled = None
-        self.made = Batch
+        self.made: Any = Batch
         self.inputs = {}  # what transform and tokenizer make, see `made_inputs`
         self.teacher_inputs: dict | None = None  # the same of a teacher with inputs of its own
 

@@ -6,6 +6,8 @@
 __all__ = ['sigmoid_contrastive', 'sigmoid_mimicking']
 
 # %% ../../nbs/losses/05_sigmoid.ipynb #1d23db50
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -49,7 +51,7 @@ def _pairwise(student: tuple, teacher: tuple | None, tile, distributed: bool) ->
         return _sum_of_tile(a, b, *s, c, d, *t, 0) / n
     own = local_rows(n) if distributed else slice(n)
 
-    def parts(x, rows=slice(None)):
+    def parts(x, rows=slice(None)) -> Any:
         return None if x is None else x[rows].split(size)
 
     A, B = parts(a, own), parts(b)

@@ -45,8 +45,8 @@ def eva_heads(
 
 def with_biases(
     attn: Any,  # Of an Eva block
-    qkv: Tensor | list,  # What its matrices give
-) -> Tensor | list:
+    qkv: Any,  # What its matrices give
+) -> Any:
     "Queries and values with the biases that stand beside a packed matrix in EVA-01"
     if getattr(attn, 'q_bias', None) is None:
         return qkv
@@ -55,6 +55,12 @@ def with_biases(
 
 class EvaHeads(nn.Module):
     "An attention of timm's Eva whose heads need not fill the width"
+
+    qkv: Any
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    proj: Any
 
     def __init__(
         self,

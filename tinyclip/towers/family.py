@@ -69,7 +69,8 @@ class LinearMap(NamedTuple):
         transposed: bool = False,  # Whether the matrix is kept `(inputs, outputs)`
     ) -> tuple[Tensor, Tensor | None]:  # `(outputs, inputs)`, `(outputs,)` or None
         "Weights and bias as one matrix and one vector, the BatchNorm merged into both"
-        w, b, *norm = (weights[n] if n else None for n in self.names)
+        found: list[Any] = [weights[n] if n else None for n in self.names]
+        w, b, *norm = found
         w = w.T if transposed else w.flatten(1)
         if norm:
             (mean, var), (gain, shift) = norm[:2], norm[2:]
@@ -228,7 +229,7 @@ def give_sizes(
 
 def _settle(module):
     "The sizes that a module has beside its tensors"
-    w = module.weight if hasattr(module, 'weight') else None
+    w: Any = getattr(module, 'weight', None)
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = w.shape
     elif isinstance(module, nn.Conv2d):

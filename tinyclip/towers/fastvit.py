@@ -23,7 +23,7 @@ KERNELS = ('reparam_conv', 'conv_kxk.0', 'large_conv')  # the largest of each
 
 
 def part(
-    module: nn.Module,
+    module: Any,
     name: str,  # Of a module within
 ) -> Any:  # None where it is not there
     "A part of a module that it may lack"
@@ -82,7 +82,8 @@ def attend(
 ) -> Tensor:  # `(n, height, width, channels)`
     "Attention of all places to each other"
     heads = qkv.flatten(1, 2).unflatten(-1, (3, attn.num_heads, attn.head_dim))
-    out = F.scaled_dot_product_attention(*heads.permute(2, 0, 3, 1, 4))
+    q, k, v = heads.permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).flatten(2).unflatten(1, qkv.shape[1:3])
 
 

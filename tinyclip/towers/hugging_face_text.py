@@ -39,8 +39,8 @@ def resized(
     inputs: int | None = None,
 ) -> nn.Linear:
     "A fresh matrix of another size"
-    outputs, inputs = outputs or linear.out_features, inputs or linear.in_features
-    return nn.Linear(inputs, outputs, bias=linear.bias is not None)
+    columns, rows = inputs or linear.in_features, outputs or linear.out_features
+    return nn.Linear(columns, rows, bias=linear.bias is not None)
 
 # %% ../../nbs/towers/14_hugging_face_text.ipynb #6c34439d
 HERE = '.'  # `hf_model_name` of a tower whose configuration lies beside its weights
@@ -397,7 +397,8 @@ class Bert(HuggingFaceText):
         read = take(lambda h: h)
         if self.attends(block):
             names = ('query', 'key', 'value')
-            attention = [[map_of(f'{path}.attention.self.{n}', getattr(a, n), read) for n in names]]
+            maps = [map_of(f'{path}.attention.self.{n}', getattr(a, n), read) for n in names]
+            attention.append(maps)
             read = attending(a.attention_head_size, a.scaling)
         attention.append(map_of(f'{path}.attention.output.dense', out.dense, read))
         read = take(lambda h: h)
@@ -613,7 +614,7 @@ class M2M100(HuggingFaceText):
         read = take(lambda h: h)
         if self.attends(block):
             names, norm = ('q_proj', 'k_proj', 'v_proj'), take(block.self_attn_layer_norm)
-            attention = [[map_of(f'{path}.self_attn.{n}', getattr(a, n), norm) for n in names]]
+            attention += [[map_of(f'{path}.self_attn.{n}', getattr(a, n), norm) for n in names]]
             read = attending(a.head_dim, a.scaling)
         attention.append(map_of(f'{path}.self_attn.out_proj', a.out_proj, read))
         read = take(lambda h: h)

@@ -76,7 +76,7 @@ def family_of(
 # %% ../../nbs/towers/15_registry.ipynb #e8d6f792
 def token_table(
     model: nn.Module,  # A CLIP or a student
-) -> nn.Module | None:  # An `nn.Embedding`; None where the text tower has none of its own
+) -> Any:  # An `nn.Embedding`; None where the text tower has none of its own
     "The embedding that holds a row per token"
     tower, _ = tower_of(model, 'text')
     if isinstance(tower, HFTextEncoder):

@@ -114,7 +114,7 @@ class ResNet(Family):
 
     def sized(self, static, sizes):
         depths = [sizes[f'image.stages.{s}.layers'] for s in range(4)]
-        plain = static | dict(width=sizes['image.stem.3'], layers=depths)
+        plain: dict[str, Any] = static | dict(width=sizes['image.stem.3'], layers=depths)
         if self.plain_sizes(plain) == {a: sizes[a] for a in sizes if a.startswith('image.')}:
             return plain, None
         head = static['head_width']

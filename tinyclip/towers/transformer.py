@@ -400,7 +400,7 @@ class Transformer(Family):
         with through, _without(tower, self.projected_by):
             return self._encode(model, x)
 
-    def projection(self, tower, path):
+    def projection(self, tower: Any, path: str) -> tuple | None:
         name, p = path + self.projected_by, getattr(tower, self.projected_by)
         if isinstance(p, nn.Linear):
             return f'{name}.weight', '' if p.bias is None else f'{name}.bias', False

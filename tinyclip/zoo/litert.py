@@ -39,10 +39,10 @@ from tinyclip.zoo.onnx import (
 class RowLinear(nn.Linear):
     "Linear layer that sees its input as a matrix"
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.ndim < 4:
-            return super().forward(x)
-        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+    def forward(self, input: Tensor) -> Tensor:
+        if input.ndim < 4:
+            return super().forward(input)
+        return super().forward(input.flatten(0, -2)).unflatten(0, input.shape[:-1])
 
 
 class NamedTower(nn.Module):

@@ -375,7 +375,7 @@ FILES = (
 )
 
 
-def onnx_config(model) -> dict:
+def onnx_config(model) -> dict[str, Any]:
     "Configuration of an export: preprocessing, context length, logit scale"
     image, text = (dict(input=i, output=o) for i, o in IO.values())
     image |= preprocess_cfg(model) | dict(size=list(image_size(model)))

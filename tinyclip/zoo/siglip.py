@@ -164,7 +164,7 @@ def describe_siglip(
     sizes, trunk = layout(model).sizes, model.visual.trunk
     text, fixed = TEXT.static(getattr(model, 'text', model)), TIMM_VIT.fixed(trunk)
 
-    def tower(name, **own):
+    def tower(name, **own) -> dict[str, Any]:
         n = range(sizes[f'{name}.layers'])
         layers = {k: [sizes.get(f'{name}.layers.{i}.{k}', 0) for i in n] for k in ('heads', 'ffn')}
         return dict(width=sizes[f'{name}.width'], **layers, **own, layer_scale=False)

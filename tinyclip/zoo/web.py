@@ -454,7 +454,7 @@ def to_web(
     pixels = image_processor_cfg(model)
     tokenizer = clip_tokenizer(model) if tokenizer is None else tokenizer
     m, rules = float_copy(model), text_rules(tokenizer)
-    config = onnx_config(m) | dict(opset=WEB_OPSET)
+    config: dict[str, Any] = onnx_config(m) | dict(opset=WEB_OPSET)
     for kind, (inputs, output) in names_of(config).items():
         config[kind] |= dict(input=inputs[0], output=output)
     with runtime_files(runtime) as files, replacing(Path(folder).expanduser(), WEB_FILES) as tmp:
