@@ -103,8 +103,8 @@ def served(folder):
 
 
 @contextmanager
-def visit(browser, address, wide=1280, dark=False, **blocked):
-    "A page that is open, with what it asked for and complained of"
+def tab(browser, wide=1280, dark=False):
+    "A page that goes nowhere yet, with what it asks for and complains of"
     context = browser.new_context(
         viewport=dict(width=wide, height=900), color_scheme='dark' if dark else 'light'
     )
@@ -114,13 +114,20 @@ def visit(browser, address, wide=1280, dark=False, **blocked):
     page.on('console', lambda m: page.said.append(m.text) if m.type == 'error' else None)
     page.on('pageerror', lambda e: page.said.append(str(e)))
     page.on('request', lambda r: page.asked.append(r.url))
-    for pattern in blocked.values():
-        page.route(pattern, lambda route: route.abort())
-    page.goto(address)
     try:
         yield page
     finally:
         context.close()
+
+
+@contextmanager
+def visit(browser, address, wide=1280, dark=False, **blocked):
+    "A page that is open, with what it asked for and complained of"
+    with tab(browser, wide, dark) as page:
+        for pattern in blocked.values():
+            page.route(pattern, lambda route: route.abort())
+        page.goto(address)
+        yield page
 
 
 def play(page):
