@@ -192,6 +192,9 @@ def read_classnames(
         )
     return [n.strip() for n in Path(names).read_text(encoding='utf-8').splitlines() if n.strip()]
 
+# %% ../../nbs/data/02_samples.ipynb #85808e4d
+TEMPLATES = ('a photo of a {}.',)  # Used where no templates are given
+
 # %% ../../nbs/data/02_samples.ipynb #6cf8ebea
 def template_fields(
     template: str,  # As `str.format` reads it: `'{{'` is a brace
@@ -229,6 +232,3 @@ def fill_template(
                 "name, as in 'a photo of a {}.'; a brace of the text itself is written twice."
             )
     return [t(name) if callable(t) else t.format(name) for t in templates]
-
-# %% ../../nbs/data/02_samples.ipynb #85808e4d
-TEMPLATES = ('a photo of a {}.',)  # Used where no templates are given
