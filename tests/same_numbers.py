@@ -177,11 +177,13 @@ def machine():
 
     lines = Path('/proc/cpuinfo').read_text().splitlines() if sys.platform == 'linux' else []
     cpu = next((x.split(':')[1].strip() for x in lines if x.startswith('model name')), '')
+    flags = next((x.split(':')[1].split() for x in lines if x.startswith('flags')), [])
     return dict(
         torch=torch.__version__,
         onnxruntime=onnxruntime.__version__,
         isa=torch.backends.cpu.get_cpu_capability(),
         cpu=cpu or platform.processor(),
+        bf16=sorted({'amx_bf16', 'avx512_bf16'} & set(flags)),  # one name, several kinds
         threads=torch.get_num_threads(),
     )
 
