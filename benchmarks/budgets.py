@@ -289,7 +289,8 @@ BEST = dict(name='scores, reconstructed', share=0.25)
 
 
 def loss_rate_cells(a):
-    "The best inheritance, with each loss and rate"
+    """The best inheritance, with each loss and rate. Recorded are the three lowest rates, and the
+    fourth of the losses that were best at the third"""
     for objective, lr in product(LOSSES, a.rates):
         yield BEST | dict(seed=100, budget=120, lr=lr, objective=objective)
 

@@ -156,6 +156,13 @@ def fit_or_refuse(tower, kind) -> tuple:
     return even
 
 # %% ../../nbs/zoo/06_even_layers.ipynb #67b3290c
+def tensors_of(
+    modules: dict,  # Names here and there
+) -> dict:
+    "Names of the weights and biases of modules, here and there"
+    return {f'{a}.{k}': f'{b}.{k}' for a, b in modules.items() for k in ('weight', 'bias')}
+
+
 TOP = {
     'visual.class_embedding': 'vision_model.embeddings.class_embedding',
     'visual.conv1.weight': 'vision_model.embeddings.patch_embedding.weight',
@@ -166,15 +173,13 @@ TOP = {
     'text_projection': 'text_projection.weight',
     'logit_scale': 'logit_scale',
 }
-TOP |= {
-    f'{a}.{k}': f'{b}.{k}'
-    for a, b in (
-        ('visual.ln_pre', 'vision_model.pre_layrnorm'),
-        ('visual.ln_post', 'vision_model.post_layernorm'),
-        ('ln_final', 'text_model.final_layer_norm'),
-    )
-    for k in ('weight', 'bias')
-}
+TOP |= tensors_of(
+    {
+        'visual.ln_pre': 'vision_model.pre_layrnorm',
+        'visual.ln_post': 'vision_model.post_layernorm',
+        'ln_final': 'text_model.final_layer_norm',
+    }
+)
 TURNED = 'visual.proj', 'text_projection'  # stored the other way round
 BLOCKS = dict(
     vision=('visual.transformer.resblocks', 'vision_model.encoder.layers'),

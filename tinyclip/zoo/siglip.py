@@ -15,7 +15,14 @@ from torch import nn
 from ..core import TinyclipError
 from ..towers import TEXT, family_of, layout
 from ..towers.timm_vit import TIMM_VIT
-from .even_layers import BLOCKS, ELSEWHERE, fit_or_refuse, pack_block, pack_layers
+from tinyclip.zoo.even_layers import (
+    BLOCKS,
+    ELSEWHERE,
+    fit_or_refuse,
+    pack_block,
+    pack_layers,
+    tensors_of,
+)
 
 # %% ../../nbs/zoo/07_siglip.ipynb #6801619f
 SIGLIP = {
@@ -25,16 +32,14 @@ SIGLIP = {
     'logit_scale': 'logit_scale',
     'logit_bias': 'logit_bias',
 }
-SIGLIP |= {
-    f'{a}.{k}': f'{b}.{k}'
-    for a, b in (
-        ('visual.trunk.patch_embed.proj', 'vision_model.embeddings.patch_embedding'),
-        ('visual.trunk.norm', 'vision_model.post_layernorm'),
-        ('ln_final', 'text_model.final_layer_norm'),
-        ('text_projection', 'text_model.head'),
-    )
-    for k in ('weight', 'bias')
-}
+SIGLIP |= tensors_of(
+    {
+        'visual.trunk.patch_embed.proj': 'vision_model.embeddings.patch_embedding',
+        'visual.trunk.norm': 'vision_model.post_layernorm',
+        'ln_final': 'text_model.final_layer_norm',
+        'text_projection': 'text_model.head',
+    }
+)
 # parts of timm's blocks and of its pooling, and what open_clip calls them
 TIMM = {
     'norm1': 'ln_1',
